@@ -1,0 +1,181 @@
+package registrar
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/rs/zerolog"
+)
+
+// leaveTimeout bounds the whole of a leave, attempts included.
+const leaveTimeout = 2 * time.Second
+
+// BeaterConfig is one instance to register.
+type BeaterConfig struct {
+	Service  Service
+	Addr     netip.AddrPort
+	Weight   int // 0 to 256
+	Zone     string
+	Tags     map[string]string
+	Interval time.Duration // 0 = the registry's own
+}
+
+// Beater answers the roll call for one instance. Run may be called once.
+type Beater struct {
+	cfg   BeaterConfig
+	store *Store
+	log   zerolog.Logger
+
+	token    string
+	meta     string
+	interval time.Duration
+	answered bool // Redis has answered a beat, so the claim is settled
+	accepted bool // a beat was
+	loser    bool // another holds the address, and that was said
+	failures int  // in a row
+}
+
+// NewBeater checks cfg and makes a new registration, with a new token. It does
+// no I/O.
+func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, error) {
+	if _, err := ParseService(string(cfg.Service)); err != nil {
+		return nil, err
+	}
+	if _, err := ParseAddr(cfg.Addr.String()); err != nil {
+		return nil, err
+	}
+	if err := CheckWeight(cfg.Weight); err != nil {
+		return nil, err
+	}
+	// Less than a millisecond is 0 on the wire, which means the registry's own.
+	if cfg.Interval < 0 || cfg.Interval > 0 && cfg.Interval < time.Millisecond {
+		return nil, fmt.Errorf("interval %v: want at least 1ms, or 0 for the registry's own", cfg.Interval)
+	}
+	token := rand.Text()
+	meta, err := json.Marshal(Meta{
+		ID: token, Weight: cfg.Weight, Zone: cfg.Zone, Tags: cfg.Tags, Registered: time.Now().UnixMilli(),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("metadata: %w", err)
+	}
+	if len(meta) > MaxMeta {
+		return nil, fmt.Errorf("metadata of %d bytes, at most %d; use fewer tags", len(meta), MaxMeta)
+	}
+	interval := cfg.Interval
+	if interval == 0 {
+		interval = DefaultInterval
+	}
+	return &Beater{
+		cfg: cfg, store: store, token: token, meta: string(meta), interval: interval,
+		log: log.With().Str("component", "beater").Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Logger(),
+	}, nil
+}
+
+// Run beats until ctx ends and then leaves with its own token, with a live
+// context of its own. It returns nil then, also if the leave found Redis away:
+// the reaper takes out who stopped. It returns an error that wraps ErrInterval
+// if the registry does not accept the first beat's interval, and ErrLeft if somebody left
+// with this token.
+func (b *Beater) Run(ctx context.Context) error {
+	wait := time.NewTimer(0)
+	defer wait.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			b.leave(context.WithoutCancel(ctx))
+			return nil
+		case <-wait.C:
+		}
+		next, err := b.Beat(ctx)
+		if errors.Is(err, ErrInterval) || errors.Is(err, ErrLeft) {
+			return err
+		}
+		wait.Reset(next)
+	}
+}
+
+// Beat sends one heartbeat and returns when to send the next one: an interval
+// shortened by up to a fifth, so that instances started together drift apart,
+// or after a failure full jitter below a ceiling that doubles from 100 ms to
+// the interval. A nil error says that the register has this instance;
+// ErrNotOwner, that another holds its address, is answered at the interval's
+// pace.
+func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
+	tctx, cancel := WithTimeout(ctx)
+	defer cancel()
+	reply, err := b.store.Beat(tctx, b.cfg.Service, Beat{
+		Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Claim: !b.answered, Interval: b.cfg.Interval,
+	})
+	if err == nil || errors.Is(err, ErrNotOwner) || errors.Is(err, ErrLeft) || errors.Is(err, ErrInterval) {
+		b.answered = true
+	}
+	if b.cfg.Interval == 0 && reply.Interval > 0 {
+		b.interval = reply.Interval
+	}
+	switch {
+	case err == nil:
+		if b.failures > 0 {
+			b.log.Info().Int("failures", b.failures).Msg("redis answers again")
+		}
+		if reply.Status != BeatOK {
+			b.log.Info().Str("status", string(reply.Status)).Int64("version", reply.Version).Dur("interval", b.interval).Msg("registered")
+		}
+		b.failures, b.loser, b.accepted = 0, false, true
+	case errors.Is(err, ErrNotOwner):
+		if !b.loser {
+			b.log.Warn().Msg("another registration holds this address; trying again at every interval")
+		}
+		b.failures, b.loser = 0, true
+	case errors.Is(err, ErrInterval) && b.accepted:
+		// An operator shortened the TTL under a running sidecar: its instance
+		// is healthy, and must not go for that.
+		b.log.Warn().Dur("interval", b.cfg.Interval).Dur("ttl", reply.TTL).Msg("the registry's TTL is shorter now; beating at its own interval")
+		b.cfg.Interval = 0
+		return b.Beat(ctx)
+	case errors.Is(err, ErrInterval), errors.Is(err, ErrLeft):
+		return 0, err
+	default:
+		if ctx.Err() == nil {
+			if b.failures == 0 {
+				b.log.Warn().Err(err).Msg("beat failed; retrying for ever")
+			}
+			b.failures++
+		}
+		return Backoff(b.failures, b.interval), err
+	}
+	return Shorten(b.interval), err
+}
+
+// leave tells the register. It tries again while its deadline lasts: a crash
+// between two connections must not cost the peers a whole TTL.
+func (b *Beater) leave(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
+	defer cancel()
+	wait := time.NewTimer(0)
+	defer wait.Stop()
+	for failures := 0; ; failures++ {
+		select {
+		case <-ctx.Done():
+			b.log.Warn().Msg("left without telling: redis is away; the reaper takes this instance out after its TTL")
+			return
+		case <-wait.C:
+		}
+		tctx, done := WithTimeout(ctx)
+		version, err := b.store.Leave(tctx, b.cfg.Service, b.cfg.Addr, b.token, Left)
+		done()
+		switch {
+		case err == nil:
+			b.log.Info().Int64("version", version).Msg("left")
+			return
+		case errors.Is(err, ErrNotOwner):
+			b.log.Info().Msg("nothing to leave: another registration holds this address")
+			return
+		}
+		wait.Reset(Backoff(failures+1, time.Second))
+	}
+}

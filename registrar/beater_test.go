@@ -1,0 +1,525 @@
+package registrar
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"rollcall/registrar/redistest"
+)
+
+// transcript is what a Beater said; a test may read while a Run writes.
+type transcript struct {
+	mu  sync.Mutex
+	buf bytes.Buffer // guarded by mu
+}
+
+func (l *transcript) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+// said returns level and message of every line.
+func (l *transcript) said(tb testing.TB) []string {
+	tb.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var out []string
+	for line := range strings.Lines(l.buf.String()) {
+		var m struct{ Level, Message, Component, Service, Addr string }
+		must(tb, json.Unmarshal([]byte(line), &m))
+		if m.Component != "beater" || m.Service != "web" || m.Addr != host(1).String() {
+			tb.Errorf("a line names nobody: %s", line)
+		}
+		out = append(out, m.Level+": "+m.Message)
+	}
+	return out
+}
+
+// hears waits for a line.
+func (l *transcript) hears(tb testing.TB, line string) {
+	tb.Helper()
+	eventually(tb, func() error {
+		if said := l.said(tb); !slices.Contains(said, line) {
+			return fmt.Errorf("said %q, not %q", said, line)
+		}
+		return nil
+	})
+}
+
+// The lines of a Beater.
+const (
+	saidRegistered = "info: registered"
+	saidFailed     = "warn: beat failed; retrying for ever"
+	saidBack       = "info: redis answers again"
+	saidLoser      = "warn: another registration holds this address; trying again at every interval"
+	saidLeft       = "info: left"
+	saidNothing    = "info: nothing to leave: another registration holds this address"
+	saidAway       = "warn: left without telling: redis is away; the reaper takes this instance out after its TTL"
+)
+
+func newBeater(tb testing.TB, s *Store, interval time.Duration) (*Beater, *transcript) {
+	tb.Helper()
+	l := &transcript{}
+	b, err := NewBeater(BeaterConfig{Service: web, Addr: host(1), Weight: 50, Zone: "z", Tags: map[string]string{"k": "v"}, Interval: interval}, s, zerolog.New(l))
+	must(tb, err)
+	return b, l
+}
+
+// production returns a store on srv through the client that the binary uses.
+func production(tb testing.TB, srv *redistest.Server) *Store {
+	tb.Helper()
+	rdb, err := Open(srv.URL(), 2)
+	must(tb, err)
+	tb.Cleanup(func() {
+		if err := rdb.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	s, err := NewStore(rdb, DefaultNamespace)
+	must(tb, err)
+	return s
+}
+
+// running is a Run in the background.
+type running struct {
+	cancel context.CancelFunc
+	done   chan error
+}
+
+// start runs b until stop, which the test's end calls at the latest.
+func start(tb testing.TB, b *Beater) *running {
+	tb.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &running{cancel, make(chan error, 1)}
+	go func() {
+		r.done <- b.Run(ctx)
+		close(r.done)
+	}()
+	tb.Cleanup(func() {
+		cancel()
+		<-r.done
+	})
+	return r
+}
+
+// wait returns what Run returned.
+func (r *running) wait(tb testing.TB) error {
+	tb.Helper()
+	select {
+	case err := <-r.done:
+		return err
+	case <-time.After(10 * time.Second):
+		tb.Fatal("Run has not returned")
+		return nil
+	}
+}
+
+func (r *running) stop(tb testing.TB) error {
+	tb.Helper()
+	r.cancel()
+	return r.wait(tb)
+}
+
+// registered waits until the register has b.
+func registered(tb testing.TB, s *Store, b *Beater) {
+	tb.Helper()
+	eventually(tb, func() error {
+		snap, err := s.Read(tb.Context(), web, nil)
+		if err != nil {
+			return err
+		}
+		if len(snap.Entries) != 1 || !snap.Entries[0].Present || snap.Entries[0].Instance.Meta.ID != b.token {
+			return fmt.Errorf("the register has %+v", snap.Entries)
+		}
+		return nil
+	})
+}
+
+func TestNewBeaterRefuses(t *testing.T) {
+	good := BeaterConfig{Service: web, Addr: host(1), Weight: 1, Interval: time.Second}
+	for _, c := range []struct {
+		name string
+		edit func(*BeaterConfig)
+		ok   bool
+	}{
+		{"nothing wrong", func(*BeaterConfig) {}, true},
+		{"weight 0", func(c *BeaterConfig) { c.Weight = 0 }, true},
+		{"weight -1", func(c *BeaterConfig) { c.Weight = -1 }, false},
+		{"weight 257", func(c *BeaterConfig) { c.Weight = 257 }, false},
+		{"the registry's interval", func(c *BeaterConfig) { c.Interval = 0 }, true},
+		{"negative interval", func(c *BeaterConfig) { c.Interval = -time.Second }, false},
+		{"interval of 1 ms", func(c *BeaterConfig) { c.Interval = time.Millisecond }, true},
+		{"interval that is 0 on the wire", func(c *BeaterConfig) { c.Interval = time.Millisecond - 1 }, false},
+		{"no service", func(c *BeaterConfig) { c.Service = "" }, false},
+		{"service with a brace", func(c *BeaterConfig) { c.Service = "a}b" }, false},
+		{"no address", func(c *BeaterConfig) { c.Addr = netip.AddrPort{} }, false},
+		{"IPv4 in IPv6", func(c *BeaterConfig) { c.Addr = netip.MustParseAddrPort("[::ffff:1.2.3.4]:80") }, false},
+		{"unspecified address", func(c *BeaterConfig) { c.Addr = netip.MustParseAddrPort("0.0.0.0:80") }, false},
+		{"too many tags", func(c *BeaterConfig) { c.Tags = map[string]string{"k": strings.Repeat("v", MaxMeta)} }, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			cfg := good
+			c.edit(&cfg)
+			if _, err := NewBeater(cfg, nil, zerolog.Nop()); (err == nil) != c.ok {
+				t.Errorf("got %v, want accepted %v", err, c.ok)
+			}
+		})
+	}
+}
+
+// TestRun checks the whole life: it registers at once, and when its context
+// ends it leaves, with its own token.
+func TestRun(t *testing.T) {
+	s, _ := newStore(t)
+	b, log := newBeater(t, s, 0)
+	began := time.Now()
+	r := start(t, b)
+	registered(t, s, b)
+	if took := time.Since(began); took > DefaultInterval/2 {
+		t.Errorf("registered after %v; the first beat waits for nothing", took)
+	}
+	snap, err := s.Read(t.Context(), web, nil)
+	must(t, err)
+	m := snap.Entries[0].Instance.Meta
+	if m.Weight != 50 || m.Zone != "z" || m.Tags["k"] != "v" || m.Registered == 0 || len(m.ID) < 20 || m.Draining {
+		t.Errorf("registered as %+v", m)
+	}
+	if err := r.stop(t); err != nil {
+		t.Errorf("Run returned %v", err)
+	}
+	g, ok := parseGone(gone(t, s, host(1)))
+	if !ok || g.Reason != Left || g.Token != b.token || present(t, s, host(1)) {
+		t.Errorf("left a note %+v", g)
+	}
+	if want := []string{saidRegistered, saidLeft}; !slices.Equal(log.said(t), want) {
+		t.Errorf("said %q, want %q", log.said(t), want)
+	}
+}
+
+func TestRunBeatsAgain(t *testing.T) {
+	s, _ := newStore(t)
+	b, log := newBeater(t, s, 20*time.Millisecond)
+	start(t, b)
+	registered(t, s, b)
+	for range 3 {
+		last := s.rdb.ZScore(t.Context(), s.keys.Instances(web), host(1).String()).Val()
+		eventually(t, func() error {
+			if now := s.rdb.ZScore(t.Context(), s.keys.Instances(web), host(1).String()).Val(); now <= last {
+				return fmt.Errorf("score is still %.0f", now)
+			}
+			return nil
+		})
+	}
+	if want := []string{saidRegistered}; !slices.Equal(log.said(t), want) {
+		t.Errorf("a steady Beater said %q, want %q", log.said(t), want)
+	}
+}
+
+func TestRunWaitsForRedis(t *testing.T) {
+	srv := redistest.Start(t)
+	srv.Kill(t)
+	s := production(t, srv)
+	b, log := newBeater(t, s, 50*time.Millisecond)
+	r := start(t, b)
+	log.hears(t, saidFailed)
+	srv.Launch(t)
+	registered(t, s, b)
+	if err := r.stop(t); err != nil {
+		t.Errorf("Run returned %v", err)
+	}
+	if want := []string{saidFailed, saidBack, saidRegistered, saidLeft}; !slices.Equal(log.said(t), want) {
+		t.Errorf("said %q, want %q", log.said(t), want)
+	}
+}
+
+// TestRunLeavesWhileRedisRestarts checks that a leave tries again.
+func TestRunLeavesWhileRedisRestarts(t *testing.T) {
+	srv := redistest.Start(t)
+	s := production(t, srv)
+	b, log := newBeater(t, s, 0)
+	r := start(t, b)
+	log.hears(t, saidRegistered)
+	srv.Kill(t)
+	r.cancel()
+	srv.Launch(t) // without its data: the leave is of an absent address
+	if err := r.wait(t); err != nil {
+		t.Errorf("Run returned %v", err)
+	}
+	if g, ok := parseGone(gone(t, s, host(1))); !ok || g.Token != b.token {
+		t.Errorf("no note of its leave: %+v; said %q", g, log.said(t))
+	}
+}
+
+func TestRunGivesUpLeaving(t *testing.T) {
+	srv := redistest.Start(t)
+	s := production(t, srv)
+	b, log := newBeater(t, s, 0)
+	r := start(t, b)
+	log.hears(t, saidRegistered)
+	srv.Kill(t)
+	if err := r.stop(t); err != nil {
+		t.Errorf("Run returned %v", err)
+	}
+	if want := []string{saidRegistered, saidAway}; !slices.Equal(log.said(t), want) {
+		t.Errorf("said %q, want %q", log.said(t), want)
+	}
+}
+
+func TestRunEnds(t *testing.T) {
+	srv := redistest.Start(t)
+	for _, c := range []struct {
+		name   string
+		before func(testing.TB, *Store, *Beater)
+		want   error
+	}{
+		{"interval too long", func(testing.TB, *Store, *Beater) {}, ErrInterval},
+		{"left by another hand", func(tb testing.TB, s *Store, b *Beater) {
+			b.cfg.Interval = 0
+			leave(tb, s, host(1), b.token)
+		}, ErrLeft},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := fresh(t, srv)
+			b, log := newBeater(t, s, time.Minute)
+			c.before(t, s, b)
+			e := observe(t, s, func() {
+				if err := start(t, b).wait(t); !errors.Is(err, c.want) {
+					t.Errorf("Run returned %v, want %v", err, c.want)
+				}
+			})
+			e.nothing(t)
+			if said := log.said(t); len(said) > 0 { // its caller says it
+				t.Errorf("said %q", said)
+			}
+		})
+	}
+}
+
+func TestBeatDelays(t *testing.T) {
+	s, srv := newStore(t)
+	prod := production(t, srv)
+	ctx := t.Context()
+	const interval = time.Second
+	b, _ := newBeater(t, prod, interval)
+	for range 200 {
+		if next, err := b.Beat(ctx); err != nil || next < interval*8/10 || next > interval {
+			t.Fatalf("next in %v %v, want 0.8 to 1.0 of %v", next, err, interval)
+		}
+	}
+	// As loser too.
+	loser, _ := newBeater(t, prod, interval)
+	loser.answered = true
+	if next, err := loser.Beat(ctx); !errors.Is(err, ErrNotOwner) || next < interval*8/10 || next > interval {
+		t.Errorf("loser: next in %v %v", next, err)
+	}
+	// A registry's answer resets the ceiling.
+	do(t, s, "CONFIG", "SET", "min-replicas-to-write", 1)
+	over := false
+	for n := 1; n <= 60; n++ {
+		ceiling := min(FirstRetry<<(n-1), interval)
+		if n > 5 {
+			ceiling = interval
+		}
+		next, err := b.Beat(ctx)
+		if err == nil || !strings.Contains(err.Error(), "NOREPLICAS") || next <= 0 || next > ceiling {
+			t.Fatalf("failure %d: next in %v %v, want at most %v", n, next, err, ceiling)
+		}
+		over = over || next > interval/2
+	}
+	if !over {
+		t.Error("60 failures never waited for more than half of the interval")
+	}
+	do(t, s, "CONFIG", "SET", "min-replicas-to-write", 0)
+	if _, err := b.Beat(ctx); err != nil || b.failures != 0 {
+		t.Errorf("after the outage: %v, %d failures", err, b.failures)
+	}
+}
+
+// TestBeatClaims checks that a process takes its address over once, and not
+// from somebody who took it later.
+func TestBeatClaims(t *testing.T) {
+	srv := redistest.Start(t)
+	s := fresh(t, srv)
+	ctx := t.Context()
+	join(t, s, host(1), "before")
+	b, _ := newBeater(t, s, 0)
+	if _, err := b.Beat(ctx); err != nil {
+		t.Fatalf("the first beat does not claim: %v", err)
+	}
+	join(t, s, host(1), "after")
+	if _, err := b.Beat(ctx); !errors.Is(err, ErrNotOwner) {
+		t.Errorf("the second beat: %v, want ErrNotOwner", err)
+	}
+}
+
+// TestBeatClaimsUntilAnswered checks that failures do not use the claim up.
+func TestBeatClaimsUntilAnswered(t *testing.T) {
+	s, srv := newStore(t)
+	prod := production(t, srv)
+	join(t, s, host(1), "before")
+	do(t, s, "CONFIG", "SET", "min-replicas-to-write", 1)
+	b, _ := newBeater(t, prod, 0)
+	for range 3 {
+		if _, err := b.Beat(t.Context()); err == nil {
+			t.Fatal("a beat without replicas was accepted")
+		}
+	}
+	do(t, s, "CONFIG", "SET", "min-replicas-to-write", 0)
+	if _, err := b.Beat(t.Context()); err != nil {
+		t.Errorf("got %v, want a takeover", err)
+	}
+}
+
+// TestBeatClaimIsSettledByAnyAnswer also with a registry whose TTL is nonsense.
+func TestBeatClaimIsSettledByAnyAnswer(t *testing.T) {
+	srv := redistest.Start(t)
+	for _, ttl := range []any{15000, 0, -1} {
+		s := fresh(t, srv)
+		do(t, s, "HSET", s.keys.Config(), "ttl_ms", ttl)
+		b, _ := newBeater(t, s, 0)
+		if _, err := b.Beat(t.Context()); b.answered != (err == nil || errors.Is(err, ErrInterval)) {
+			t.Errorf("TTL %v: %v, answered %v", ttl, err, b.answered)
+		}
+	}
+}
+
+func TestBeatAdoptsInterval(t *testing.T) {
+	srv := redistest.Start(t)
+	for _, c := range []struct {
+		name           string
+		own, registry  time.Duration
+		afterwards     time.Duration // the registry's, changed while it runs
+		want, wantThen time.Duration
+	}{
+		{"none of its own", 0, 3 * time.Second, 2 * time.Second, 3 * time.Second, 2 * time.Second},
+		{"its own", time.Second, 3 * time.Second, 2 * time.Second, time.Second, time.Second},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := fresh(t, srv)
+			b, _ := newBeater(t, s, c.own)
+			for _, step := range []struct{ registry, want time.Duration }{{c.registry, c.want}, {c.afterwards, c.wantThen}} {
+				_, _, err := s.Config(t.Context(), DefaultTTL, step.registry, true)
+				must(t, err)
+				if next, err := b.Beat(t.Context()); err != nil || b.interval != step.want || next > step.want || next < step.want*8/10 {
+					t.Errorf("registry %v: next in %v %v, interval %v, want %v", step.registry, next, err, b.interval, step.want)
+				}
+			}
+		})
+	}
+}
+
+// TestBeatOfLoser follows one who lost its address to another until the other
+// stops.
+func TestBeatOfLoser(t *testing.T) {
+	srv := redistest.Start(t)
+	s := fresh(t, srv)
+	ctx := t.Context()
+	b, log := newBeater(t, s, 0)
+	if _, err := b.Beat(ctx); err != nil {
+		t.Fatal(err)
+	}
+	join(t, s, host(1), "other")
+	for range 10 {
+		s.setClock(s.clock() + intervalMS/5) // up to exactly two intervals
+		if _, err := b.Beat(ctx); !errors.Is(err, ErrNotOwner) {
+			t.Fatalf("got %v, want ErrNotOwner", err)
+		}
+	}
+	s.setClock(s.clock() + 1)
+	if _, err := b.Beat(ctx); err != nil {
+		t.Fatalf("the holder is stale: %v", err)
+	}
+	join(t, s, host(1), "third")
+	if _, err := b.Beat(ctx); !errors.Is(err, ErrNotOwner) {
+		t.Fatalf("got %v, want ErrNotOwner", err)
+	}
+	if want := []string{saidRegistered, saidLoser, saidRegistered, saidLoser}; !slices.Equal(log.said(t), want) {
+		t.Errorf("said %q, want %q", log.said(t), want)
+	}
+}
+
+func TestRunOfLoserLeavesTheHolder(t *testing.T) {
+	s, _ := newStore(t)
+	b, log := newBeater(t, s, 20*time.Millisecond)
+	r := start(t, b)
+	registered(t, s, b)
+	join(t, s, host(1), "other")
+	log.hears(t, saidLoser)
+	if err := r.stop(t); err != nil {
+		t.Errorf("Run returned %v", err)
+	}
+	if !present(t, s, host(1)) || gone(t, s, host(1)) != "" {
+		t.Error("the loser took the holder out")
+	}
+	if want := []string{saidRegistered, saidLoser, saidNothing}; !slices.Equal(log.said(t), want) {
+		t.Errorf("said %q, want %q", log.said(t), want)
+	}
+}
+
+// TestBeatOutageIsSaidOnce checks the volume of a long outage.
+func TestBeatOutageIsSaidOnce(t *testing.T) {
+	srv := redistest.Start(t)
+	s := production(t, srv)
+	b, log := newBeater(t, s, 0)
+	if _, err := b.Beat(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	srv.Kill(t)
+	for range 1000 {
+		if _, err := b.Beat(t.Context()); err == nil {
+			t.Fatal("a dead server answered")
+		}
+	}
+	if want := []string{saidRegistered, saidFailed}; !slices.Equal(log.said(t), want) {
+		t.Errorf("said %q, want %q", log.said(t), want)
+	}
+	srv.Launch(t)
+	eventually(t, func() error { _, err := b.Beat(t.Context()); return err })
+	if want := []string{saidRegistered, saidFailed, saidBack, saidRegistered}; !slices.Equal(log.said(t), want) {
+		t.Errorf("said %q, want %q", log.said(t), want)
+	}
+}
+
+// TestBeatCancelledIsNoOutage checks that the end of a context is not reported
+// as a failure of Redis.
+func TestBeatCancelledIsNoOutage(t *testing.T) {
+	srv := redistest.Start(t)
+	b, log := newBeater(t, production(t, srv), 0)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := b.Beat(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	if said := log.said(t); len(said) > 0 || b.failures != 0 {
+		t.Errorf("said %q, %d failures", said, b.failures)
+	}
+}
+
+// TestBeatSurvivesShorterTTL: a registry whose TTL is lowered must not lose the
+// sidecars that run.
+func TestBeatSurvivesShorterTTL(t *testing.T) {
+	srv := redistest.Start(t)
+	s := fresh(t, srv)
+	b, _ := newBeater(t, s, 5*time.Second)
+	if _, err := b.Beat(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.Config(t.Context(), 3*time.Second, time.Second, true); err != nil {
+		t.Fatal(err)
+	}
+	if next, err := b.Beat(t.Context()); err != nil || next > time.Second {
+		t.Errorf("next in %v, %v; want at most the registry's second", next, err)
+	}
+}

@@ -1,0 +1,322 @@
+package registrar
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Defaults of the protocol. A registry's own values are in its config key.
+const (
+	DefaultTTL      = 15 * time.Second // an instance that is silent for longer is dead
+	DefaultInterval = 5 * time.Second  // between two heartbeats; at most a third of the TTL
+	DefaultWeight   = 100              // of an instance that names none
+	MaxWeight       = 256              // HAProxy's own limit
+)
+
+var numericEnd = regexp.MustCompile(`(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)\.?$`)
+
+var servicePattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9._-]{0,62})$`)
+
+// Service is the name of a service, as ParseService accepts it.
+type Service string
+
+// ParseService accepts lower-case letters, digits, '.', '_' and '-', at most
+// 63, beginning with a letter or a digit.
+func ParseService(s string) (Service, error) {
+	if !servicePattern.MatchString(s) {
+		return "", fmt.Errorf("service name %q: want %s", s, servicePattern)
+	}
+	return Service(s), nil
+}
+
+// ParseAddr accepts an instance's address in its one canonical form: an IP
+// literal and a port from 1 to 65535, "10.0.0.7:8080" or "[2001:db8::1]:8080".
+// It refuses zones, unspecified, multicast and broadcast addresses, IPv4 in
+// IPv6 and every other spelling, so two members can never mean one address.
+func ParseAddr(s string) (netip.AddrPort, error) {
+	a, err := netip.ParseAddrPort(s)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("address %q: want IP:PORT", s)
+	}
+	if err := checkAddr(a); err != nil {
+		return netip.AddrPort{}, fmt.Errorf("address %q: %w", s, err)
+	}
+	if a.String() != s {
+		return netip.AddrPort{}, fmt.Errorf("address %q: not in its canonical form %s", s, a)
+	}
+	return a, nil
+}
+
+var errZone = errors.New("a zone means nothing on another host")
+
+func checkAddr(a netip.AddrPort) error {
+	ip := a.Addr()
+	switch {
+	case a.Port() == 0:
+		return errors.New("port 0 cannot be served")
+	case ip.Zone() != "":
+		return errZone
+	case ip.IsUnspecified():
+		return errors.New("an unspecified address cannot be reached; name the interface's own")
+	case ip.IsMulticast() || ip == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+		return errors.New("a multicast or broadcast address is no instance")
+	case ip.Is4In6():
+		return fmt.Errorf("IPv4 in IPv6; write %s", netip.AddrPortFrom(ip.Unmap(), a.Port()))
+	}
+	return nil
+}
+
+// ResolveAddr turns what a person types into an instance's address: an IP
+// literal as it is (IPv4 in IPv6 unmapped), a host name by one look-up, of
+// which it takes the first IPv4 address or else the first address.
+func ResolveAddr(ctx context.Context, s string) (netip.AddrPort, error) {
+	host, portText, err := net.SplitHostPort(s)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("address %q: want HOST:PORT", s)
+	}
+	port, err := strconv.ParseUint(portText, 10, 16)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("address %q: port %q is no number from 1 to 65535", s, portText)
+	}
+	ip, err := netip.ParseAddr(host)
+	if err != nil {
+		if ip, err = lookUp(ctx, host); err != nil {
+			return netip.AddrPort{}, fmt.Errorf("address %q: %w", s, err)
+		}
+	}
+	zone := ip.Zone() // which Unmap drops
+	a := netip.AddrPortFrom(ip.Unmap(), uint16(port))
+	if err := checkAddr(a); err != nil {
+		return netip.AddrPort{}, fmt.Errorf("address %q: %w", s, err)
+	}
+	if zone != "" {
+		return netip.AddrPort{}, fmt.Errorf("address %q: %w", s, errZone)
+	}
+	return a, nil
+}
+
+func lookUp(ctx context.Context, host string) (netip.Addr, error) {
+	if host == "" {
+		return netip.Addr{}, errors.New("no host; name the address that balancers can reach")
+	}
+	// A last label that is a number makes it a mistyped IPv4 literal, which some
+	// resolvers would read as octal, as hexadecimal or as one number.
+	if numericEnd.MatchString(host) {
+		return netip.Addr{}, fmt.Errorf("%q is no IPv4 address", host)
+	}
+	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("resolve %s: %w", host, err)
+	}
+	if len(ips) == 0 {
+		return netip.Addr{}, fmt.Errorf("resolve %s: no address", host)
+	}
+	return prefer4(ips), nil
+}
+
+// prefer4 returns the first IPv4 address of ips, or else the first.
+func prefer4(ips []netip.Addr) netip.Addr {
+	for _, ip := range ips {
+		if ip.Unmap().Is4() {
+			return ip.Unmap()
+		}
+	}
+	return ips[0]
+}
+
+// CheckWeight refuses a weight outside 0 to 256.
+func CheckWeight(w int) error {
+	if w < 0 || w > MaxWeight {
+		return fmt.Errorf("weight %d: want 0 to %d", w, MaxWeight)
+	}
+	return nil
+}
+
+// CheckInterval refuses a heartbeat interval that leaves room for fewer than
+// three beats in a TTL.
+func CheckInterval(interval, ttl time.Duration) error {
+	if interval <= 0 || interval > ttl/3 {
+		return fmt.Errorf("interval %v: want more than 0 and at most a third of the TTL %v, so that two lost beats cost nothing", interval, ttl)
+	}
+	return nil
+}
+
+// Meta is what an instance says of itself. It is stored verbatim: a beat whose
+// bytes differ from the stored ones is a change.
+type Meta struct {
+	ID         string            `json:"id"`                 // token, new at each registration
+	Weight     int               `json:"weight"`             // 0 to 256
+	Zone       string            `json:"zone,omitempty"`     //
+	Tags       map[string]string `json:"tags,omitempty"`     //
+	Draining   bool              `json:"draining,omitempty"` // leaving: no new requests, please
+	Registered int64             `json:"registered"`         // unix ms, by the instance's own clock; for display
+}
+
+// MaxMeta is the most bytes of metadata that a beat may carry.
+const MaxMeta = 4096
+
+// parseMeta reads stored metadata. None at all is an instance that somebody
+// added by hand: it has the default weight.
+func parseMeta(s string) (Meta, error) {
+	if s == "" {
+		return Meta{Weight: DefaultWeight}, nil
+	}
+	m := Meta{Weight: DefaultWeight}
+	if err := json.Unmarshal([]byte(s), &m); err != nil {
+		return Meta{}, fmt.Errorf("metadata: %w", err)
+	}
+	if err := CheckWeight(m.Weight); err != nil {
+		return Meta{}, fmt.Errorf("metadata: %w", err)
+	}
+	return m, nil
+}
+
+// AdminState is an operator's word about one instance.
+type AdminState string
+
+// The words of an operator. None is the absence of one.
+const (
+	AdminNone  AdminState = ""
+	AdminDrain AdminState = "drain" // no new requests
+	AdminMaint AdminState = "maint" // no requests at all
+)
+
+// Admin is what operators have said of an address. It outlives the instance.
+type Admin struct {
+	State  AdminState `json:"state,omitempty"`
+	Weight *int       `json:"weight,omitempty"` // in the place of the instance's own
+	Reason string     `json:"reason,omitempty"`
+	At     int64      `json:"at,omitempty"` // unix ms by Redis' clock
+}
+
+func parseAdmin(s string) (Admin, error) {
+	if s == "" {
+		return Admin{}, nil
+	}
+	var a Admin
+	if err := json.Unmarshal([]byte(s), &a); err != nil {
+		return Admin{}, fmt.Errorf("admin word: %w", err)
+	}
+	switch a.State {
+	case AdminNone, AdminDrain, AdminMaint:
+	default:
+		return Admin{}, fmt.Errorf("admin word: unknown state %q", a.State)
+	}
+	if a.Weight != nil {
+		if err := CheckWeight(*a.Weight); err != nil {
+			return Admin{}, fmt.Errorf("admin word: %w", err)
+		}
+	}
+	return a, nil
+}
+
+// Reason is why an address is gone.
+type Reason string
+
+// The reasons. Left, Unhealthy and Operator are somebody's word; Expired is
+// only silence.
+const (
+	Left      Reason = "left"
+	Unhealthy Reason = "unhealthy"
+	Expired   Reason = "expired"
+	Operator  Reason = "operator"
+)
+
+// Gone is the register's note of an address that went.
+type Gone struct {
+	Reason Reason
+	At     int64 // unix ms by Redis' clock
+	Token  string
+}
+
+func parseGone(s string) (Gone, bool) {
+	f := strings.SplitN(s, " ", 3)
+	if len(f) < 2 {
+		return Gone{}, false
+	}
+	at, err := strconv.ParseInt(f[1], 10, 64)
+	if err != nil {
+		return Gone{}, false
+	}
+	g := Gone{Reason: Reason(f[0]), At: at}
+	if len(f) == 3 {
+		g.Token = f[2]
+	}
+	switch g.Reason {
+	case Left, Unhealthy, Expired, Operator:
+		return g, true
+	}
+	return Gone{}, false
+}
+
+// Instance is one address of a service as the register knows it.
+type Instance struct {
+	Addr  netip.AddrPort
+	Beat  int64 // last heartbeat, unix ms by Redis' clock
+	Meta  Meta
+	Admin Admin
+}
+
+// Weight is the weight in force: the operator's if there is one.
+func (i Instance) Weight() int {
+	if i.Admin.Weight != nil {
+		return *i.Admin.Weight
+	}
+	return i.Meta.Weight
+}
+
+// State is the admin state in force: the operator's word, or drain while the
+// instance says that it is leaving.
+func (i Instance) State() AdminState {
+	if i.Admin.State == AdminNone && i.Meta.Draining {
+		return AdminDrain
+	}
+	return i.Admin.State
+}
+
+// Entry is what a read says of one address: that it is there, or that and how
+// it went (Gone is nil if the register does not know), or that what is stored
+// cannot be believed (Garbage). Of the last nothing must be concluded.
+type Entry struct {
+	Addr     netip.AddrPort
+	Present  bool
+	Instance Instance // if Present
+	Gone     *Gone    // if not
+	Garbage  string   // why it cannot be believed; empty for all others
+}
+
+// Token names one state of one service. Two equal tokens name the same state;
+// unequal ones say nothing of before and after.
+type Token struct {
+	ReplID  string // master_replid: another data set, or a fail-over
+	Epoch   string // another epoch: the register lost its data
+	Version int64
+}
+
+// Interrupted tells whether the history between t and the later u cannot be
+// trusted to be one: another data set, or a version that went back.
+func (t Token) Interrupted(u Token) bool {
+	return t.ReplID != u.ReplID || t.Epoch != u.Epoch || u.Version < t.Version
+}
+
+// Snapshot is one consistent read of one service.
+type Snapshot struct {
+	Service Service
+	Token   Token
+	Full    bool // every address; else only those that changed since the token of the read
+	Entries []Entry
+	Now     int64 // unix ms by Redis' clock, of the same read
+	TTL     time.Duration
+	// Interval is the registry's heartbeat interval.
+	Interval time.Duration
+	// Garbage lists members that are no addresses at all.
+	Garbage []string
+}

@@ -1,0 +1,55 @@
+package registrar
+
+import (
+	"fmt"
+	"regexp"
+)
+
+// DefaultNamespace begins every key unless the operator says otherwise.
+const DefaultNamespace = "rollcall"
+
+var namespacePattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9._-]{0,62})$`)
+
+// Keys spells every key and the channel of one namespace. All keys of one
+// service carry the service's name in braces, so a Redis Cluster keeps them in
+// one slot.
+type Keys struct{ ns string }
+
+// NewKeys returns the keys of namespace ns (lower-case letters, digits, '.',
+// '_' and '-', at most 63).
+func NewKeys(ns string) (Keys, error) {
+	if !namespacePattern.MatchString(ns) {
+		return Keys{}, fmt.Errorf("namespace %q: want %s", ns, namespacePattern)
+	}
+	return Keys{ns}, nil
+}
+
+func (k Keys) Services() string { return k.ns + ":services" } // SET of service names
+func (k Keys) Version() string  { return k.ns + ":version" }  // STRING, the global version
+func (k Keys) Epoch() string    { return k.ns + ":epoch" }    // STRING, random id, set once
+func (k Keys) Config() string   { return k.ns + ":config" }   // HASH: ttl_ms, interval_ms
+func (k Keys) Changes() string  { return k.ns + ":changes" }  // channel: "<global> <service> <service version>"
+
+func (k Keys) Instances(s Service) string { return k.of(s, "instances") } // ZSET: addr, score = last heartbeat, unix ms
+func (k Keys) Meta(s Service) string      { return k.of(s, "meta") }      // HASH: addr → JSON of Meta
+func (k Keys) Admin(s Service) string     { return k.of(s, "admin") }     // HASH: addr → JSON of Admin
+func (k Keys) Gone(s Service) string      { return k.of(s, "gone") }      // HASH: addr → "<reason> <ms> <token>"
+func (k Keys) GoneAt(s Service) string    { return k.of(s, "gone-at") }   // ZSET: addr, score = unix ms
+func (k Keys) Changed(s Service) string   { return k.of(s, "changed") }   // ZSET: addr, score = service version
+func (k Keys) ServiceVersion(s Service) string {
+	return k.of(s, "version") // STRING, never deleted
+}
+
+// Reaper is a STRING, the last pulse token of one reaper; it expires.
+func (k Keys) Reaper(id string) string { return k.ns + ":reaper:" + id }
+
+func (k Keys) of(s Service, what string) string { return k.ns + ":{" + string(s) + "}:" + what }
+
+// change lists the keys of every script that changes one service, in the order
+// that lua/lib.lua names them.
+func (k Keys) change(s Service) []string {
+	return []string{
+		k.Instances(s), k.Meta(s), k.Admin(s), k.Gone(s), k.GoneAt(s), k.Changed(s), k.ServiceVersion(s),
+		k.Services(), k.Version(), k.Epoch(), k.Config(),
+	}
+}

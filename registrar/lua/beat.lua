@@ -1,0 +1,67 @@
+#!lua flags=allow-oom
+-- One heartbeat. Arrival, other metadata or another owner is a change; else
+-- only the score moves. allow-oom: a full Redis must not make the living look
+-- dead.
+--
+-- KEYS  1 to 11 as in lib.lua
+-- ARGV  1 to 4 as in lib.lua
+--       5 addr   6 token   7 metadata, JSON with the token as id
+--       8 '1' = claim: take over whoever holds the address   9 interval, ms, 0 = the registry's
+-- Returns {status, now ms, service version, ttl ms, interval ms}
+--   OK        the score moved (service version 0: not read)
+--   NEW       it arrived             CHANGED   its metadata changed
+--   TAKEN     it took the address over from another token
+--   LEFT      this token has left; nothing written
+--   NOTOWNER  another token holds the address and beats; nothing written
+--   INTERVAL  the interval is more than a third of the TTL; nothing written
+local addr, token, meta, claim = ARGV[5], ARGV[6], ARGV[7], ARGV[8] == '1'
+
+local cfg = redis.call('HMGET', KEYS[11], 'ttl_ms', 'interval_ms')
+local ttl, interval = tonumber(cfg[1] or '') or 15000, tonumber(cfg[2] or '') or 5000
+local now = tonumber(ARGV[3])
+if not now then
+  local t = redis.call('TIME')
+  now = t[1] * 1000 + math.floor(t[2] / 1000)
+end
+if tonumber(ARGV[9]) * 3 > ttl then return {'INTERVAL', now, 0, ttl, interval} end
+
+local held = redis.call('HGET', KEYS[2], addr)
+local score = redis.call('ZSCORE', KEYS[1], addr)
+if score and held == meta then
+  redis.call('ZADD', KEYS[1], now, addr)
+  return {'OK', now, 0, ttl, interval}
+end
+
+-- lib
+
+local bad = mistyped()
+if bad then return bad end
+
+local gone = redis.call('HGET', KEYS[4], addr)
+if gone then
+  local reason, by = string.match(gone, '^(%a+) %d+ (.*)$')
+  if by == token and (reason == 'left' or reason == 'unhealthy') then return {'LEFT', now, 0, ttl, interval} end
+end
+
+local status = 'NEW'
+if score then
+  local holder = token_of(addr)
+  if holder == token then
+    status = 'CHANGED'
+  elseif holder == '' or claim or now - tonumber(score) > 2 * interval then
+    status = 'TAKEN'
+  else
+    return {'NOTOWNER', now, 0, ttl, interval}
+  end
+end
+
+local g, v = bump()
+if not g then return v end
+redis.call('SADD', KEYS[8], ARGV[2])
+redis.call('HSET', KEYS[2], addr, meta)
+redis.call('ZADD', KEYS[1], now, addr)
+redis.call('ZADD', KEYS[6], v, addr)
+redis.call('HDEL', KEYS[4], addr)
+redis.call('ZREM', KEYS[5], addr)
+announce(g, v)
+return {status, now, v, ttl, interval}

@@ -1,0 +1,29 @@
+#!lua
+-- An operator takes an instance out. One that beats is refused unless forced:
+-- its next beat would bring it back.
+--
+-- KEYS  1 to 11 as in lib.lua
+-- ARGV  1 to 4 as in lib.lua   5 addr   6 '1' = force
+-- Returns {status, service version, age of the last beat in ms}
+--   OK      it is out
+--   ABSENT  there is no such instance; nothing written
+--   BEATS   its last beat is younger than two intervals; nothing written
+local addr, force = ARGV[5], ARGV[6] == '1'
+
+-- lib
+
+local bad = mistyped()
+if bad then return bad end
+local now = clock()
+
+local score = tonumber(redis.call('ZSCORE', KEYS[1], addr) or '')
+if not score then return {'ABSENT', 0, 0} end
+local interval = tonumber(redis.call('HGET', KEYS[11], 'interval_ms') or '') or 5000
+if not force and now - score <= 2 * interval then return {'BEATS', 0, math.max(now - score, 0)} end
+
+local g, v = bump()
+if not g then return v end
+take_out(addr, 'operator', now, v)
+tidy(now)
+announce(g, v)
+return {'OK', v, now - score}

@@ -1,0 +1,88 @@
+-- Shared by every script that changes one service. A script names its shebang
+-- and its own arguments; the store puts this text where it says "-- lib".
+--
+-- KEYS  1 instances ZSET   2 meta HASH      3 admin HASH   4 gone HASH
+--       5 gone-at ZSET     6 changed ZSET   7 service version STRING
+--       8 services SET     9 version STRING 10 epoch STRING 11 config HASH
+-- ARGV  1 channel   2 service   3 now, unix ms, '' = the server's TIME
+--       4 epoch to set if there is none   5… the script's own
+
+local function clock()
+  if ARGV[3] ~= '' then return tonumber(ARGV[3]) end
+  local t = redis.call('TIME')
+  return t[1] * 1000 + math.floor(t[2] / 1000)
+end
+
+-- A script that fails half way is not rolled back, so wrong types are found
+-- before the first write.
+local function mistyped()
+  local want = {'zset', 'hash', 'hash', 'hash', 'zset', 'zset', 'string', 'set', 'string', 'string', 'hash'}
+  for i, w in ipairs(want) do
+    local t = redis.call('TYPE', KEYS[i]).ok
+    if t ~= w and t ~= 'none' then
+      return redis.error_reply('WRONGTYPE ' .. KEYS[i] .. ' is a ' .. t .. ', want a ' .. w)
+    end
+  end
+end
+
+-- Bumps first: whatever happens after, everybody looks again.
+-- Returns both versions, or nil and an error reply.
+local function bump()
+  local g = redis.pcall('INCR', KEYS[9])
+  if type(g) == 'table' then return nil, redis.error_reply('ERR ' .. KEYS[9] .. ' is no counter: ' .. g.err) end
+  local v = redis.pcall('INCR', KEYS[7])
+  if type(v) == 'table' then return nil, redis.error_reply('ERR ' .. KEYS[7] .. ' is no counter: ' .. v.err) end
+  redis.call('SETNX', KEYS[10], ARGV[4])
+  return g, v
+end
+
+local function announce(g, v)
+  redis.call('PUBLISH', ARGV[1], string.format('%.0f %s %.0f', g, ARGV[2], v))
+end
+
+local function token_of(addr)
+  local meta = redis.call('HGET', KEYS[2], addr)
+  if not meta then return '' end
+  local ok, m = pcall(cjson.decode, meta)
+  if ok and type(m) == 'table' and type(m.id) == 'string' then return m.id end
+  return ''
+end
+
+-- Notes that addr is gone and drops old notes: at most 100, older than 10 min.
+-- With a note goes the address's place in `changed`; `pruned` remembers the
+-- highest version that went that way.
+local function note_gone(addr, reason, token, now, v)
+  redis.call('HSET', KEYS[4], addr, string.format('%s %.0f %s', reason, now, token))
+  redis.call('ZADD', KEYS[5], now, addr)
+  redis.call('ZADD', KEYS[6], v, addr)
+end
+
+local function prune(now)
+  local old = redis.call('ZRANGEBYSCORE', KEYS[5], '-inf', '(' .. string.format('%.0f', now - 600000), 'LIMIT', 0, 100)
+  local pruned = tonumber(redis.call('ZSCORE', KEYS[6], 'pruned') or 0)
+  for _, a in ipairs(old) do
+    redis.call('HDEL', KEYS[4], a)
+    redis.call('ZREM', KEYS[5], a)
+    if not redis.call('ZSCORE', KEYS[1], a) then
+      local s = redis.call('ZSCORE', KEYS[6], a)
+      if s then
+        pruned = math.max(pruned, tonumber(s))
+        redis.call('ZREM', KEYS[6], a)
+      end
+    end
+  end
+  if pruned > 0 and #old > 0 then redis.call('ZADD', KEYS[6], pruned, 'pruned') end
+end
+
+-- Takes addr out. The caller has bumped and announces.
+local function take_out(addr, reason, now, v)
+  local token = token_of(addr)
+  redis.call('ZREM', KEYS[1], addr)
+  redis.call('HDEL', KEYS[2], addr)
+  note_gone(addr, reason, token, now, v)
+end
+
+local function tidy(now)
+  prune(now)
+  if redis.call('ZCARD', KEYS[1]) == 0 then redis.call('SREM', KEYS[8], ARGV[2]) end
+end

@@ -1,0 +1,17 @@
+#!lua
+-- A reaper's proof that Redis accepts writes. No flag: what refuses a beat
+-- (READONLY, MISCONF, NOREPLICAS, OOM) refuses this.
+--
+-- KEYS  1 this reaper's pulse STRING   2 epoch STRING
+-- ARGV  1 new token   2 epoch to set if there is none   3 expiry, ms   4 now, unix ms, '' = the server's TIME
+-- Returns {now ms, master_replid, epoch before the call or '', previous token or ''}
+local now = tonumber(ARGV[4])
+if not now then
+  local t = redis.call('TIME')
+  now = t[1] * 1000 + math.floor(t[2] / 1000)
+end
+local epoch = redis.call('GET', KEYS[2])
+if not epoch then redis.call('SET', KEYS[2], ARGV[2]) end
+local previous = redis.call('GET', KEYS[1])
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
+return {now, string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or '', epoch or '', previous or ''}

@@ -1,0 +1,36 @@
+#!lua
+-- Takes out instances of one service whose last beat is older than the
+-- cut-off. No flag: a Redis that would refuse a beat must refuse this too.
+--
+-- KEYS  1 to 11 as in lib.lua   12 this reaper's pulse STRING
+-- ARGV  1 to 4 as in lib.lua
+--       5 token of the last pulse   6 time of the last pulse, ms   7 its greatest age, ms
+--       8 cut-off, ms: out is who beat before it, not at it   9 most addresses a call
+-- Returns {status, service version, stale ones left, addr…}
+--   OK      each addr is out by this very call
+--   FENCED  Redis does not hold the pulse: other data, or it expired; nothing written
+--   LATE    the pulse is too old or in the future; nothing written
+local token, last, most, cut = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
+
+-- lib
+
+local now = clock()
+if redis.call('GET', KEYS[12]) ~= token then return {'FENCED', 0, 0} end
+if now < last or now - last > most then return {'LATE', 0, 0} end
+local bad = mistyped()
+if bad then return bad end
+
+-- A score from the future would live for ever. It is no change: the member is
+-- where it was.
+for _, a in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '(' .. string.format('%.0f', now), '+inf', 'LIMIT', 0, 1000)) do
+  redis.call('ZADD', KEYS[1], 'XX', now, a)
+end
+
+local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. cut, 'LIMIT', 0, ARGV[9])
+if #stale == 0 then return {'OK', 0, 0} end
+local g, v = bump()
+if not g then return v end
+for _, a in ipairs(stale) do take_out(a, 'expired', now, v) end
+tidy(now)
+announce(g, v)
+return {'OK', v, redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. cut), unpack(stale)}

@@ -1,0 +1,162 @@
+// Package redistest starts real redis-server processes for tests: each on a
+// loopback address of its own and on a unix socket, without persistence, ended
+// by process id when the test ends. Nothing here imitates Redis.
+package redistest
+
+import (
+	"bufio"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// readyTimeout bounds the start of a server, which takes a few milliseconds.
+const readyTimeout = 10 * time.Second
+
+var started atomic.Uint32
+
+// Server is one running redis-server.
+type Server struct {
+	Host   string // a loopback address of this server alone
+	Addr   string // host:port
+	Socket string // path of its unix socket
+	Dir    string // its working directory
+	args   []string
+	cmd    *exec.Cmd
+}
+
+// Start runs a redis-server until the test ends. args are further settings,
+// such as "--appendonly", "yes". Without a redis-server the test is skipped, or
+// fails where ROLLCALL_REQUIRE_SERVERS or CI is set.
+func Start(tb testing.TB, args ...string) *Server {
+	tb.Helper()
+	if _, err := exec.LookPath("redis-server"); err != nil {
+		if os.Getenv("CI") != "" || os.Getenv("ROLLCALL_REQUIRE_SERVERS") != "" {
+			tb.Fatalf("redis-server is missing: %v; apt-get install redis-server", err)
+		}
+		tb.Skipf("redis-server is missing: %v", err)
+	}
+	dir, err := os.MkdirTemp("", "rc") // short: a socket's path may have 104 bytes
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			tb.Error(err)
+		}
+	})
+	n, pid := started.Add(1), os.Getpid()
+	host := fmt.Sprintf("127.%d.%d.%d", 64+pid>>8&63, pid&255, n%250+1)
+	s := &Server{Host: host, Addr: host + ":6379", Socket: filepath.Join(dir, "redis.sock"), Dir: dir, args: args}
+	s.Launch(tb)
+	tb.Cleanup(func() { s.Kill(tb) })
+	return s
+}
+
+// URL is the server's address as --redis takes it.
+func (s *Server) URL() string { return "redis://" + s.Addr + "/0" }
+
+// PID is the process id of the running server.
+func (s *Server) PID() int { return s.cmd.Process.Pid }
+
+// Client returns a client that the test's end closes.
+func (s *Server) Client(tb testing.TB) *redis.Client {
+	tb.Helper()
+	c := redis.NewClient(&redis.Options{Addr: s.Addr, MaxRetries: -1, DisableIdentity: true})
+	tb.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return c
+}
+
+// Launch starts the process again after Kill.
+func (s *Server) Launch(tb testing.TB) {
+	tb.Helper()
+	args := append([]string{
+		"--bind", s.Host, "--port", "6379", "--unixsocket", s.Socket, "--dir", s.Dir,
+		"--save", "", "--appendonly", "no", "--protected-mode", "no", "--daemonize", "no",
+	}, s.args...)
+	log, err := os.OpenFile(filepath.Join(s.Dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer log.Close()
+	s.cmd = exec.Command("redis-server", args...)
+	s.cmd.Stdout, s.cmd.Stderr = log, log
+	// A test binary that is killed must not leave a server behind.
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := s.cmd.Start(); err != nil {
+		tb.Fatalf("start redis-server: %v", err)
+	}
+	deadline := time.NewTimer(readyTimeout)
+	defer deadline.Stop()
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := s.ping()
+		if err == nil {
+			return
+		}
+		select {
+		case <-deadline.C:
+			out, _ := os.ReadFile(log.Name())
+			tb.Fatalf("redis-server on %s does not answer: %v\n%s", s.Addr, err, out)
+		case <-tick.C:
+		}
+	}
+}
+
+// ping succeeds when the server has loaded its data and answers. It asks on the
+// unix socket, which is in a directory of this server alone: on the TCP address
+// another's server might answer, if this one could not bind.
+func (s *Server) ping() error {
+	c, err := net.DialTimeout("unix", s.Socket, time.Second)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(time.Second)); err != nil {
+		return err
+	}
+	if _, err := fmt.Fprint(c, "PING\r\n"); err != nil {
+		return err
+	}
+	answer, err := bufio.NewReader(c).ReadString('\n')
+	if err != nil {
+		return err
+	}
+	if answer != "+PONG\r\n" {
+		return fmt.Errorf("answer %q", answer)
+	}
+	return nil
+}
+
+// Kill ends the process at once; it may have ended already.
+func (s *Server) Kill(tb testing.TB) {
+	tb.Helper()
+	if s.cmd.ProcessState != nil {
+		return
+	}
+	if err := s.cmd.Process.Kill(); err != nil {
+		tb.Errorf("kill redis-server: %v", err)
+	}
+	_ = s.cmd.Wait() // says "signal: killed"
+}
+
+// Signal sends sig, such as SIGSTOP and SIGCONT.
+func (s *Server) Signal(tb testing.TB, sig syscall.Signal) {
+	tb.Helper()
+	if err := s.cmd.Process.Signal(sig); err != nil {
+		tb.Fatalf("signal redis-server: %v", err)
+	}
+}

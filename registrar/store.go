@@ -1,0 +1,496 @@
+package registrar
+
+import (
+	"context"
+	"crypto/rand"
+	"embed"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// What a caller of Store decides on. Every other error means that the outcome
+// is unknown.
+var (
+	// ErrNotOwner says that another token holds the address.
+	ErrNotOwner = errors.New("another registration holds the address")
+	// ErrLeft says that this token has left; it cannot come back.
+	ErrLeft = errors.New("this registration has left")
+	// ErrInterval says that the heartbeat interval is too long for the TTL.
+	ErrInterval = errors.New("heartbeat interval too long")
+	// ErrAbsent says that there is no such instance.
+	ErrAbsent = errors.New("no such instance")
+	// ErrBeats says that the instance is alive and would come back.
+	ErrBeats = errors.New("the instance still beats")
+	// ErrFenced says that Redis does not hold a reaper's last pulse.
+	ErrFenced = errors.New("the pulse is not in this data set")
+	// ErrLate says that a reaper's last pulse is too old to act on.
+	ErrLate = errors.New("the pulse is too old")
+	// ErrBroken says that a key of this one service holds something else.
+	ErrBroken = errors.New("the service's keys are broken")
+)
+
+const (
+	// reapLimit bounds one call of reap.lua, and so how long it holds Redis.
+	reapLimit = 250
+	// deltaLimit is the most changed addresses that are cheaper to read one by
+	// one than all at once.
+	deltaLimit = 1000
+)
+
+//go:embed lua/*.lua
+var sources embed.FS
+
+func script(name string) *redis.Script {
+	src, err := sources.ReadFile("lua/" + name + ".lua")
+	if err != nil {
+		panic(err) // a file named in this package is not in this package
+	}
+	lib, err := sources.ReadFile("lua/lib.lua")
+	if err != nil {
+		panic(err)
+	}
+	return redis.NewScript(strings.Replace(string(src), "-- lib\n", string(lib), 1))
+}
+
+// Store runs the register's scripts on one Redis. It keeps no state of its own
+// and may be used by any number of goroutines.
+type Store struct {
+	rdb  redis.UniversalClient
+	keys Keys
+	// now is the clock argument of the scripts: empty for the server's own,
+	// set by tests of the package only.
+	now string
+
+	beat, leave, deregister, admin, reap, pulse, survey, read, versions, config *redis.Script
+}
+
+// NewStore returns the store of namespace ns. It does no I/O. The caller
+// closes rdb.
+func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
+	keys, err := NewKeys(ns)
+	if err != nil {
+		return nil, err
+	}
+	return &Store{
+		rdb: rdb, keys: keys,
+		beat: script("beat"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
+		reap: script("reap"), pulse: script("pulse"), survey: script("survey"),
+		read: script("read"), versions: script("versions"), config: script("config"),
+	}, nil
+}
+
+// Keys returns the names that the store uses.
+func (s *Store) Keys() Keys { return s.keys }
+
+// Ping asks Redis for a sign of life.
+func (s *Store) Ping(ctx context.Context) error {
+	if err := s.rdb.Ping(ctx).Err(); err != nil {
+		return fmt.Errorf("ping redis: %w", err)
+	}
+	return nil
+}
+
+// Subscribe opens a subscription to the change channel. The caller closes it,
+// and must demand an answer of it from time to time: a dead connection is
+// silent.
+func (s *Store) Subscribe(ctx context.Context) *redis.PubSub {
+	return s.rdb.Subscribe(ctx, s.keys.Changes())
+}
+
+// change runs a script that changes one service.
+func (s *Store) change(ctx context.Context, sc *redis.Script, svc Service, args ...any) ([]any, error) {
+	argv := append([]any{s.keys.Changes(), string(svc), s.now, rand.Text()}, args...)
+	return sc.Run(ctx, s.rdb, s.keys.change(svc), argv...).Slice()
+}
+
+// BeatStatus is what a beat came to.
+type BeatStatus string
+
+// The outcomes of an accepted beat.
+const (
+	BeatOK      BeatStatus = "OK"      // the score moved
+	BeatNew     BeatStatus = "NEW"     // the instance arrived
+	BeatChanged BeatStatus = "CHANGED" // its metadata changed
+	BeatTaken   BeatStatus = "TAKEN"   // it took the address over
+)
+
+// Beat is one heartbeat. Meta is the JSON of the registration with Token as
+// its id.
+type Beat struct {
+	Addr     netip.AddrPort
+	Token    string
+	Meta     string
+	Claim    bool          // take over whoever holds the address
+	Interval time.Duration // 0 = the registry's own
+}
+
+// BeatReply is the register's answer. Version is 0 unless the beat was a
+// change.
+type BeatReply struct {
+	Status        BeatStatus
+	Version       int64
+	TTL, Interval time.Duration
+}
+
+// Beat records a heartbeat of svc. It returns ErrLeft, ErrNotOwner or
+// ErrInterval, with the registry's TTL and interval in the reply, if Redis
+// answered and wrote nothing.
+func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error) {
+	what := fmt.Sprintf("beat %s %s", svc, b.Addr)
+	if len(b.Meta) > MaxMeta {
+		return BeatReply{}, fmt.Errorf("%s: %d bytes of metadata, at most %d", what, len(b.Meta), MaxMeta)
+	}
+	r, err := s.change(ctx, s.beat, svc, b.Addr.String(), b.Token, b.Meta, flag(b.Claim), b.Interval.Milliseconds())
+	if err != nil {
+		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
+	}
+	status, err := word(r, 5)
+	if err != nil {
+		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
+	}
+	reply := BeatReply{BeatStatus(status), integer(r[2]), millis(integer(r[3])), millis(integer(r[4]))}
+	switch reply.Status {
+	case BeatOK, BeatNew, BeatChanged, BeatTaken:
+		return reply, nil
+	case "LEFT":
+		err = ErrLeft
+	case "NOTOWNER":
+		err = ErrNotOwner
+	case "INTERVAL":
+		err = fmt.Errorf("%w: %w", ErrInterval, CheckInterval(b.Interval, reply.TTL))
+	default:
+		err = fmt.Errorf("unknown answer %q", status)
+	}
+	return reply, fmt.Errorf("%s: %w", what, err)
+}
+
+// Leave takes the token's instance out, or, if it is out already, keeps a late
+// beat of the token from bringing it back. It returns the service's version
+// after that, and ErrNotOwner if the address is another's.
+func (s *Store) Leave(ctx context.Context, svc Service, addr netip.AddrPort, token string, why Reason) (int64, error) {
+	what := fmt.Sprintf("leave %s %s", svc, addr)
+	r, err := s.change(ctx, s.leave, svc, addr.String(), token, string(why))
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", what, err)
+	}
+	switch status, err := word(r, 2); {
+	case err != nil:
+		return 0, fmt.Errorf("%s: %w", what, err)
+	case status == "OK" || status == "SAME":
+		return integer(r[1]), nil
+	case status == "NOTOWNER":
+		return 0, fmt.Errorf("%s: %w", what, ErrNotOwner)
+	default:
+		return 0, fmt.Errorf("%s: unknown answer %q", what, status)
+	}
+}
+
+// Deregister takes an instance out on an operator's word and returns the
+// service's version after that; ErrAbsent if there is none, ErrBeats if its
+// last beat is younger than two intervals and force is not set.
+func (s *Store) Deregister(ctx context.Context, svc Service, addr netip.AddrPort, force bool) (int64, error) {
+	what := fmt.Sprintf("deregister %s %s", svc, addr)
+	r, err := s.change(ctx, s.deregister, svc, addr.String(), flag(force))
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", what, err)
+	}
+	switch status, err := word(r, 3); {
+	case err != nil:
+		return 0, fmt.Errorf("%s: %w", what, err)
+	case status == "OK":
+		return integer(r[1]), nil
+	case status == "ABSENT":
+		return 0, fmt.Errorf("%s: %w", what, ErrAbsent)
+	case status == "BEATS":
+		return 0, fmt.Errorf("%s: %w: last beat %v ago", what, ErrBeats, millis(integer(r[2])))
+	default:
+		return 0, fmt.Errorf("%s: unknown answer %q", what, status)
+	}
+}
+
+// Word is an operator's word about one address.
+type Word struct {
+	Verb   string // drain, maint, ready or weight
+	Weight *int   // with weight; nil = the instance's own again
+	Reason string // with drain and maint
+}
+
+// SetAdmin writes an operator's word. It returns the service's version after
+// that and whether the instance is there; the word holds either way.
+func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, w Word) (version int64, present bool, err error) {
+	what := fmt.Sprintf("%s %s %s", w.Verb, svc, addr)
+	switch w.Verb {
+	case "drain", "maint", "ready", "weight":
+	default:
+		return 0, false, fmt.Errorf("%s: unknown verb", what)
+	}
+	weight := ""
+	if w.Weight != nil {
+		if err := CheckWeight(*w.Weight); err != nil {
+			return 0, false, fmt.Errorf("%s: %w", what, err)
+		}
+		weight = strconv.Itoa(*w.Weight)
+	}
+	r, err := s.change(ctx, s.admin, svc, addr.String(), w.Verb, weight, w.Reason)
+	if err != nil {
+		return 0, false, fmt.Errorf("%s: %w", what, err)
+	}
+	if _, err := word(r, 3); err != nil {
+		return 0, false, fmt.Errorf("%s: %w", what, err)
+	}
+	return integer(r[1]), integer(r[2]) == 1, nil
+}
+
+// Services returns the names of the services that have instances, in no order.
+// Names that are none are left out and returned as garbage.
+func (s *Store) Services(ctx context.Context) (names []Service, garbage []string, err error) {
+	all, err := s.rdb.SMembers(ctx, s.keys.Services()).Result()
+	if err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", s.keys.Services(), err)
+	}
+	for _, n := range all {
+		if svc, err := ParseService(n); err == nil {
+			names = append(names, svc)
+		} else {
+			garbage = append(garbage, n)
+		}
+	}
+	return names, garbage, nil
+}
+
+// Pulse is Redis' answer to a reaper's pulse.
+type Pulse struct {
+	Now      int64 // unix ms by Redis' clock
+	ReplID   string
+	Epoch    string // before the call; empty if there was none
+	Previous string // the token that this pulse replaced; empty if there was none
+}
+
+// Pulse writes token as the last pulse of the reaper id. Redis forgets it after
+// expiry.
+func (s *Store) Pulse(ctx context.Context, id, token string, expiry time.Duration) (Pulse, error) {
+	r, err := s.pulse.Run(ctx, s.rdb, []string{s.keys.Reaper(id), s.keys.Epoch()}, token, rand.Text(), expiry.Milliseconds(), s.now).Slice()
+	if err != nil {
+		return Pulse{}, fmt.Errorf("pulse: %w", err)
+	}
+	if len(r) != 4 {
+		return Pulse{}, fmt.Errorf("pulse: answer of %d parts, want 4", len(r))
+	}
+	return Pulse{integer(r[0]), text(r[1]), text(r[2]), text(r[3])}, nil
+}
+
+// Count is what a survey says of one service.
+type Count struct {
+	Service  Service
+	Members  int64
+	Stale    int64 // before the cut-off
+	Suspects int64 // before the suspect cut-off
+	Future   int64 // scores after now
+	Oldest   int64 // the oldest score, unix ms; 0 without members
+	Mistyped bool  // the key holds something else; nothing is known
+}
+
+// Survey counts, without reading members. Times are unix ms by Redis' clock.
+func (s *Store) Survey(ctx context.Context, svcs []Service, now, cutoff, suspect int64) ([]Count, error) {
+	const chunk = 1000
+	counts := make([]Count, 0, len(svcs))
+	for len(svcs) > 0 {
+		part := svcs[:min(chunk, len(svcs))]
+		svcs = svcs[len(part):]
+		keys := make([]string, len(part))
+		for i, svc := range part {
+			keys[i] = s.keys.Instances(svc)
+		}
+		r, err := s.survey.Run(ctx, s.rdb, keys, now, cutoff, suspect).Slice()
+		if err != nil {
+			return nil, fmt.Errorf("survey of %d services: %w", len(part), err)
+		}
+		if len(r) != 5*len(part) {
+			return nil, fmt.Errorf("survey of %d services: answer of %d parts", len(part), len(r))
+		}
+		for i, svc := range part {
+			f := r[5*i : 5*i+5]
+			c := Count{Service: svc, Members: integer(f[0]), Stale: integer(f[1]), Suspects: integer(f[2]), Future: integer(f[3])}
+			c.Mistyped = c.Members < 0
+			if score, err := strconv.ParseFloat(text(f[4]), 64); err == nil && score > 0 && score < 1e15 {
+				c.Oldest = int64(score)
+			}
+			counts = append(counts, c)
+		}
+	}
+	return counts, nil
+}
+
+// Sweep is a reaper's licence to remove: its pulse and the cut-off proven by it.
+type Sweep struct {
+	ID     string        // the reaper
+	Token  string        // of its last pulse
+	Last   int64         // time of that pulse, unix ms by Redis' clock
+	MaxAge time.Duration // of that pulse
+	Cutoff int64         // who beat before it is out, unix ms
+	Limit  int           // most instances a call; 0 = 250
+}
+
+// Reap takes out of svc at most 250 instances that beat before the cut-off. An
+// address is in exactly one answer, whatever number of reapers run. left is how
+// many more there are. It returns ErrFenced or ErrLate if the licence is void,
+// and ErrBroken if another service may still be reaped.
+func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (removed []string, left int64, err error) {
+	limit := reapLimit
+	if w.Limit > 0 {
+		limit = min(w.Limit, reapLimit)
+	}
+	argv := []any{s.keys.Changes(), string(svc), s.now, rand.Text(), w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, limit}
+	keys := append(s.keys.change(svc), s.keys.Reaper(w.ID))
+	r, err := s.reap.Run(ctx, s.rdb, keys, argv...).Slice()
+	if err != nil {
+		if broken(err) {
+			err = fmt.Errorf("%w: %w", ErrBroken, err)
+		}
+		return nil, 0, fmt.Errorf("reap %s: %w", svc, err)
+	}
+	if len(r) < 3 {
+		return nil, 0, fmt.Errorf("reap %s: answer of %d parts", svc, len(r))
+	}
+	switch status := text(r[0]); status {
+	case "OK":
+	case "FENCED":
+		return nil, 0, fmt.Errorf("reap %s: %w", svc, ErrFenced)
+	case "LATE":
+		return nil, 0, fmt.Errorf("reap %s: %w", svc, ErrLate)
+	default:
+		return nil, 0, fmt.Errorf("reap %s: unknown answer %q", svc, status)
+	}
+	for _, a := range r[3:] {
+		removed = append(removed, text(a))
+	}
+	return removed, integer(r[2]), nil
+}
+
+// Config makes sure that the registry has a TTL and a heartbeat interval, and
+// returns those in force. With overwrite it sets them.
+func (s *Store) Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (time.Duration, time.Duration, error) {
+	// A registry whose own interval is refused by its own TTL would refuse every
+	// instance.
+	if err := CheckInterval(interval.Truncate(time.Millisecond), ttl); err != nil {
+		return 0, 0, fmt.Errorf("write %s: %w", s.keys.Config(), err)
+	}
+	r, err := s.config.Run(ctx, s.rdb, []string{s.keys.Config()}, ttl.Milliseconds(), interval.Milliseconds(), flag(overwrite)).Slice()
+	if err != nil {
+		return 0, 0, fmt.Errorf("write %s: %w", s.keys.Config(), err)
+	}
+	if len(r) != 2 || integer(r[0]) <= 0 || integer(r[1]) <= 0 {
+		return 0, 0, fmt.Errorf("%s holds no durations: %v; set them with rollcall reap --set-ttl", s.keys.Config(), r)
+	}
+	return millis(integer(r[0])), millis(integer(r[1])), nil
+}
+
+// Clock returns Redis' time in unix ms and the registry's TTL.
+func (s *Store) Clock(ctx context.Context) (now int64, ttl time.Duration, err error) {
+	t, err := s.rdb.Time(ctx).Result()
+	if err != nil {
+		return 0, 0, fmt.Errorf("read redis' clock: %w", err)
+	}
+	ms, err := s.rdb.HGet(ctx, s.keys.Config(), "ttl_ms").Int64()
+	switch {
+	case errors.Is(err, redis.Nil):
+		ttl = DefaultTTL
+	case err != nil:
+		return 0, 0, fmt.Errorf("read %s: %w", s.keys.Config(), err)
+	default:
+		ttl = millis(ms)
+	}
+	return t.UnixMilli(), ttl, nil
+}
+
+// Versions are the counters of some services in one instant. A counter that is
+// no number reads -1, which no token has.
+type Versions struct {
+	ReplID, Epoch string
+	Global        int64
+	Of            map[Service]int64
+}
+
+// Versions reads the counters of svcs.
+func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) {
+	keys := make([]string, 0, len(svcs)+2)
+	keys = append(keys, s.keys.Epoch(), s.keys.Version())
+	for _, svc := range svcs {
+		keys = append(keys, s.keys.ServiceVersion(svc))
+	}
+	r, err := s.versions.RunRO(ctx, s.rdb, keys).Slice()
+	if err != nil {
+		return Versions{}, fmt.Errorf("read versions: %w", err)
+	}
+	if len(r) != len(svcs)+3 {
+		return Versions{}, fmt.Errorf("read versions: answer of %d parts, want %d", len(r), len(svcs)+3)
+	}
+	v := Versions{text(r[0]), text(r[1]), integer(r[2]), make(map[Service]int64, len(svcs))}
+	for i, svc := range svcs {
+		v.Of[svc] = integer(r[3+i])
+	}
+	return v, nil
+}
+
+// Read returns one consistent read of svc: what changed since a token, or all
+// of it if since is nil or names another history.
+func (s *Store) Read(ctx context.Context, svc Service, since *Token) (Snapshot, error) {
+	k := s.keys
+	keys := []string{
+		k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Changed(svc), k.ServiceVersion(svc), k.Epoch(), k.Config(),
+	}
+	argv := []any{"", "", "", deltaLimit}
+	if since != nil {
+		argv = []any{since.ReplID, since.Epoch, since.Version, deltaLimit}
+	}
+	r, err := s.read.RunRO(ctx, s.rdb, keys, argv...).Slice()
+	if err != nil {
+		return Snapshot{}, fmt.Errorf("read %s: %w", svc, err)
+	}
+	snap, err := parseSnapshot(svc, r)
+	if err != nil {
+		return Snapshot{}, fmt.Errorf("read %s: %w", svc, err)
+	}
+	return snap, nil
+}
+
+// broken tells a script's failure on what a key holds from a Redis that refuses
+// writes: that has a code of its own, such as OOM or READONLY.
+func broken(err error) bool {
+	var reply redis.Error
+	return errors.As(err, &reply) &&
+		(strings.HasPrefix(reply.Error(), "WRONGTYPE ") || strings.Contains(reply.Error(), " is no counter: "))
+}
+
+func flag(b bool) string {
+	if b {
+		return "1"
+	}
+	return ""
+}
+
+func millis(ms int64) time.Duration { return time.Duration(ms) * time.Millisecond }
+
+// word checks an answer's length and returns its status.
+func word(r []any, parts int) (string, error) {
+	if len(r) != parts {
+		return "", fmt.Errorf("answer of %d parts, want %d", len(r), parts)
+	}
+	return text(r[0]), nil
+}
+
+func text(v any) string {
+	s, _ := v.(string)
+	return s
+}
+
+func integer(v any) int64 {
+	n, _ := v.(int64)
+	return n
+}
