@@ -1,0 +1,64 @@
+package reaper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"rollcall/registrar"
+)
+
+// neverArmed is how many TTL Once waits at most. Armed takes TTL + B, which is
+// at most 4/3 of one.
+const neverArmed = 3
+
+// Once sweeps a single time, as soon as it is armed. It returns an error that
+// wraps ErrNeverArmed if that takes more than three TTL, ErrHeld if the
+// protection kept somebody, and what Sweep returns. force is an operator's
+// word: it takes the last TTL for healthy without proof and skips the
+// protection, but still needs one accepted pulse.
+func (r *Reaper) Once(ctx context.Context, force bool) (Report, error) {
+	if err := r.arm(ctx, force); err != nil {
+		return Report{}, err
+	}
+	cutoff, armed := r.proof.cutoff()
+	if force {
+		cutoff, armed = r.proof.now-r.cfg.TTL.Milliseconds(), true
+	}
+	report, err := r.sweep(ctx, cutoff, armed, force)
+	if err == nil && !force && len(report.Held) > 0 {
+		err = fmt.Errorf("%w: %d of %d instances look dead; --force overrules", ErrHeld, report.Suspects, report.Members)
+	}
+	return report, err
+}
+
+// arm pulses until the reaper is armed or, with force, until one pulse is
+// accepted.
+func (r *Reaper) arm(ctx context.Context, force bool) error {
+	limit := neverArmed * r.cfg.TTL
+	actx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w within %v", ErrNeverArmed, limit))
+	defer cancel()
+	if err := r.connect(actx); err != nil {
+		return err
+	}
+	wait := time.NewTimer(0)
+	defer wait.Stop()
+	var last error
+	for {
+		select {
+		case <-actx.Done():
+			return fmt.Errorf("%w: %w", context.Cause(actx), errors.Join(errors.New(r.cause), last))
+		case <-wait.C:
+		}
+		began := r.elapsed()
+		err := r.Pulse(actx)
+		if err == nil && (force || r.armed) {
+			return nil
+		}
+		if actx.Err() == nil {
+			last = err
+		}
+		wait.Reset(began + registrar.Shorten(r.proof.period) - r.elapsed())
+	}
+}

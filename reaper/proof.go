@@ -1,0 +1,209 @@
+package reaper
+
+import (
+	"slices"
+	"time"
+
+	"rollcall/registrar"
+)
+
+// The proof's constants, in terms of the TTL, the heartbeat interval B and the
+// pulse's period P = TTL/15. Measured: reaper tests, at P of 40 ms to 1 s.
+const (
+	pulsesPerTTL = 15
+	// keepTokens is how many TTL a pulse's token lives in Redis, and how long
+	// one without an answer is awaited.
+	keepTokens = 4
+	// maxSegments bounds the memory of healthy times. Only those longer than B
+	// are kept, so it covers 64 faults.
+	maxSegments = 64
+)
+
+// The causes of not being armed, as logs and Status show them.
+const (
+	causeCredit = "no whole TTL of healthy time yet"
+	causePulse  = "pulse failed"
+	causeSlow   = "pulse too slow"
+	causeGap    = "too long without a pulse"
+	causeReap   = "removal refused"
+	causeToken  = "the last pulse is not in this data set, or another reaper has this id"
+	causeReplID = "another replication id: a fail-over or other data"
+	causeEpoch  = "another epoch: the registry lost its data"
+	causeClock  = "the clock of redis moved"
+)
+
+// outcome is one pulse as this process saw it. send and recv are monotonic,
+// since any fixed instant; pulse counts only if err is nil.
+type outcome struct {
+	token      string
+	send, recv time.Duration
+	pulse      registrar.Pulse
+	err        error
+}
+
+// fault is what a pulse or a removal revealed; the zero value is none. A soft
+// one says that writes may have been refused for a while: that time does not
+// count. A hard one says that the data or its clock may be others: nothing from
+// before counts.
+type fault struct {
+	cause string
+	hard  bool
+	err   error
+}
+
+// segment is a healthy time, unix ms by Redis' clock.
+type segment struct{ from, to int64 }
+
+// proof answers whether Redis has accepted writes for a whole TTL of healthy
+// time, and until when. It is fed with every pulse and knows no clock. The
+// zero value is not usable; see newProof.
+type proof struct {
+	ttl, beat, period time.Duration
+
+	segments []segment // newest last
+	open     bool      // the last segment may still grow
+	ok       bool      // the last pulse was accepted, and no removal failed since
+	resets   int       // hard faults so far
+
+	mine          string // the last token known to be accepted; empty before the first
+	unconfirmed   []pending
+	replid, epoch string // epoch is empty if not known yet
+	now           int64  // the last accepted pulse's time, unix ms by Redis' clock
+	recv          time.Duration
+	anchor        reading
+}
+
+// pending is the token of a pulse without an answer: it may land later.
+type pending struct {
+	token string
+	at    time.Duration
+}
+
+// reading bounds Redis' clock minus ours: the pulse's time was read after it
+// was sent and before its answer came.
+type reading struct{ lo, hi, at time.Duration }
+
+func newProof(ttl, beat time.Duration) proof {
+	return proof{ttl: ttl, beat: beat, period: ttl / pulsesPerTTL}
+}
+
+// deadline is the most time that a pulse may take in all.
+func (p *proof) deadline() time.Duration { return p.period }
+
+// maxAge is how old a pulse may be when it is acted on, and the longest time
+// between two that still counts as healthy: 2.5 P.
+func (p *proof) maxAge() time.Duration { return p.period * 5 / 2 }
+
+// feed takes in a pulse and returns what it revealed.
+func (p *proof) feed(o outcome) fault {
+	if o.err != nil {
+		p.expire(o.recv)
+		p.unconfirmed = append(p.unconfirmed, pending{o.token, o.recv})
+		return p.soft(causePulse, o.err)
+	}
+	now := reading{ms(o.pulse.Now) - o.recv, ms(o.pulse.Now+1) - o.send, o.recv}
+	first, last := p.mine == "", p.recv
+	var f fault
+	switch {
+	case first: // whatever an earlier process of this id left behind
+	case !p.known(o.pulse.Previous, o.recv):
+		f = fault{cause: causeToken, hard: true}
+	case o.pulse.ReplID != p.replid:
+		f = fault{cause: causeReplID, hard: true}
+	case p.epoch != "" && o.pulse.Epoch != p.epoch:
+		f = fault{cause: causeEpoch, hard: true}
+	case o.pulse.Now < p.now || now.lo-p.anchor.hi > p.period/2 || p.anchor.lo-now.hi > p.period/2:
+		f = fault{cause: causeClock, hard: true}
+	case o.recv-o.send > p.deadline()*5/4:
+		f = p.soft(causeSlow, nil)
+	case p.open && o.recv-last > p.maxAge():
+		f = p.soft(causeGap, nil)
+	}
+	switch {
+	case f.hard:
+		p.segments, p.open = nil, false
+		p.resets++
+		fallthrough
+	case first:
+		p.anchor = now
+	case o.recv-p.anchor.at > p.ttl+p.beat && o.recv-o.send <= p.period/2:
+		// Pulse by pulse, a clock that creeps would never be caught; against an
+		// anchor this old it may gain or lose P/2 in TTL + B at most. A vague
+		// reading makes no anchor.
+		p.anchor = now
+	}
+	p.mine, p.replid, p.epoch = o.token, o.pulse.ReplID, o.pulse.Epoch
+	p.now, p.recv, p.ok = o.pulse.Now, o.recv, true
+	if p.open {
+		p.segments[len(p.segments)-1].to = p.now
+		return f
+	}
+	if len(p.segments) == maxSegments {
+		p.segments = slices.Delete(p.segments, 0, 1)
+	}
+	p.segments, p.open = append(p.segments, segment{p.now, p.now}), true
+	return f
+}
+
+// known tells whether the pulse key held what this process wrote last. A token
+// lands at most once, so one that was seen is no longer awaited.
+func (p *proof) known(previous string, recv time.Duration) bool {
+	p.expire(recv)
+	if previous == p.mine {
+		return true
+	}
+	i := slices.IndexFunc(p.unconfirmed, func(u pending) bool { return u.token == previous })
+	if i < 0 {
+		return false
+	}
+	p.unconfirmed = slices.Delete(p.unconfirmed, i, i+1)
+	return true
+}
+
+// expire forgets tokens older than 4 TTL: the key itself lives no longer.
+func (p *proof) expire(now time.Duration) {
+	p.unconfirmed = slices.DeleteFunc(p.unconfirmed, func(u pending) bool { return now-u.at > keepTokens*p.ttl })
+}
+
+// soft ends the healthy time. A segment that gives no credit is forgotten, so
+// that short ones do not push out long ones.
+func (p *proof) soft(cause string, err error) fault {
+	if n := len(p.segments); p.open && p.credit(p.segments[n-1]) <= 0 {
+		p.segments = p.segments[:n-1]
+	}
+	p.open, p.ok = false, false
+	return fault{cause: cause, err: err}
+}
+
+// credit is what a segment is worth, ms: its first B is not, because an
+// instance may need that long to come back after the fault before it.
+func (p *proof) credit(s segment) int64 { return s.to - s.from - p.beat.Milliseconds() }
+
+// cutoff returns the point since when the credit adds up to the TTL, unix ms by
+// Redis' clock, and whether there is one: whoever beat last before it had a
+// whole TTL of healthy time to beat again. With one segment of TTL + B it is
+// the last pulse's time − TTL. It never depends on the time of the call.
+func (p *proof) cutoff() (ms int64, armed bool) {
+	if !p.ok {
+		return 0, false
+	}
+	need := p.ttl.Milliseconds()
+	for _, s := range slices.Backward(p.segments) {
+		c := p.credit(s)
+		if c >= need {
+			return s.to - need, true
+		}
+		need -= max(c, 0)
+	}
+	return 0, false
+}
+
+// suspect is the time, unix ms by Redis' clock, before which a last beat makes
+// a suspect: TTL − 1.1 B before the last pulse. When the first victim of an
+// event runs out, all others of it beat at most B later (and jitter only
+// shortens B), so they are counted with it.
+func (p *proof) suspect() int64 {
+	return p.now - (p.ttl - p.beat*11/10).Milliseconds()
+}
+
+func ms(n int64) time.Duration { return time.Duration(n) * time.Millisecond }

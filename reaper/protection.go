@@ -1,0 +1,125 @@
+package reaper
+
+import (
+	"time"
+
+	"rollcall/registrar"
+)
+
+// The protection's limits. A lone death is never held.
+const (
+	manySuspects   = 2  // of all services: up to as many are never held
+	manyPercent    = 15 // of all instances
+	serviceSuspect = 2  // of one service, and at least half of it
+
+	letGoAfter = 5 * time.Minute  // held for that long, one is let go
+	letGoEvery = 10 * time.Second // and so on
+)
+
+// everyService is the name of the hold on all services; no service has it.
+const everyService registrar.Service = ""
+
+// hold is a stop of all removal, from one service or from every.
+type hold struct {
+	since, seen       time.Duration // began; the cause was there last
+	suspects, members int64
+}
+
+// protection decides whether what looks dead is too much to be deaths. It is
+// fed with every survey and knows no clock; times are monotonic, since any
+// fixed instant.
+//
+// What beats by itself is not told from what somebody wrote into the sorted set
+// by hand: a member that is no address counts as a suspect until it is removed
+// as stale. That errs towards holding.
+type protection struct {
+	dry   time.Duration // nothing is removed for that long after the cause is gone
+	holds map[registrar.Service]*hold
+	letGo time.Duration // the last one
+}
+
+func newProtection(beat time.Duration) protection {
+	return protection{dry: 2 * beat, holds: map[registrar.Service]*hold{}, letGo: -letGoEvery}
+}
+
+// judge takes in a survey and returns the names of holds that began with it or
+// ended. A hold begins only if something would be removed otherwise; it lasts
+// until its cause has been gone for two heartbeats, since instances that come
+// back do so one after the other.
+func (p *protection) judge(now time.Duration, counts []registrar.Count) (began []registrar.Service, ended map[registrar.Service]hold) {
+	note := func(c registrar.Count, many bool) {
+		h := p.holds[c.Service]
+		switch {
+		case !many || h == nil && c.Stale == 0:
+			return
+		case h == nil:
+			h = &hold{since: now}
+			p.holds[c.Service] = h
+			began = append(began, c.Service)
+		}
+		h.seen, h.suspects, h.members = now, c.Suspects, c.Members
+	}
+	all := registrar.Count{Service: everyService}
+	for _, c := range counts {
+		if c.Mistyped {
+			if h := p.holds[c.Service]; h != nil {
+				h.seen = now // unknown changes nothing
+			}
+			continue
+		}
+		all.Members += c.Members
+		all.Suspects += c.Suspects
+		all.Stale += c.Stale
+		note(c, c.Suspects >= serviceSuspect && c.Suspects*2 >= c.Members)
+	}
+	note(all, all.Suspects > manySuspects && all.Suspects*100 >= manyPercent*all.Members)
+	for svc, h := range p.holds {
+		if now-h.seen >= p.dry {
+			if ended == nil {
+				ended = map[registrar.Service]hold{}
+			}
+			ended[svc] = *h
+			delete(p.holds, svc)
+		}
+	}
+	return began, ended
+}
+
+// held tells whether nothing may be removed from svc.
+func (p *protection) held(svc registrar.Service) bool {
+	return p.holds[everyService] != nil || p.holds[svc] != nil
+}
+
+// release names the held service whose oldest instance may go nevertheless:
+// after 5 min of holding, one in 10 s, oldest first, and never the last of a
+// service, so that a loss of many for good does not stay for ever. Every reaper
+// has a pace of its own.
+func (p *protection) release(now time.Duration, counts []registrar.Count) (registrar.Count, bool) {
+	var oldest registrar.Count
+	if now-p.letGo < letGoEvery {
+		return oldest, false
+	}
+	for _, c := range counts {
+		if c.Mistyped || c.Stale == 0 || c.Members < 2 || c.Oldest == 0 || !p.held(c.Service) {
+			continue
+		}
+		if p.fresh(everyService, now) || p.fresh(c.Service, now) {
+			continue
+		}
+		if oldest.Oldest == 0 || c.Oldest < oldest.Oldest {
+			oldest = c
+		}
+	}
+	if oldest.Oldest == 0 {
+		return oldest, false
+	}
+	p.letGo = now
+	return oldest, true
+}
+
+// fresh tells whether a hold is too young to let go, or its cause is gone and
+// it will end by itself.
+func (p *protection) fresh(svc registrar.Service, now time.Duration) bool {
+	h := p.holds[svc]
+	return h != nil && (now-h.since < letGoAfter || h.seen != now)
+}

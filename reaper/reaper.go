@@ -1,0 +1,319 @@
+package reaper
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"rollcall/registrar"
+)
+
+const (
+	// DefaultSweep is the longest time between two sweeps. A heartbeat that runs
+	// out is swept at that moment anyway; this is for what has no such moment,
+	// such as a score from the future.
+	DefaultSweep = 10 * time.Second
+
+	// minTTL keeps a pulse's deadline, a 15th of it, above the time that a busy
+	// machine takes for one.
+	minTTL = 300 * time.Millisecond
+
+	shownAddrs  = 10 // in a log line
+	shownErrors = 10 // of names, and of services, in one error
+)
+
+// What a caller of Run and Once decides on.
+var (
+	// ErrConfig says that the registry's TTL or heartbeat interval is another
+	// than this reaper's.
+	ErrConfig = errors.New("the registry's times are others")
+	// ErrNeverArmed says that Redis was not healthy for long enough.
+	ErrNeverArmed = errors.New("never armed")
+	// ErrHeld says that the protection holds what looks dead.
+	ErrHeld = errors.New("held by the protection")
+)
+
+// errNoPulse says that there is no accepted pulse to sweep with.
+var errNoPulse = errors.New("the last pulse was not accepted")
+
+var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+
+// Store is what a reaper needs of the register; *registrar.Store is one.
+type Store interface {
+	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (time.Duration, time.Duration, error)
+	Pulse(ctx context.Context, id, token string, expiry time.Duration) (registrar.Pulse, error)
+	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
+	Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error)
+	Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (removed []string, left int64, err error)
+}
+
+// Config is one reaper.
+type Config struct {
+	ID       string        // of this process alone: two with one id never arm
+	TTL      time.Duration // whole ms; 0 = registrar.DefaultTTL
+	Interval time.Duration // between two heartbeats, whole ms; 0 = registrar.DefaultInterval
+	Sweep    time.Duration // longest time between two sweeps; 0 = DefaultSweep
+	SetTTL   bool          // write TTL and Interval to the registry instead of comparing them
+}
+
+func (c Config) withDefaults() Config {
+	if c.TTL == 0 {
+		c.TTL = registrar.DefaultTTL
+	}
+	if c.Interval == 0 {
+		c.Interval = registrar.DefaultInterval
+	}
+	if c.Sweep == 0 {
+		c.Sweep = DefaultSweep
+	}
+	return c
+}
+
+func (c Config) validate() error {
+	if !idPattern.MatchString(c.ID) {
+		return fmt.Errorf("reaper id %q: want %s", c.ID, idPattern)
+	}
+	if c.TTL < minTTL {
+		return fmt.Errorf("TTL %v: want at least %v", c.TTL, minTTL)
+	}
+	if c.TTL%time.Millisecond != 0 || c.Interval%time.Millisecond != 0 {
+		return fmt.Errorf("TTL %v, interval %v: want whole milliseconds, as the registry keeps them", c.TTL, c.Interval)
+	}
+	if c.Sweep < 0 {
+		return fmt.Errorf("sweep interval %v: want more than 0", c.Sweep)
+	}
+	return registrar.CheckInterval(c.Interval, c.TTL)
+}
+
+// Reaper takes out who stopped answering. Its methods are for one goroutine,
+// except Status.
+type Reaper struct {
+	cfg   Config
+	store Store
+	log   zerolog.Logger
+	begin time.Time // the zero of all durations here, monotonic
+
+	proof      proof
+	protection protection
+	armed      bool
+	cause      string // of not being armed, as last logged
+	complaint  string // the last sweep's error, as last logged
+
+	mu     sync.Mutex
+	status Status // guarded by mu
+}
+
+// New checks cfg. It does no I/O.
+func New(cfg Config, store Store, log zerolog.Logger) (*Reaper, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	r := &Reaper{
+		cfg: cfg, store: store, begin: time.Now(),
+		log:   log.With().Str("component", "reaper").Str("id", cfg.ID).Logger(),
+		proof: newProof(cfg.TTL, cfg.Interval), protection: newProtection(cfg.Interval),
+		cause: causeCredit,
+	}
+	r.status = Status{Cause: causeCredit, Since: r.begin}
+	return r, nil
+}
+
+// Hold is a stop of all removal, because too many look dead at once.
+type Hold struct {
+	Service           registrar.Service // empty = every service
+	Since             time.Time
+	Suspects, Members int64
+}
+
+// Status is what a reaper is doing. Cause says why it is not armed; empty if it
+// is.
+type Status struct {
+	Armed bool
+	Cause string
+	Since time.Time
+	Held  []Hold
+}
+
+// Status returns the state after the last pulse and sweep. Any goroutine may
+// call it.
+func (r *Reaper) Status() Status {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := r.status
+	s.Held = slices.Clone(s.Held)
+	return s
+}
+
+// Run pulses and sweeps until ctx ends, and then returns nil. It first makes
+// sure that the registry has this reaper's TTL and interval, for as long as
+// that takes. It returns an error that wraps ErrConfig if they are others, then
+// or at any later sweep.
+func (r *Reaper) Run(ctx context.Context) error {
+	if err := r.connect(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	wait := time.NewTimer(0)
+	defer wait.Stop()
+	var due time.Duration // of the next sweep
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-wait.C:
+		}
+		began, was := r.elapsed(), r.armed
+		next := began + registrar.Shorten(r.proof.period)
+		if err := r.Pulse(ctx); err == nil {
+			if began >= due || r.armed && !was {
+				report, err := r.Sweep(ctx)
+				if errors.Is(err, ErrConfig) {
+					return err
+				}
+				if ctx.Err() == nil {
+					r.complain(err)
+				}
+				due = r.due(report, err, next)
+			}
+			next = min(next, max(due, began+r.proof.period/4))
+		}
+		wait.Reset(next - r.elapsed())
+	}
+}
+
+// due returns when to sweep after this report: when the oldest heartbeat runs
+// out, and no later than the sweep interval; with the next pulse if something
+// waits that could not be removed or was not seen.
+func (r *Reaper) due(report Report, err error, next time.Duration) time.Duration {
+	now := r.elapsed()
+	at := now + registrar.Shorten(r.cfg.Sweep)
+	// Who arrives after the pulse runs out a TTL after it.
+	expiry := min(report.oldest, r.proof.now) + r.cfg.TTL.Milliseconds()
+	switch {
+	case len(report.Removed) > 0:
+		return now // the oldest went, so the next one is not known yet
+	case report.waits || err != nil && !report.surveyed:
+		at = min(at, next)
+	}
+	switch {
+	case !report.Armed:
+		return at // and once more when armed
+	case expiry < r.proof.now:
+		return min(at, next) // the credit does not reach that far yet
+	}
+	// The pulse's time was read before r.proof.recv, so Redis' clock is past the
+	// expiry when ours says so; 1 ms more makes up for their rates.
+	return min(at, r.proof.recv+ms(expiry+2-r.proof.now))
+}
+
+// connect makes sure that the registry's times are this reaper's. It tries
+// again until ctx ends.
+func (r *Reaper) connect(ctx context.Context) error {
+	wait := time.NewTimer(0)
+	defer wait.Stop()
+	var last error
+	for failures := 0; ; failures++ {
+		select {
+		case <-ctx.Done():
+			return errors.Join(context.Cause(ctx), last)
+		case <-wait.C:
+		}
+		err := r.config(ctx, r.cfg.SetTTL)
+		if err == nil || errors.Is(err, ErrConfig) {
+			return err
+		}
+		if ctx.Err() != nil {
+			continue // what was cut short says less than the error before
+		}
+		last = err
+		if failures == 0 {
+			r.log.Warn().Err(err).Msg("cannot read the registry's times; retrying for ever")
+		}
+		wait.Reset(registrar.Backoff(failures+1, r.cfg.Interval))
+	}
+}
+
+// config compares the registry's times with this reaper's, and writes them if
+// there are none.
+func (r *Reaper) config(ctx context.Context, overwrite bool) error {
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	ttl, interval, err := r.store.Config(tctx, r.cfg.TTL, r.cfg.Interval, overwrite)
+	if err != nil {
+		return err
+	}
+	if ttl != r.cfg.TTL || interval != r.cfg.Interval {
+		return fmt.Errorf("%w: the registry has TTL %v and heartbeat interval %v, this reaper has %v and %v; give it the registry's, or change the registry with --set-ttl",
+			ErrConfig, ttl, interval, r.cfg.TTL, r.cfg.Interval)
+	}
+	return nil
+}
+
+// Pulse proves by a small write, within a 15th of the TTL, that Redis accepts
+// beats now. Its error says that it was not accepted.
+func (r *Reaper) Pulse(ctx context.Context) error {
+	tctx, cancel := context.WithTimeout(ctx, r.proof.deadline())
+	defer cancel()
+	o := outcome{token: rand.Text(), send: r.elapsed()}
+	o.pulse, o.err = r.store.Pulse(tctx, r.cfg.ID, o.token, keepTokens*r.cfg.TTL)
+	o.recv = r.elapsed()
+	f := r.proof.feed(o)
+	if ctx.Err() == nil {
+		r.note(f)
+	}
+	return o.err
+}
+
+// note logs a change between armed and not armed, and a new cause of the
+// latter.
+func (r *Reaper) note(f fault) {
+	_, armed := r.proof.cutoff()
+	switch {
+	case armed && !r.armed:
+		r.armed, r.cause = true, ""
+		r.log.Info().Msg("armed")
+	case !armed && (r.armed || f.cause != "" && f.cause != r.cause):
+		r.armed, r.cause = false, f.cause
+		if r.cause == "" {
+			r.cause = causeCredit
+		}
+		r.log.Info().Str("cause", r.cause).AnErr("error", f.err).Msg("not armed: nobody is taken out")
+	default:
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.status.Armed, r.status.Cause, r.status.Since = r.armed, r.cause, time.Now()
+}
+
+// complain logs the error of a sweep when it is another than the last one's. A
+// failed connection's text differs each time; what is broken in Redis does not.
+func (r *Reaper) complain(err error) {
+	what := ""
+	switch {
+	case errors.Is(err, registrar.ErrBroken):
+		what = err.Error()
+	case err != nil:
+		what = "no answer"
+	}
+	switch {
+	case what == r.complaint:
+	case err != nil:
+		r.log.Warn().Err(err).Msg("sweep incomplete; the next one tries again")
+	default:
+		r.log.Info().Msg("sweeps are complete again")
+	}
+	r.complaint = what
+}
+
+func (r *Reaper) elapsed() time.Duration { return time.Since(r.begin) }

@@ -1,0 +1,219 @@
+package reaper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"rollcall/registrar"
+)
+
+func TestNewRefuses(t *testing.T) {
+	tests := []struct {
+		name string
+		cfg  Config
+		want string // in the error; "" = accepted
+	}{
+		{"defaults", Config{ID: "r1"}, ""},
+		{"no id", Config{}, "reaper id"},
+		{"id with a blank", Config{ID: "a b"}, "reaper id"},
+		{"interval of a third", Config{ID: "r", TTL: 15 * time.Second, Interval: 5 * time.Second}, ""},
+		{"interval above", Config{ID: "r", TTL: 15 * time.Second, Interval: 5*time.Second + time.Millisecond}, "third of the TTL"},
+		{"negative interval", Config{ID: "r", Interval: -time.Second}, "interval"},
+		{"short TTL", Config{ID: "r", TTL: 299 * time.Millisecond, Interval: 50 * time.Millisecond}, "at least 300ms"},
+		{"half a millisecond", Config{ID: "r", TTL: 15*time.Second + 500*time.Microsecond}, "whole milliseconds"},
+		{"negative sweep", Config{ID: "r", Sweep: -1}, "sweep interval"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := New(tt.cfg, nil, zerolog.Nop())
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+				t.Errorf("got %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestRunTakesOutTheDead(t *testing.T) {
+	g := newRegistry(t)
+	t.Parallel()
+	const ttl, interval = 3 * time.Second, 800 * time.Millisecond
+	log := &logBuffer{}
+	// The sweep interval is long, so that only the wake-up for the oldest beat
+	// can be in time.
+	r := newReaper(t, Config{TTL: ttl, Interval: interval, Sweep: time.Hour}, g.store, zerolog.New(log))
+	end := run(t, r)
+	eventuallyArmed(t, r)
+	g.live(t, "web", 8, interval)
+	for i := range 2 {
+		svc := registrar.Service(fmt.Sprint("lone", i))
+		addr := fmt.Sprintf("10.1.0.%d:80", i)
+		score := g.clock(t)
+		g.put(t, svc, addr, score)
+		var at int64
+		eventually(t, func() error {
+			e, ok := g.expired(t, svc)[addr]
+			if !ok {
+				return fmt.Errorf("%s is still there; %+v", addr, r.Status())
+			}
+			at = e
+			return nil
+		})
+		late := ms(at - score - ttl.Milliseconds())
+		t.Logf("%s was out %v after its TTL", addr, late)
+		// On a machine so busy that pulses fail, it may take longer.
+		if late < 0 || late > time.Second && len(log.lines("not armed")) == 0 {
+			t.Errorf("%s was out %v after its TTL, want 0 to 1 s", addr, late)
+		}
+	}
+	if gone := g.expired(t, "web"); len(gone) > 0 {
+		t.Errorf("live ones were taken out: %v", gone)
+	}
+	if got := g.members(t, "web"); len(got) != 8 {
+		t.Errorf("%d of 8 live ones left", len(got))
+	}
+	if err := end(); err != nil {
+		t.Errorf("run: %v", err)
+	}
+	if lines := log.lines("took out"); len(lines) != 2 || !strings.Contains(lines[0], `"service":"lone0","count":1,"addrs":["10.1.0.0:80"]`) {
+		t.Errorf("removals in the log: %q", lines)
+	}
+}
+
+func TestRunConfig(t *testing.T) {
+	t.Parallel()
+	t.Run("others", func(t *testing.T) {
+		g := newRegistry(t)
+		if _, _, err := g.store.Config(t.Context(), 15*time.Second, 5*time.Second, false); err != nil {
+			t.Fatal(err)
+		}
+		r := newReaper(t, Config{TTL: 20 * time.Second, Interval: 4 * time.Second}, g.store, zerolog.Nop())
+		err := r.Run(t.Context())
+		if !errors.Is(err, ErrConfig) {
+			t.Fatalf("got %v, want ErrConfig", err)
+		}
+		for _, want := range []string{"15s", "5s", "20s", "4s", "--set-ttl"} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%q does not say %s", err, want)
+			}
+		}
+		if _, err := r.Once(t.Context(), true); !errors.Is(err, ErrConfig) {
+			t.Errorf("once: got %v, want ErrConfig", err)
+		}
+	})
+	t.Run("set, and changed by another", func(t *testing.T) {
+		g := newRegistry(t)
+		ctx := t.Context()
+		if _, _, err := g.store.Config(ctx, 15*time.Second, 5*time.Second, false); err != nil {
+			t.Fatal(err)
+		}
+		r := newReaper(t, Config{TTL: 3 * time.Second, Interval: time.Second, Sweep: 100 * time.Millisecond, SetTTL: true}, g.store, zerolog.Nop())
+		done := make(chan error, 1)
+		go func() { done <- r.Run(ctx) }()
+		eventually(t, func() error {
+			ttl, interval, err := g.store.Config(ctx, 15*time.Second, 5*time.Second, false)
+			if err != nil || ttl != 3*time.Second || interval != time.Second {
+				return fmt.Errorf("TTL %v, interval %v, %v", ttl, interval, err)
+			}
+			return nil
+		})
+		if _, _, err := g.store.Config(ctx, 60*time.Second, 20*time.Second, true); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-done:
+			if !errors.Is(err, ErrConfig) {
+				t.Errorf("got %v, want ErrConfig", err)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatal("a reaper of 3 s goes on in a registry of 60 s")
+		}
+	})
+	t.Run("redis comes later", func(t *testing.T) {
+		g := newRegistry(t)
+		g.srv.Kill(t)
+		log := &logBuffer{}
+		r := newReaper(t, Config{TTL: 3 * time.Second, Interval: 800 * time.Millisecond}, g.store, zerolog.New(log))
+		end := run(t, r)
+		eventually(t, func() error {
+			if len(log.lines("retrying")) != 1 {
+				return errors.New("no line says that it retries")
+			}
+			return nil
+		})
+		g.srv.Launch(t)
+		eventuallyArmed(t, r)
+		if err := end(); err != nil {
+			t.Error(err)
+		}
+		if n := len(log.lines("retrying")); n != 1 {
+			t.Errorf("%d lines of retrying", n)
+		}
+	})
+	t.Run("cancelled while redis is away", func(t *testing.T) {
+		g := newRegistry(t)
+		g.srv.Kill(t)
+		log := &logBuffer{}
+		end := run(t, newReaper(t, Config{}, g.store, zerolog.New(log)))
+		eventually(t, func() error {
+			if len(log.lines("retrying")) != 1 {
+				return errors.New("no line says that it retries")
+			}
+			return nil
+		})
+		if err := end(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// An idle reaper says that it is armed, and no more, and does not spin.
+func TestRunIsSilent(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{0, 3} {
+		t.Run(fmt.Sprintf("%d instances", n), func(t *testing.T) {
+			t.Parallel()
+			g := newRegistry(t)
+			const ttl, interval = 3 * time.Second, 800 * time.Millisecond
+			log := &logBuffer{}
+			sweeps := 0
+			r := newReaper(t, Config{TTL: ttl, Interval: interval}, nil, zerolog.New(log))
+			r.store = &counter{g.store, &sweeps}
+			g.live(t, "web", n, interval)
+			end := run(t, r)
+			eventuallyArmed(t, r)
+			<-time.After(2 * ttl) // what is tested is a length of time without events
+			if err := end(); err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("%d sweeps in about %v", sweeps, 4*ttl)
+			if len(log.lines("not armed")) > 0 {
+				t.Skip("this machine is too busy for pulses in time, which is said")
+			}
+			if all := log.lines("\n"); len(all) != 1 {
+				t.Errorf("log of an idle reaper: %q", all)
+			}
+			// The oldest of who beats runs out once in TTL − B at most; two sweeps
+			// are for the start and for being armed.
+			if sweeps > 8 {
+				t.Errorf("%d sweeps in about %v: it spins", sweeps, 4*ttl)
+			}
+		})
+	}
+}
+
+// counter counts the surveys.
+type counter struct {
+	Store
+	n *int
+}
+
+func (c *counter) Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error) {
+	*c.n++
+	return c.Store.Survey(ctx, svcs, now, cutoff, suspect)
+}

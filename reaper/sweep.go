@@ -1,0 +1,206 @@
+package reaper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"rollcall/registrar"
+)
+
+// Removal is one service's part of a sweep.
+type Removal struct {
+	Service registrar.Service
+	Addrs   []string
+}
+
+// Report is what a sweep found and did. Stale counts who would go if nothing
+// held them; it is 0 when not armed.
+type Report struct {
+	Armed                    bool
+	Members, Stale, Suspects int64
+	Removed                  []Removal
+	Held                     []Hold
+
+	surveyed bool
+	waits    bool  // somebody stale is still there
+	oldest   int64 // score of who is not stale, unix ms; the highest number if there is nobody
+}
+
+// Sweep takes out, with the last pulse as its licence, who is silent for a TTL
+// of proven health, and pulls scores from the future back. Not armed, it only
+// looks. It returns what it did with the error that ended it or, joined, the
+// errors of single services, and ErrConfig if the registry's times were
+// changed meanwhile.
+func (r *Reaper) Sweep(ctx context.Context) (Report, error) {
+	cutoff, armed := r.proof.cutoff()
+	return r.sweep(ctx, cutoff, armed, false)
+}
+
+// sweep is Sweep with a given cut-off. force does not feed the protection, so
+// that nothing begins to be held.
+func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Report, error) {
+	report := Report{Armed: armed, oldest: math.MaxInt64}
+	if !r.proof.ok {
+		return report, fmt.Errorf("sweep: %w", errNoPulse)
+	}
+	// Beats follow the registry's times, and so must the reaper: with an older,
+	// shorter TTL it would take out the living.
+	if err := r.config(ctx, false); err != nil {
+		return report, fmt.Errorf("sweep: %w", err)
+	}
+	counts, broken, err := r.survey(ctx, cutoff)
+	if err != nil {
+		return report, fmt.Errorf("sweep: %w", err)
+	}
+	now, resets := r.elapsed(), r.proof.resets
+	if !force {
+		report.Held = r.judge(now, counts)
+	}
+	report.surveyed = true
+	for _, c := range counts {
+		report.Members += max(c.Members, 0)
+		report.Stale += c.Stale
+		report.Suspects += c.Suspects
+		report.waits = report.waits || c.Stale > 0
+		if c.Stale == 0 && c.Oldest > 0 {
+			report.oldest = min(report.oldest, c.Oldest)
+		}
+	}
+	if !armed {
+		return report, errors.Join(broken...)
+	}
+	for _, c := range counts {
+		if c.Stale == 0 && c.Future == 0 {
+			continue
+		}
+		w := registrar.Sweep{Cutoff: cutoff}
+		if r.protection.held(c.Service) {
+			if c.Future == 0 {
+				continue
+			}
+			w.Cutoff = 0 // nobody: only the scores from the future
+		}
+		addrs, err := r.reap(ctx, c.Service, w, resets)
+		if len(addrs) > 0 {
+			report.Removed = append(report.Removed, Removal{c.Service, addrs})
+		}
+		switch {
+		case errors.Is(err, registrar.ErrBroken):
+			broken = append(broken, err)
+		case err != nil:
+			return report, fmt.Errorf("sweep: %w", errors.Join(append(broken, err)...))
+		}
+	}
+	if c, ok := r.protection.release(now, counts); ok {
+		// The cut-off spares everybody but the oldest that was counted, so that
+		// two reapers that let go at once do not empty the service.
+		addrs, err := r.reap(ctx, c.Service, registrar.Sweep{Cutoff: c.Oldest + 1, Limit: 1}, resets)
+		if len(addrs) > 0 {
+			report.Removed = append(report.Removed, Removal{c.Service, addrs})
+		}
+		broken = append(broken, err)
+	}
+	return report, errors.Join(broken...)
+}
+
+// survey counts every service. Names and keys that are none are errors of
+// their own, which do not keep the others from being swept.
+func (r *Reaper) survey(ctx context.Context, cutoff int64) (counts []registrar.Count, broken []error, err error) {
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	svcs, garbage, err := r.store.Services(tctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	slices.Sort(svcs)
+	slices.Sort(garbage)
+	// Beats go on between the pulse and the survey, so only a score that the
+	// pulse's age cannot explain is from the future.
+	counts, err = r.store.Survey(tctx, svcs, r.proof.now+r.proof.maxAge().Milliseconds(), cutoff, r.proof.suspect())
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, g := range garbage[:min(len(garbage), shownErrors)] {
+		broken = append(broken, fmt.Errorf("%q is no service's name: %w", g, registrar.ErrBroken))
+	}
+	for _, c := range counts {
+		if c.Mistyped && len(broken) < 2*shownErrors {
+			broken = append(broken, fmt.Errorf("%s: its instances are no sorted set: %w", c.Service, registrar.ErrBroken))
+		}
+	}
+	return counts, broken, nil
+}
+
+// judge feeds the protection and logs what holds and what no longer does.
+func (r *Reaper) judge(now time.Duration, counts []registrar.Count) []Hold {
+	began, ended := r.protection.judge(now, counts)
+	for _, svc := range began {
+		h := r.protection.holds[svc]
+		r.log.Warn().Str("service", shown(svc)).Int64("suspects", h.suspects).Int64("members", h.members).
+			Msg("too many look dead at once: nobody is taken out until they beat again; one goes each 10 s after 5 min; rollcall reap --once --force overrules")
+	}
+	for svc, h := range ended {
+		r.log.Info().Str("service", shown(svc)).Int64("suspects", h.suspects).Int64("members", h.members).
+			Dur("held", now-h.since).Msg("no longer held")
+	}
+	held := make([]Hold, 0, len(r.protection.holds))
+	for svc, h := range r.protection.holds {
+		held = append(held, Hold{svc, r.begin.Add(h.since), h.suspects, h.members})
+	}
+	slices.SortFunc(held, func(a, b Hold) int { return a.Since.Compare(b.Since) })
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.status.Held = held
+	return slices.Clone(held)
+}
+
+func shown(svc registrar.Service) string {
+	if svc == everyService {
+		return "(every)"
+	}
+	return string(svc)
+}
+
+// reap takes out of one service, a call at a time until the limit is reached or
+// nobody is left. A long sweep renews its licence on the way.
+func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sweep, resets int) (addrs []string, err error) {
+	for {
+		if r.elapsed()-r.proof.recv > r.proof.period {
+			if err := r.Pulse(ctx); err != nil {
+				return addrs, err
+			}
+			if r.proof.resets != resets {
+				return addrs, fmt.Errorf("reap %s: the proof was lost on the way: %s", svc, r.cause)
+			}
+		}
+		if !r.proof.ok {
+			return addrs, errNoPulse
+		}
+		w.ID, w.Token, w.Last, w.MaxAge = r.cfg.ID, r.proof.mine, r.proof.now, r.proof.maxAge()
+		tctx, cancel := registrar.WithTimeout(ctx)
+		removed, left, err := r.store.Reap(tctx, svc, w)
+		cancel()
+		switch {
+		case errors.Is(err, registrar.ErrBroken):
+			return addrs, err
+		case err != nil:
+			f := r.proof.soft(causeReap, err)
+			if ctx.Err() == nil {
+				r.note(f)
+			}
+			return addrs, err
+		}
+		if len(removed) > 0 {
+			r.log.Info().Str("service", string(svc)).Int("count", len(removed)).
+				Strs("addrs", removed[:min(len(removed), shownAddrs)]).Int64("left", left).Msg("took out who stopped answering")
+		}
+		addrs = append(addrs, removed...)
+		if left == 0 || len(removed) == 0 || w.Limit > 0 {
+			return addrs, nil
+		}
+	}
+}
