@@ -1,0 +1,661 @@
+package notifier
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/rs/zerolog"
+
+	"rollcall/registrar"
+)
+
+// Defaults of Config.
+const (
+	DefaultPoll = 5 * time.Second  // of the version counters
+	DefaultFull = 30 * time.Second // between two whole reads of a service, whatever its version
+)
+
+// A Ping goes out every pingEvery; a subscription that has been silent for
+// silence at one of them is dead, so it is noticed within the sum of both.
+// go-redis itself notices nothing for minutes: its health check writes a PING
+// and never demands the Pong.
+const (
+	pingEvery = 500 * time.Millisecond
+	silence   = 2400 * time.Millisecond
+)
+
+const (
+	// lastRetry is the longest pause after a failed exchange.
+	lastRetry = 5 * time.Second
+	// lieGap is the pace of the reads of one service that messages ask for and
+	// that find less than the message said: anybody on the channel may send any
+	// number of them. Lies may run ahead by lieAhead, so that 2 cost nothing. A
+	// message that tells the truth is never made to wait: what comes faster than
+	// it is read is read as one.
+	lieGap   = time.Second
+	lieAhead = time.Second
+	// pollChunk is the most counters read at once. 1,000 hold Redis for less
+	// than a millisecond.
+	pollChunk = 1000
+)
+
+// Config says what a Watcher follows.
+type Config struct {
+	// Services to follow; none means all, those that come later too.
+	Services []registrar.Service
+	Poll     time.Duration // 0 = DefaultPoll
+	Full     time.Duration // 0 = DefaultFull, or Poll if that is longer
+}
+
+// Watcher follows services. Run may be called once; Refresh and Alive at any
+// time, concurrently.
+type Watcher struct {
+	cfg   Config
+	store *registrar.Store
+	log   zerolog.Logger
+
+	wake chan struct{} // of capacity 1: something is in hints
+	back chan struct{} // of capacity 1: subscribed again
+
+	mu       sync.Mutex
+	hints    map[registrar.Service]hint // what to read
+	every    bool                       // read all that is followed: subscribed again
+	stranger bool                       // a message named a service that is not known
+	alive    bool                       // the subscription answers
+	heard    time.Time                  // its last sign of life
+	cut      context.CancelCauseFunc    // ends it; nil = there is none
+
+	// followed is changed by the goroutine of Run only, under mu. What it holds
+	// is for that goroutine alone.
+	followed map[registrar.Service]*progress
+
+	// For the goroutine of Run only.
+	due       bool                       // a poll is
+	listAfter time.Time                  // a stranger is not looked for before
+	replid    string                     // of the server that answered last
+	reported  map[string]bool            // garbage, each said once
+	waiting   map[registrar.Service]wait // hints that must not be followed yet
+}
+
+// progress is what a Watcher knows of one service.
+type progress struct {
+	token    registrar.Token
+	known    bool      // it has been read
+	tried    time.Time // the last read began
+	paid     time.Time // lies are paid for until then
+	failures int       // reads in a row
+}
+
+func (p *progress) pay(d time.Duration) {
+	if now := time.Now(); p.paid.Before(now) {
+		p.paid = now
+	}
+	p.paid = p.paid.Add(d)
+}
+
+// hint is a reason to read a service.
+type hint struct {
+	heard time.Time
+	full  bool
+	sure  bool  // somebody else than a message says so
+	says  int64 // the highest version that messages named
+}
+
+// and joins two reasons: the earlier time, the wider reading.
+func (h hint) and(o hint) hint {
+	if h.heard.IsZero() || !o.heard.IsZero() && o.heard.Before(h.heard) {
+		h.heard = o.heard
+	}
+	return hint{heard: h.heard, full: h.full || o.full, sure: h.sure || o.sure, says: max(h.says, o.says)}
+}
+
+// wait is a hint and when its time comes.
+type wait struct {
+	hint
+	at time.Time
+}
+
+// New checks cfg and returns a Watcher. It does no I/O.
+func New(cfg Config, store *registrar.Store, log zerolog.Logger) (*Watcher, error) {
+	if cfg.Poll == 0 {
+		cfg.Poll = DefaultPoll
+	}
+	if cfg.Full == 0 {
+		cfg.Full = max(DefaultFull, cfg.Poll)
+	}
+	if cfg.Poll < 0 || cfg.Full < cfg.Poll {
+		return nil, fmt.Errorf("poll %v and full read %v: want 0 < poll <= full read", cfg.Poll, cfg.Full)
+	}
+	w := &Watcher{
+		cfg: cfg, store: store, log: log.With().Str("component", "watcher").Logger(),
+		wake: make(chan struct{}, 1), back: make(chan struct{}, 1),
+		hints: map[registrar.Service]hint{}, followed: map[registrar.Service]*progress{},
+		reported: map[string]bool{}, waiting: map[registrar.Service]wait{},
+	}
+	for _, svc := range cfg.Services {
+		w.followed[svc] = &progress{}
+	}
+	return w, nil
+}
+
+// Refresh asks for a whole read of svc soon. A service that is not followed is
+// ignored.
+func (w *Watcher) Refresh(svc registrar.Service) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.note(svc, hint{heard: time.Now(), full: true, sure: true})
+	signal(w.wake)
+}
+
+// Alive tells whether the subscription has answered lately.
+func (w *Watcher) Alive() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.alive
+}
+
+// Run follows until ctx ends, and returns nil then. It calls handle for every
+// change, one at a time and in order for each service; handle must not block
+// for long, since it holds up every other service. Changes that come faster
+// than they are read are read as one.
+func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
+	var listening sync.WaitGroup
+	listening.Go(func() { w.listen(ctx) })
+	defer listening.Wait()
+
+	poll, full := time.NewTimer(registrar.Shorten(w.cfg.Poll)), time.NewTimer(registrar.Shorten(w.cfg.Full))
+	again := time.NewTimer(lastRetry)
+	defer poll.Stop()
+	defer full.Stop()
+	defer again.Stop()
+	w.due = true
+	failures := 0
+	for {
+		err := w.Step(ctx, handle)
+		wake := w.wake
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			if failures == 0 {
+				w.log.Warn().Err(err).Msg("redis does not answer; what is known stays in force")
+			}
+			failures++
+			again.Reset(registrar.Backoff(failures, w.retry()))
+			wake = nil // the pace of the retries holds, however many messages come
+		default:
+			if failures > 0 {
+				w.log.Info().Int("failures", failures).Msg("redis answers again")
+			}
+			failures = 0
+			again.Reset(w.pause(time.Now()))
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-wake:
+		case <-w.back:
+		case <-again.C:
+		case <-poll.C:
+			poll.Reset(registrar.Shorten(w.cfg.Poll))
+			w.due = true
+		case <-full.C:
+			full.Reset(registrar.Shorten(w.cfg.Full))
+			w.all(hint{heard: time.Now(), full: true, sure: true})
+		}
+	}
+}
+
+// Step polls if that is due and reads what there is a reason to read. An error
+// means that Redis does not answer; every reason is kept. Step, Poll and Follow
+// belong to the goroutine of Run.
+func (w *Watcher) Step(ctx context.Context, handle func(Change)) error {
+	w.mu.Lock()
+	if w.every || w.stranger && !time.Now().Before(w.listAfter) {
+		w.due = true
+	}
+	w.mu.Unlock()
+	if w.due {
+		if err := w.Poll(ctx); err != nil {
+			return err
+		}
+	}
+	return w.Follow(ctx, handle)
+}
+
+// pause is how long Step has nothing to do unless it is woken.
+func (w *Watcher) pause(now time.Time) time.Duration {
+	next := now.Add(w.retry())
+	for _, l := range w.waiting {
+		if l.at.Before(next) {
+			next = l.at
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.stranger && w.listAfter.Before(next) {
+		next = w.listAfter
+	}
+	return max(next.Sub(now), time.Millisecond)
+}
+
+// retry is the longest pause after a failed exchange.
+func (w *Watcher) retry() time.Duration { return min(w.cfg.Poll, lastRetry) }
+
+// Poll reads the version counters and notes every service whose state is not
+// the one last read; after a new subscription it notes every service.
+func (w *Watcher) Poll(ctx context.Context) error {
+	heard := time.Now()
+	w.mu.Lock()
+	every, stranger := w.every, w.stranger
+	w.every, w.stranger = false, false
+	w.mu.Unlock()
+	svcs, err := w.services(ctx, stranger)
+	if err == nil {
+		err = w.compare(ctx, svcs, every, heard)
+	}
+	if err == nil {
+		w.due = false
+		return nil
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.every, w.stranger = w.every || every, w.stranger || stranger
+	return err
+}
+
+func (w *Watcher) compare(ctx context.Context, svcs []registrar.Service, every bool, heard time.Time) error {
+	for len(svcs) > 0 {
+		part := svcs[:min(pollChunk, len(svcs))]
+		svcs = svcs[len(part):]
+		tctx, cancel := registrar.WithTimeout(ctx)
+		v, err := w.store.Versions(tctx, part)
+		cancel()
+		if err != nil {
+			return err
+		}
+		w.mu.Lock()
+		if w.replid != "" && w.replid != v.ReplID && !every && w.cut != nil {
+			// The subscription may hang on to a former primary, which still
+			// answers it (go-redis moves pooled connections only).
+			w.cut(errors.New("another server answers the reads"))
+		}
+		w.replid = v.ReplID
+		for _, svc := range part {
+			p := w.followed[svc]
+			if every || !p.known || p.token != (registrar.Token{ReplID: v.ReplID, Epoch: v.Epoch, Version: v.Of[svc]}) {
+				w.note(svc, hint{heard: heard, sure: true})
+			}
+		}
+		w.mu.Unlock()
+	}
+	return nil
+}
+
+// services lists what to poll: what Config names, or else what the register
+// names and what was read before, whose last instance may have gone.
+func (w *Watcher) services(ctx context.Context, stranger bool) ([]registrar.Service, error) {
+	if len(w.cfg.Services) > 0 {
+		return w.cfg.Services, nil
+	}
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	listed, garbage, err := w.store.Services(tctx)
+	if err != nil && w.down(ctx) {
+		return nil, err
+	}
+	if w.reportOnce("services", err != nil) {
+		w.log.Warn().Err(err).Msg("cannot list the services; following those that are known")
+	}
+	for _, g := range garbage {
+		if w.reportOnce("services "+clip(g), true) {
+			w.log.Warn().Str("name", clip(g)).Msg("ignoring what is no service name")
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	before := len(w.followed)
+	named := make(map[registrar.Service]bool, len(listed))
+	for _, svc := range listed {
+		named[svc] = true
+		if w.followed[svc] == nil {
+			w.followed[svc] = &progress{}
+		}
+	}
+	if stranger && len(w.followed) == before {
+		w.listAfter = time.Now().Add(lieGap)
+	}
+	svcs := make([]registrar.Service, 0, len(w.followed))
+	for svc, p := range w.followed {
+		if p.known && p.token.Version == 0 && !named[svc] && err == nil {
+			delete(w.followed, svc) // Redis knows nothing of it any more
+			continue
+		}
+		svcs = append(svcs, svc)
+	}
+	return svcs, nil
+}
+
+// Follow reads what hints point at and hands the changes to handle. A service
+// whose read fails keeps its hint and does not stop the others. An error means
+// that Redis does not answer.
+func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
+	var down error
+	for svc, h := range w.take(time.Now()) {
+		if down == nil {
+			down = ctx.Err()
+		}
+		if down != nil {
+			w.mu.Lock()
+			w.note(svc, h)
+			w.mu.Unlock()
+			continue
+		}
+		p := w.followed[svc]
+		if p == nil || !w.worth(svc, p, h, time.Now()) {
+			continue
+		}
+		change, err := w.read(ctx, svc, p, h)
+		switch {
+		case err == nil:
+			if p.failures > 0 {
+				w.log.Info().Str("service", string(svc)).Int("failures", p.failures).Msg("service can be read again")
+			}
+			p.failures = 0
+			if change.Service != "" {
+				handle(change)
+			}
+		case w.down(ctx):
+			down = err
+			w.mu.Lock()
+			w.note(svc, h)
+			w.mu.Unlock()
+		default:
+			if p.failures == 0 {
+				w.log.Warn().Err(err).Msg("cannot read this service; what is known of it stays in force")
+			}
+			p.failures++
+			h.sure = true
+			w.putOff(svc, h, time.Now().Add(registrar.Backoff(p.failures, w.retry())))
+		}
+	}
+	return down
+}
+
+// down tells the failure of one exchange from a Redis that does not answer:
+// one that is loading, busy or without its primary refuses a PING as well.
+func (w *Watcher) down(ctx context.Context) bool {
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	return w.store.Ping(tctx) != nil
+}
+
+// take returns the hints whose time has come.
+func (w *Watcher) take(now time.Time) map[registrar.Service]hint {
+	w.mu.Lock()
+	hints := w.hints
+	w.hints = make(map[registrar.Service]hint, len(hints))
+	w.mu.Unlock()
+	for svc, l := range w.waiting {
+		h := hints[svc]
+		if now.Before(l.at) && !h.sure {
+			delete(hints, svc)
+			w.waiting[svc] = wait{l.and(h), l.at}
+			continue
+		}
+		hints[svc] = l.and(h)
+		delete(w.waiting, svc)
+	}
+	return hints
+}
+
+// worth tells whether messages justify a read now. What they lose by a no, the
+// poll finds.
+func (w *Watcher) worth(svc registrar.Service, p *progress, h hint, now time.Time) bool {
+	switch {
+	case h.sure || !p.known:
+		return true
+	case h.says == p.token.Version:
+		return false // it has been read
+	case h.says < p.token.Version && now.Sub(p.tried) < lieGap:
+		return false // a read has overtaken it
+	case p.paid.Sub(now) > lieAhead:
+		w.putOff(svc, h, p.paid.Add(-lieAhead))
+		return false
+	}
+	return true
+}
+
+func (w *Watcher) putOff(svc registrar.Service, h hint, at time.Time) {
+	w.waiting[svc] = wait{h.and(w.waiting[svc].hint), at}
+}
+
+// read reads one service. A Change without a service is none.
+func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, h hint) (Change, error) {
+	old, known := p.token, p.known
+	since := &old
+	if !known || h.full {
+		since = nil
+	}
+	p.tried = time.Now()
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	snap, err := w.store.Read(tctx, svc, since)
+	if err != nil {
+		return Change{}, err
+	}
+	p.token, p.known = snap.Token, true
+	if !h.sure && snap.Token.Version < h.says {
+		p.pay(lieGap)
+	}
+	for _, g := range snap.Garbage {
+		if w.reportOnce(string(svc)+" "+clip(g), true) {
+			w.log.Warn().Str("service", string(svc)).Str("member", clip(g)).Msg("ignoring a member that is no address")
+		}
+	}
+	for _, e := range snap.Entries {
+		if e.Garbage != "" && w.reportOnce(string(svc)+" "+e.Addr.String()+" "+clip(e.Garbage), true) {
+			w.log.Warn().Str("service", string(svc)).Stringer("addr", e.Addr).Str("why", clip(e.Garbage)).Msg("not acting on what cannot be believed")
+		}
+	}
+	if known && !snap.Full && snap.Token == old {
+		return Change{}, nil
+	}
+	return Change{Snapshot: snap, Interrupted: known && interrupted(old, snap.Token), Heard: h.heard}, nil
+}
+
+// interrupted tells whether history between two reads may not be one. A
+// register without an epoch has no history yet: its first change gives it one.
+func interrupted(old, now registrar.Token) bool {
+	if old.Epoch == "" {
+		old.Epoch = now.Epoch
+	}
+	return old.Interrupted(now)
+}
+
+// reportLimit bounds the memory of what has been said.
+const reportLimit = 1000
+
+// reportOnce tells whether to say what holds now, and has not been said. It
+// stops saying anything when there is too much.
+func (w *Watcher) reportOnce(what string, holds bool) bool {
+	if !holds {
+		delete(w.reported, what)
+		return false
+	}
+	if w.reported[what] || len(w.reported) >= reportLimit {
+		return false
+	}
+	w.reported[what] = true
+	return true
+}
+
+// clip bounds what anybody could have written into Redis, for a log line.
+func clip(s string) string {
+	const limit = 100
+	if len(s) > limit {
+		return s[:limit] + "…"
+	}
+	return s
+}
+
+// all gives every service that is followed a hint.
+func (w *Watcher) all(h hint) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for svc := range w.followed {
+		w.note(svc, h)
+	}
+}
+
+// note adds a reason to read svc. The caller holds mu.
+func (w *Watcher) note(svc registrar.Service, h hint) { w.hints[svc] = h.and(w.hints[svc]) }
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default: // somebody has signalled already, and nobody has looked since
+	}
+}
+
+// listen keeps a subscription until ctx ends.
+func (w *Watcher) listen(ctx context.Context) {
+	pause := time.NewTimer(0)
+	defer pause.Stop()
+	failures := 0
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-pause.C:
+		}
+		began := time.Now()
+		err := w.subscribe(ctx, failures)
+		if ctx.Err() != nil {
+			return
+		}
+		w.mu.Lock()
+		lost := w.alive
+		w.alive, w.cut = false, nil
+		w.mu.Unlock()
+		if lost && time.Since(began) > silence {
+			failures = 0
+		}
+		if lost || failures == 0 {
+			w.log.Warn().Err(err).Msg("no subscription; the poll goes on")
+		}
+		failures++
+		pause.Reset(registrar.Backoff(failures, w.retry()))
+	}
+}
+
+// subscribe listens on one connection until it fails or is silent for too long.
+// It blocks in Receive without a deadline: a deadline that passed within a
+// message would lose the message and what of it had been read.
+func (w *Watcher) subscribe(ctx context.Context, failures int) error {
+	ctx, cut := context.WithCancelCause(ctx)
+	ps := w.store.Subscribe(ctx)
+	w.mu.Lock()
+	w.heard, w.cut = time.Now(), cut
+	w.mu.Unlock()
+	var demanding sync.WaitGroup
+	demanding.Go(func() { w.demand(ctx, cut, ps) })
+	defer demanding.Wait()
+	defer cut(nil)
+	for {
+		msg, err := ps.Receive(ctx)
+		if err != nil && !redis.IsLoadingError(err) { // which is an answer to a Ping
+			if cause := context.Cause(ctx); cause != nil {
+				err = cause
+			}
+			return fmt.Errorf("subscription: %w", err)
+		}
+		now := time.Now()
+		w.mu.Lock()
+		w.heard = now
+		if _, ok := msg.(*redis.Subscription); ok {
+			// The first of this connection, or of one that go-redis made
+			// underneath: either way, messages may have passed.
+			if !w.alive && failures > 0 {
+				w.log.Info().Msg("subscribed again")
+			}
+			w.alive, w.every = true, true
+			signal(w.back)
+		}
+		w.mu.Unlock()
+		if m, ok := msg.(*redis.Message); ok {
+			w.message(m.Payload, now)
+		}
+	}
+}
+
+// demand asks for a Pong again and again until ctx ends, cuts the subscription
+// when none comes, and closes it, which wakes Receive.
+func (w *Watcher) demand(ctx context.Context, cut context.CancelCauseFunc, ps *redis.PubSub) {
+	defer func() { _ = ps.Close() }() // it can only say that it is closed
+	tick := time.NewTicker(pingEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		w.mu.Lock()
+		quiet := time.Since(w.heard)
+		w.mu.Unlock()
+		if quiet >= silence {
+			cut(fmt.Errorf("no answer for %v", quiet.Round(time.Millisecond)))
+			return
+		}
+		if err := ps.Ping(ctx); err != nil {
+			cut(err)
+			return
+		}
+	}
+}
+
+// message notes the service that a message names. What it says besides is a
+// hint at most: anybody on the channel may have sent it.
+func (w *Watcher) message(payload string, heard time.Time) {
+	svc, version, ok := parseMessage(payload)
+	if !ok {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.followed[svc] != nil:
+		w.note(svc, hint{heard: heard, says: version})
+	case len(w.cfg.Services) == 0:
+		w.stranger = true // its name alone is no reason to remember it
+	default:
+		return
+	}
+	signal(w.wake)
+}
+
+// parseMessage reads "<global version> <service> <service version>".
+func parseMessage(payload string) (registrar.Service, int64, bool) {
+	const limit = 128 // two numbers and a name of 63
+	if len(payload) > limit {
+		return "", 0, false
+	}
+	global, rest, _ := strings.Cut(payload, " ")
+	name, last, _ := strings.Cut(rest, " ")
+	if _, err := strconv.ParseUint(global, 10, 63); err != nil {
+		return "", 0, false
+	}
+	version, err := strconv.ParseUint(last, 10, 63)
+	if err != nil {
+		return "", 0, false
+	}
+	svc, err := registrar.ParseService(name)
+	return svc, int64(version), err == nil
+}
