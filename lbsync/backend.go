@@ -1,0 +1,528 @@
+package lbsync
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"rollcall/notifier"
+	"rollcall/registrar"
+)
+
+const (
+	// maxSteps bounds the plans of one pass. A new server takes two, a leaving
+	// one three.
+	maxSteps = 6
+	// firstPoll and lastPoll pace the look at connections in use while a
+	// server drains.
+	firstPoll = 25 * time.Millisecond
+	lastPoll  = 250 * time.Millisecond
+	// waitPoll paces the look at what waits for others.
+	waitPoll = time.Second
+	// recent is how old an observation may be for a server to count as up a
+	// moment ago.
+	recent = 10 * time.Second
+	// maxRetry is the longest pause after a failed exchange.
+	maxRetry = time.Second
+)
+
+// backend keeps one backend true to one service. change, replaced and the like
+// may be called by anybody; everything else belongs to the goroutine of run.
+type backend struct {
+	cfg      Config
+	service  registrar.Service
+	name     string
+	mode     Mode
+	balancer Balancer
+	rules    rules
+	refresh  func(registrar.Service)
+	log      zerolog.Logger
+
+	wake chan struct{} // of capacity 1: look at what mu guards
+
+	mu       sync.Mutex
+	view     notifier.View
+	now      int64 // Redis' clock at the last change, unix ms
+	broken   bool  // after an interruption, until a whole read a TTL later
+	brokenAt int64 // its time, unix ms by Redis' clock
+	dirty    map[netip.AddrPort]time.Time
+	reread   bool // the process was replaced, or may have been
+
+	have      *Inventory // nil: unknown
+	seen      time.Time  // last complete answer
+	readAt    time.Time  // last whole read
+	nextFull  time.Duration
+	fast      map[netip.AddrPort]time.Time // up in the process before, and when it was last known
+	leaving   map[netip.AddrPort]*leaving  // being drained
+	held      map[netip.AddrPort]time.Time // due to leave, but kept; since when
+	stale     bool                         // an address waits for a fresh heartbeat
+	unplaced  map[netip.AddrPort]bool      // no slot for it
+	postponed map[netip.AddrPort]bool      // drain would leave nobody
+	said      map[string]time.Time         // what has been reported, and when
+	polls     int
+}
+
+// leaving is the progress of one server's end.
+type leaving struct {
+	since time.Time // drain began
+	maint time.Time // maint was first seen; zero before
+}
+
+func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registrar.Service), log zerolog.Logger) *backend {
+	return &backend{
+		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh,
+		rules: rules{allow: cfg.Allow, hold: cfg.Hold},
+		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
+		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{},
+		fast: map[netip.AddrPort]time.Time{}, leaving: map[netip.AddrPort]*leaving{}, held: map[netip.AddrPort]time.Time{},
+		unplaced: map[netip.AddrPort]bool{}, said: map[string]time.Time{}, postponed: map[netip.AddrPort]bool{},
+	}
+}
+
+// change takes in one change of the service. It does not wait for HAProxy.
+func (b *backend) change(c notifier.Change) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.now = c.Now
+	switch {
+	case c.Interrupted:
+		b.broken, b.brokenAt = true, c.Now
+	case c.Full && c.Now-b.brokenAt >= c.TTL.Milliseconds():
+		// Whoever lives has beaten since, and this read has seen it.
+		b.broken = false
+	}
+	for _, addr := range b.view.Apply(c) {
+		if _, ok := b.dirty[addr]; !ok {
+			b.dirty[addr] = c.Heard
+		}
+	}
+	b.signal()
+}
+
+// replaced says that HAProxy may have been replaced: read it whole.
+func (b *backend) replaced() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.reread = true
+	b.signal()
+}
+
+func (b *backend) signal() {
+	select {
+	case b.wake <- struct{}{}:
+	default: // it has been told, and has not looked since
+	}
+}
+
+// run keeps the backend true until ctx ends.
+func (b *backend) run(ctx context.Context) {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	failures := 0
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-b.wake:
+		case <-timer.C:
+		}
+		next, err := b.Step(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
+			if failures > 0 {
+				b.log.Info().Int("failures", failures).Msg("balancer answers again")
+			}
+			failures = 0
+			timer.Reset(next)
+		default:
+			if failures == 0 {
+				b.log.Warn().Err(err).Msg("balancer unknown; changing nothing, trying again")
+			}
+			failures++
+			timer.Reset(registrar.Backoff(failures, maxRetry))
+		}
+	}
+}
+
+// Step does all that can be done now and returns how long it may then wait,
+// unless it is woken. After an error it knows nothing of the backend any more
+// and reads it whole the next time.
+func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
+	b.mu.Lock()
+	known, reread := b.view.Known, b.reread
+	b.reread = false
+	dirty := b.dirty
+	b.dirty = make(map[netip.AddrPort]time.Time, 1)
+	b.mu.Unlock()
+	if !known {
+		return time.Hour, nil
+	}
+	defer func() {
+		if err != nil {
+			b.forget()
+		}
+	}()
+
+	now := time.Now()
+	if reread {
+		b.forget()
+	}
+	var addrs []netip.AddrPort
+	// What waits for other servers to be up, or for its own check to fail, must
+	// see all of them: HAProxy's checks tell nobody.
+	waits := len(b.held)+len(b.postponed) > 0 && now.Sub(b.readAt) >= waitPoll
+	if b.have == nil || waits || now.Sub(b.readAt) >= b.nextFull {
+		if addrs, err = b.readWhole(ctx); err != nil {
+			return 0, err
+		}
+	} else {
+		if addrs, err = b.due(ctx, now, dirty); err != nil {
+			return 0, err
+		}
+	}
+	if err := b.converge(ctx, addrs, dirty); err != nil {
+		return 0, err
+	}
+	return b.pause(time.Now()), nil
+}
+
+// forget drops what is known of the backend, and remembers who was up.
+func (b *backend) forget() {
+	if b.have != nil {
+		b.fast = map[netip.AddrPort]time.Time{}
+		b.have.Each(func(s Server) {
+			if s.Admin == Ready && s.Up {
+				b.fast[s.Addr] = b.seen
+			}
+		})
+	}
+	b.have = nil
+}
+
+// readWhole reads the backend and returns every address that matters to it.
+func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
+	st, err := b.balancer.Read(ctx, b.name)
+	if err != nil {
+		return nil, err
+	}
+	if b.have != nil && !b.have.Process.Same(st.Process) {
+		b.forget()
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	inv := NewInventory(st, func(a netip.AddrPort) bool { return b.view.Lookup(a).Present })
+	inv.Dynamic = b.mode == Dynamic || b.mode == Auto && inv.Slots == 0
+	inv.Checks = b.cfg.Checks
+	if b.mode == Slots && inv.Slots == 0 {
+		return nil, fmt.Errorf("backend %s has no server-template slots of host %s", b.name, SlotHost)
+	}
+	b.have, b.readAt, b.seen = inv, time.Now(), time.Now()
+	b.nextFull = registrar.Shorten(b.cfg.Full)
+	all := map[netip.AddrPort]bool{}
+	b.view.Each(func(e registrar.Entry) { all[e.Addr] = true })
+	inv.Each(func(s Server) { all[s.Addr] = true })
+	addrs := make([]netip.AddrPort, 0, len(all))
+	for a := range all {
+		addrs = append(addrs, a)
+	}
+	// The same choice at every balancer when not all of them fit.
+	slices.SortFunc(addrs, netip.AddrPort.Compare)
+	return addrs, nil
+}
+
+// due returns the addresses that have something to do: those that changed, and
+// those whose waiting may be over.
+func (b *backend) due(ctx context.Context, now time.Time, dirty map[netip.AddrPort]time.Time) ([]netip.AddrPort, error) {
+	addrs := make([]netip.AddrPort, 0, len(dirty)+len(b.leaving))
+	for a := range dirty {
+		addrs = append(addrs, a)
+	}
+	var look []Server
+	for a := range b.leaving {
+		if s, ok := b.have.Lookup(a); ok && s.Admin == Drain {
+			look = append(look, s)
+		}
+		addrs = append(addrs, a)
+	}
+	for a := range b.held {
+		addrs = append(addrs, a)
+	}
+	for a := range b.unplaced {
+		addrs = append(addrs, a)
+	}
+	for a := range b.postponed {
+		addrs = append(addrs, a)
+	}
+	slices.SortFunc(addrs, netip.AddrPort.Compare)
+	addrs = slices.Compact(addrs)
+	// What a human did to a server since the last whole read must be seen
+	// before it is changed.
+	for a := range dirty {
+		if s, ok := b.have.Lookup(a); ok && b.leaving[a] == nil {
+			look = append(look, s)
+		}
+	}
+	if len(look) == 0 {
+		return addrs, nil
+	}
+	got, err := b.balancer.Peek(ctx, b.name, look)
+	if err != nil {
+		return nil, err
+	}
+	return addrs, b.enter(peeks(look), got)
+}
+
+func peeks(servers []Server) []Op {
+	ops := make([]Op, len(servers))
+	for i, s := range servers {
+		ops[i] = Op{Name: s.Name, ID: s.ID}
+	}
+	return ops
+}
+
+// enter takes in what was read back.
+func (b *backend) enter(ops []Op, got Applied) error {
+	if !got.Process.Same(b.have.Process) {
+		return fmt.Errorf("backend %s: %w", b.name, ErrReplaced)
+	}
+	b.seen = time.Now()
+	b.have.Update(ops, got.Servers)
+	return nil
+}
+
+// converge brings addrs as near to what the register says as can be now: first
+// who shall serve, then who shall leave, so that a whole new set is there before
+// the old one goes.
+func (b *backend) converge(ctx context.Context, addrs []netip.AddrPort, heard map[netip.AddrPort]time.Time) error {
+	for _, goal := range []Goal{Serve, Leave} {
+		var last []Op
+		for range maxSteps {
+			now := time.Now()
+			wants := b.wants(addrs, goal, now)
+			ops, unplaced := Plan(wants, b.have, now, b.cfg.Quarantine)
+			if goal == Serve {
+				b.place(wants, unplaced)
+			}
+			if len(ops) == 0 || slices.Equal(ops, last) {
+				break
+			}
+			got, err := b.balancer.Apply(ctx, b.name, ops)
+			if err != nil {
+				return err
+			}
+			if err := b.enter(ops, got); err != nil {
+				return err
+			}
+			b.tell(ops, got, heard)
+			last = ops
+		}
+	}
+	b.finish(addrs)
+	return nil
+}
+
+// wants turns what the register says of addrs into wants of one goal.
+func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, interrupted: b.broken, empty: b.have.Serving == 0}
+	serving := b.have.Serving
+	wants := make([]Want, 0, len(addrs))
+	for _, addr := range addrs {
+		e := b.view.Lookup(addr)
+		s, there := b.have.Lookup(addr)
+		v := b.rules.decide(e, s, there, rd)
+		if v.goal != Leave {
+			delete(b.leaving, addr)
+			delete(b.held, addr)
+		}
+		if v.goal != Serve {
+			delete(b.unplaced, addr)
+			delete(b.postponed, addr)
+		}
+		if e.Present && v.goal == Keep {
+			b.stale = b.stale || rd.interrupted
+			b.once(addr.String()+v.why, func(l *zerolog.Event) { l.Stringer("addr", addr).Str("why", v.why).Msg("not served") })
+		}
+		if v.goal != goal {
+			continue
+		}
+		w := Want{Addr: addr, Goal: goal}
+		if goal == Serve {
+			w.State, w.Weight = admin(e.Instance.State()), e.Instance.Weight()
+			w.Fast = now.Sub(b.fast[addr]) < recent
+			if there && Human(s) && w.State != Maint {
+				b.once(s.Name+" human", func(l *zerolog.Event) {
+					l.Stringer("addr", addr).Str("server", s.Name).Msg("in maint by a human's hand; left alone")
+				})
+			}
+			if b.last(addr, w.State, s, serving) {
+				w.State = Ready
+			} else if w.State != Ready {
+				serving -= serves(&s)
+			}
+			wants = append(wants, w)
+			continue
+		}
+		if !v.word && b.leaving[addr] == nil && b.mustStay(addr, v, serves(&s) == 1, serving, now) {
+			continue
+		}
+		if b.leaving[addr] == nil {
+			b.leaving[addr] = &leaving{since: now}
+			serving -= serves(&s)
+			b.polls = 0
+		}
+		l := b.leaving[addr]
+		if s.Admin == Maint && l.maint.IsZero() {
+			l.maint = now
+		}
+		w.Overdue = now.Sub(l.since) >= b.cfg.DrainTimeout
+		w.Settled = !l.maint.IsZero() && now.Sub(l.maint) >= b.cfg.Quarantine
+		wants = append(wants, w)
+	}
+	return wants
+}
+
+// last tells whether a drain must wait because nobody else is up. maint does
+// not wait: who says maint means it.
+func (b *backend) last(addr netip.AddrPort, state Admin, s Server, serving int) bool {
+	if state != Drain || serves(&s) == 0 || serving > 1 {
+		delete(b.postponed, addr)
+		return false
+	}
+	if !b.postponed[addr] {
+		b.log.Warn().Stringer("addr", addr).Msg("drain waits: no other server is up")
+	}
+	b.postponed[addr] = true
+	return true
+}
+
+// mustStay tells whether a server that is due to leave by absence alone is kept
+// for now: while its hold lasts, and while it is among the last that are up.
+func (b *backend) mustStay(addr netip.AddrPort, v verdict, up bool, serving int, now time.Time) bool {
+	since, held := b.held[addr]
+	if !held {
+		since = now
+	}
+	why := v.why
+	stay := now.Sub(since) < v.hold
+	if !stay && up && serving <= b.cfg.MinServers {
+		stay, why = true, fmt.Sprintf("only %d servers are up", serving)
+	}
+	if !stay {
+		delete(b.held, addr)
+		return false
+	}
+	b.held[addr] = since
+	if !held {
+		b.log.Warn().Stringer("addr", addr).Str("why", why).Dur("hold", v.hold).Msg("kept")
+	}
+	return true
+}
+
+// place keeps count of who found no slot.
+func (b *backend) place(wants []Want, unplaced []netip.AddrPort) {
+	before := len(b.unplaced)
+	for _, w := range wants {
+		delete(b.unplaced, w.Addr)
+	}
+	for _, a := range unplaced {
+		b.unplaced[a] = true
+	}
+	if n := len(b.unplaced); n > before {
+		b.log.Error().Int("slots", b.have.Slots).Int("without", n).Msg("more instances than slots; raise the server-template's count")
+	} else if n == 0 && before > 0 {
+		b.log.Info().Int("slots", b.have.Slots).Msg("every instance has a slot again")
+	}
+}
+
+// finish settles what has reached its end.
+func (b *backend) finish(addrs []netip.AddrPort) {
+	now := time.Now()
+	for _, a := range addrs {
+		s, there := b.have.Lookup(a)
+		if b.leaving[a] != nil {
+			if !there || b.have.Release(a, now) {
+				delete(b.leaving, a)
+				b.log.Info().Stringer("addr", a).Msg("gone")
+			}
+			continue
+		}
+		if !there {
+			delete(b.held, a)
+		} else if s.Admin == Ready && s.Weight > 0 {
+			delete(b.fast, a)
+		}
+	}
+}
+
+// tell logs what was done: each change of a few, the count of many.
+func (b *backend) tell(ops []Op, got Applied, heard map[netip.AddrPort]time.Time) {
+	for _, r := range got.Refused {
+		b.once("refused "+r, func(l *zerolog.Event) { l.Str("haproxy", r).Msg("refused") })
+	}
+	const few = 20
+	if len(ops) > few {
+		b.log.Info().Int("commands", len(ops)).Int("serving", b.have.Serving).Msg("changed")
+		return
+	}
+	logged := ""
+	for _, o := range ops {
+		s, ok := b.have.byName[o.Name]
+		if !ok || o.Name == logged || o.Kind != SetReady && o.Kind != SetDrain && o.Kind != SetMaint && o.Kind != SetWeight {
+			continue
+		}
+		logged = o.Name // a server's ops stand together
+		l := b.log.Info().Str("server", s.Name).Stringer("addr", s.Addr).Stringer("state", s.Admin).Int("weight", s.Weight)
+		if t, ok := heard[s.Addr]; ok {
+			l = l.Dur("took", time.Since(t))
+		}
+		l.Msg("changed")
+	}
+}
+
+// once warns of what holds on, and not again for an hour.
+func (b *backend) once(key string, say func(*zerolog.Event)) {
+	const (
+		again = time.Hour
+		limit = 1000
+	)
+	now := time.Now()
+	if t, ok := b.said[key]; ok && now.Sub(t) < again {
+		return
+	}
+	if len(b.said) >= limit {
+		maps.DeleteFunc(b.said, func(_ string, t time.Time) bool { return now.Sub(t) >= again })
+	}
+	if len(b.said) >= limit {
+		return
+	}
+	b.said[key] = now
+	say(b.log.Warn())
+}
+
+// pause is how long Step has nothing to do unless it is woken.
+func (b *backend) pause(now time.Time) time.Duration {
+	next := b.nextFull - now.Sub(b.readAt)
+	if len(b.leaving) > 0 {
+		next = min(next, min(firstPoll<<min(b.polls, 8), lastPoll))
+		b.polls++
+	}
+	if len(b.held) > 0 || len(b.unplaced) > 0 || len(b.postponed) > 0 {
+		next = min(next, waitPoll)
+	}
+	if b.stale {
+		b.stale = false
+		next = min(next, registrar.Shorten(b.cfg.Full/6))
+		b.refresh(b.service)
+	}
+	return max(next, time.Millisecond)
+}

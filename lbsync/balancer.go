@@ -1,0 +1,140 @@
+package lbsync
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+)
+
+// Errors of a Balancer. Every other error is HAProxy's own refusal, in its words.
+var (
+	// ErrUnknown says that no complete answer came: nothing is known of what
+	// the balancer did or has. It must change nothing, and what was sent may
+	// still be carried out later.
+	ErrUnknown = errors.New("no complete answer")
+	// ErrReplaced says that the balancer's process changed between the first
+	// and the last command of one exchange, or is stopping.
+	ErrReplaced = errors.New("process was replaced")
+	// ErrNoBackend says that the balancer has no backend of that name.
+	ErrNoBackend = errors.New("no such backend")
+)
+
+// NamePrefix begins the name of every dynamic server that lbsync adds. With
+// Server.Slot it is the whole of ownership: nothing else is ever touched.
+const NamePrefix = "rc_"
+
+// Process identifies one running HAProxy worker. Two exchanges with equal
+// Process spoke to the same worker; a PID alone repeats in containers.
+type Process struct {
+	PID     int
+	Started int64 // Start_time_sec, unix seconds
+	Version string
+}
+
+// Same tells whether p and q are one and the same worker.
+func (p Process) Same(q Process) bool { return p.PID == q.PID && p.Started == q.Started }
+
+// Admin is a server's administrative state.
+type Admin int
+
+// The three administrative states of a server. Maint wins where several apply.
+const (
+	Ready Admin = iota
+	Drain
+	Maint
+)
+
+// String returns the word that `set server … state` takes.
+func (a Admin) String() string {
+	switch a {
+	case Ready:
+		return "ready"
+	case Drain:
+		return "drain"
+	case Maint:
+		return "maint"
+	}
+	return fmt.Sprintf("admin(%d)", int(a))
+}
+
+// Server is one server of one backend, as the balancer reports it.
+type Server struct {
+	Name    string
+	ID      int            // unique within its backend; reused after a deletion, so no identity
+	Addr    netip.AddrPort // zero if it has no numeric address
+	Slot    bool           // a server-template slot declared for us (its host name is slot.invalid)
+	Admin   Admin
+	Up      bool // HAProxy would route to it, weight aside; true without a check once ready
+	Checked bool // a health check is configured and enabled (it may be paused by maint)
+	Passed  bool // its last health check succeeded
+	Weight  int  // the user weight, 0 to 256
+	Busy    int  // connections in use; -1 where the report does not tell
+}
+
+// Ours tells whether lbsync may touch s at all.
+func (s Server) Ours() bool {
+	return s.Slot || len(s.Name) > len(NamePrefix) && s.Name[:len(NamePrefix)] == NamePrefix
+}
+
+// State is a backend read whole.
+type State struct {
+	Process Process
+	Servers []Server // in the balancer's order, ours and others'
+}
+
+// Kind is what an Op does.
+type Kind int
+
+// The kinds of Op. Add takes Addr too and creates the server in maint with
+// weight 0; SetAddr takes Addr, SetWeight takes Weight.
+const (
+	Add Kind = iota
+	SetAddr
+	EnableHealth
+	SetReady
+	SetDrain
+	SetMaint
+	HealthDown
+	SetWeight
+	Shutdown // cuts the sessions of the server
+	Delete
+)
+
+// Op is one change of one server, named by both its name and its id.
+type Op struct {
+	Kind   Kind
+	Name   string
+	ID     int
+	Addr   netip.AddrPort
+	Weight int
+}
+
+// Applied is what one Apply came to.
+type Applied struct {
+	Process Process
+	// Servers holds every server that an Op named, read back after the last
+	// Op; a server that does not exist (any more) is not in it.
+	Servers []Server
+	// Refused holds the balancer's own words for what it refused, in order.
+	Refused []string
+}
+
+// Balancer is one load balancer whose servers can be changed while it runs.
+// Its methods may be called concurrently and are carried out one at a time;
+// each ends within the implementation's deadline or with ctx.
+// No answer is never an empty answer: where the truth is not known they return
+// ErrUnknown or ErrReplaced.
+type Balancer interface {
+	// Probe says which process answers. It is cheap.
+	Probe(ctx context.Context) (Process, error)
+	// Read returns a backend whole; ErrNoBackend if there is none.
+	Read(ctx context.Context, backend string) (State, error)
+	// Apply sends ops in order and reads back every server they name. A
+	// refused op is no error (see Applied.Refused) and does not stop the later
+	// ones. ops may be empty.
+	Apply(ctx context.Context, backend string, ops []Op) (Applied, error)
+	// Peek reads back the servers with these names and ids without changing
+	// anything.
+	Peek(ctx context.Context, backend string, servers []Server) (Applied, error)
+}

@@ -1,0 +1,223 @@
+package lbsync
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"rollcall/notifier"
+	"rollcall/registrar"
+)
+
+// Defaults of Config.
+const (
+	DefaultFull         = 30 * time.Second       // between two whole reads of a backend
+	DefaultProbe        = 250 * time.Millisecond // of the balancer's process
+	DefaultHold         = 5 * time.Minute        // of who is silent but whose check is up
+	DefaultDrainTimeout = 30 * time.Second       // for connections in use
+	DefaultQuarantine   = time.Second            // in maint, before a slot is used again or a server deleted
+	DefaultMinServers   = 1                      // that are up, below which absence removes nobody
+)
+
+// Mode is how instances get servers.
+type Mode string
+
+// The modes. Auto takes slots if the backend has them.
+const (
+	Auto    Mode = "auto"
+	Slots   Mode = "slots"
+	Dynamic Mode = "dynamic"
+)
+
+// BackendConfig pairs a service with a backend.
+type BackendConfig struct {
+	Service registrar.Service
+	Backend string
+	Mode    Mode
+}
+
+// Config says what to keep true, and how carefully. The zero value of a
+// duration is its default.
+type Config struct {
+	Backends []BackendConfig
+	Allow    []netip.Prefix // of instances' addresses; none = DefaultAllow
+	// Checks says that dynamic servers are added with a health check.
+	Checks       bool
+	Full         time.Duration
+	Probe        time.Duration
+	Hold         time.Duration
+	DrainTimeout time.Duration
+	Quarantine   time.Duration
+	MinServers   int
+}
+
+func (c *Config) defaults() {
+	for _, d := range []struct {
+		field *time.Duration
+		value time.Duration
+	}{
+		{&c.Full, DefaultFull}, {&c.Probe, DefaultProbe}, {&c.Hold, DefaultHold},
+		{&c.DrainTimeout, DefaultDrainTimeout}, {&c.Quarantine, DefaultQuarantine},
+	} {
+		if *d.field == 0 {
+			*d.field = d.value
+		}
+	}
+	if len(c.Allow) == 0 {
+		c.Allow = DefaultAllow()
+	}
+}
+
+func (c *Config) validate() error {
+	if len(c.Backends) == 0 {
+		return errors.New("no backend: name at least one SERVICE=BACKEND")
+	}
+	seen := map[string]registrar.Service{}
+	for _, b := range c.Backends {
+		if other, ok := seen[b.Backend]; ok {
+			return fmt.Errorf("backend %s is given to both %s and %s; one service a backend", b.Backend, other, b.Service)
+		}
+		seen[b.Backend] = b.Service
+		switch b.Mode {
+		case Auto, Slots, Dynamic:
+		default:
+			return fmt.Errorf("mode %q: want auto, slots or dynamic", b.Mode)
+		}
+	}
+	for _, d := range []time.Duration{c.Full, c.Probe, c.Hold, c.DrainTimeout, c.Quarantine} {
+		if d < 0 {
+			return fmt.Errorf("duration %v: want more than 0", d)
+		}
+	}
+	if c.MinServers < 0 {
+		return fmt.Errorf("at least %d servers: want 0 or more", c.MinServers)
+	}
+	return nil
+}
+
+// Syncer keeps the backends of one balancer true to their services. Run may be
+// called once.
+type Syncer struct {
+	cfg      Config
+	balancer Balancer
+	store    *registrar.Store
+	watcher  *notifier.Watcher
+	backends map[registrar.Service][]*backend
+	log      zerolog.Logger
+}
+
+// New checks cfg and returns a Syncer. It does no I/O.
+func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (*Syncer, error) {
+	cfg.defaults()
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	s := &Syncer{
+		cfg: cfg, balancer: bal, store: store, backends: map[registrar.Service][]*backend{},
+		log: log.With().Str("component", "lbsync").Logger(),
+	}
+	var svcs []registrar.Service
+	for _, bc := range cfg.Backends {
+		if s.backends[bc.Service] == nil {
+			svcs = append(svcs, bc.Service)
+		}
+		b := newBackend(cfg, bc, bal, func(svc registrar.Service) { s.watcher.Refresh(svc) }, s.log)
+		s.backends[bc.Service] = append(s.backends[bc.Service], b)
+	}
+	var err error
+	s.watcher, err = notifier.New(notifier.Config{Services: svcs}, store, log)
+	return s, err
+}
+
+// Run keeps the backends true until ctx ends, and returns nil then. It leaves
+// the balancer as it is: stopping lbsync is no reason to stop serving.
+func (s *Syncer) Run(ctx context.Context) error {
+	var running sync.WaitGroup
+	defer running.Wait()
+	for _, bs := range s.backends {
+		for _, b := range bs {
+			running.Go(func() { b.run(ctx) })
+		}
+	}
+	running.Go(func() { s.probe(ctx) })
+	return s.watcher.Run(ctx, func(c notifier.Change) {
+		for _, b := range s.backends[c.Service] {
+			b.change(c)
+		}
+	})
+}
+
+// Once reads every service and brings every backend as near to it as can be
+// without waiting.
+func (s *Syncer) Once(ctx context.Context) error {
+	var errs []error
+	for svc, bs := range s.backends {
+		tctx, cancel := registrar.WithTimeout(ctx)
+		snap, err := s.store.Read(tctx, svc, nil)
+		cancel()
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		for _, b := range bs {
+			b.change(notifier.Change{Snapshot: snap, Heard: time.Now()})
+			if _, err := b.Step(ctx); err != nil {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// probe looks which process answers, and has the backends read it whole when
+// that is another one: a reload and a restart both begin with the
+// configuration's servers alone.
+func (s *Syncer) probe(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	var last Process
+	away := false
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+			timer.Reset(registrar.Shorten(s.cfg.Probe))
+		}
+		p, err := s.balancer.Probe(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			if !away {
+				s.log.Warn().Err(err).Msg("balancer does not answer")
+			}
+			away = true
+			continue
+		case !p.Same(last):
+			s.log.Info().Int("pid", p.PID).Str("version", p.Version).Msg("balancer found")
+			if last != (Process{}) {
+				s.all((*backend).replaced)
+			}
+		case away:
+			// The same process after a silence: what was sent before may have
+			// run late.
+			s.log.Info().Msg("balancer answers again")
+			s.all((*backend).replaced)
+		}
+		last, away = p, false
+	}
+}
+
+func (s *Syncer) all(f func(*backend)) {
+	for _, bs := range s.backends {
+		for _, b := range bs {
+			f(b)
+		}
+	}
+}

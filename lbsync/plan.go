@@ -1,0 +1,389 @@
+package lbsync
+
+import (
+	"hash/fnv"
+	"net/netip"
+	"strconv"
+	"time"
+)
+
+// Goal is what shall become of an address.
+type Goal int
+
+// The goals. Keep is the zero value: change nothing.
+const (
+	Keep  Goal = iota
+	Serve      // be there, in State and with Weight
+	Leave      // be drained, and then not be there
+)
+
+// Want is what the register asks of one address, with what the clock has to say
+// about it: Plan has no clock.
+type Want struct {
+	Addr   netip.AddrPort
+	Goal   Goal
+	State  Admin // with Serve
+	Weight int   // with Serve, 0 to 256
+	// Fast puts a new server into rotation before its first health check: it
+	// was up a moment ago, in a process that was replaced.
+	Fast bool
+	// Overdue ends the wait for connections in use, and Settled the quarantine
+	// in maint, of a leaving server.
+	Overdue, Settled bool
+}
+
+// Inventory is what a backend has, indexed. Only Plan and its owner use it.
+type Inventory struct {
+	Process Process
+	Slots   int  // server-template slots that are ours
+	Dynamic bool // place new servers with Add rather than in slots
+	Checks  bool // dynamic servers get a health check
+	// Serving counts the servers, ours or not, that are ready and up with a
+	// weight.
+	Serving int
+
+	byAddr map[netip.AddrPort]*Server // ours, with an address of an instance
+	byName map[string]*Server
+	ids    map[int]bool
+	extra  []*Server // with an address that another has too
+
+	queue  []freeSlot                 // free slots, longest free first, and some that are free no more
+	free   map[*Server]time.Time      // which of them are, and since when
+	vacant map[netip.AddrPort]*Server // free slots by the instance that they held last
+}
+
+type freeSlot struct {
+	server *Server
+	since  time.Time // zero: free since before we looked
+}
+
+// SlotHost is the host name that makes a server-template slot ours.
+const SlotHost = "slot.invalid"
+
+// placeholder tells whether a slot has never been given an instance since the
+// process started: it has the template's port, which is no instance's.
+func placeholder(s *Server) bool { return s.Addr.Port() == 1 && s.Addr.Addr().IsLoopback() }
+
+// NewInventory indexes a whole state. wanted tells whether the register wants an
+// address served: a slot in maint that holds any other is free.
+func NewInventory(st State, wanted func(netip.AddrPort) bool) *Inventory {
+	inv := &Inventory{
+		Process: st.Process,
+		byAddr:  make(map[netip.AddrPort]*Server, len(st.Servers)),
+		byName:  make(map[string]*Server, len(st.Servers)),
+		ids:     make(map[int]bool, len(st.Servers)),
+		free:    map[*Server]time.Time{},
+		vacant:  map[netip.AddrPort]*Server{},
+	}
+	for i := range st.Servers {
+		s := &st.Servers[i]
+		inv.ids[s.ID] = true
+		inv.byName[s.Name] = s
+		inv.Serving += serves(s)
+		if !s.Ours() {
+			continue
+		}
+		if s.Slot {
+			inv.Slots++
+		}
+		switch {
+		case !s.Addr.IsValid():
+			// Not usable: the template lacks a numeric init-addr.
+		case s.Slot && (placeholder(s) || s.Admin == Maint && s.Weight == 0 && !wanted(s.Addr)):
+			inv.vacate(s, time.Time{})
+		default:
+			inv.index(s)
+		}
+	}
+	return inv
+}
+
+// index enters s under its address. Of two with one address the one in
+// rotation stays, and the other goes.
+func (inv *Inventory) index(s *Server) {
+	other, taken := inv.byAddr[s.Addr]
+	if !taken || other == s {
+		inv.byAddr[s.Addr] = s
+		return
+	}
+	if other.Admin > s.Admin {
+		other, s = s, other
+		inv.byAddr[s.Addr] = other
+	}
+	switch idle := s.Admin == Maint && s.Weight == 0; {
+	case !idle:
+		inv.extra = append(inv.extra, s)
+	case s.Slot:
+		inv.vacate(s, time.Time{})
+	}
+}
+
+func (inv *Inventory) vacate(s *Server, since time.Time) {
+	inv.queue = append(inv.queue, freeSlot{s, since})
+	inv.free[s] = since
+	if !placeholder(s) {
+		inv.vacant[s.Addr] = s
+	}
+}
+
+// occupy takes a slot out of the free ones.
+func (inv *Inventory) occupy(s *Server) {
+	delete(inv.free, s)
+	if inv.vacant[s.Addr] == s {
+		delete(inv.vacant, s.Addr)
+	}
+}
+
+func serves(s *Server) int {
+	if s.Admin == Ready && s.Up && s.Weight > 0 {
+		return 1
+	}
+	return 0
+}
+
+// Lookup returns our server with this address.
+func (inv *Inventory) Lookup(addr netip.AddrPort) (Server, bool) {
+	if s, ok := inv.byAddr[addr]; ok {
+		return *s, true
+	}
+	return Server{}, false
+}
+
+// Each calls f for each of our servers that holds an instance's address.
+func (inv *Inventory) Each(f func(Server)) {
+	for _, s := range inv.byAddr {
+		f(*s)
+	}
+}
+
+// Update enters what was read back after ops.
+func (inv *Inventory) Update(ops []Op, servers []Server) {
+	read := make(map[string]*Server, len(servers))
+	for i := range servers {
+		read[servers[i].Name] = &servers[i]
+	}
+	for _, op := range ops {
+		fresh, there := read[op.Name]
+		old, known := inv.byName[op.Name]
+		if known {
+			inv.Serving -= serves(old)
+			if inv.byAddr[old.Addr] == old {
+				delete(inv.byAddr, old.Addr)
+			}
+		}
+		if !there {
+			if known {
+				delete(inv.byName, old.Name)
+				delete(inv.ids, old.ID)
+			}
+			continue
+		}
+		if known {
+			slot := old.Slot
+			*old = *fresh
+			old.Slot = slot
+		} else {
+			old = fresh
+			inv.byName[old.Name] = old
+			inv.ids[old.ID] = true
+		}
+		inv.Serving += serves(old)
+		if old.Ours() && old.Addr.IsValid() && !placeholder(old) {
+			inv.index(old)
+		}
+	}
+}
+
+// Release makes the slot of an address that has left free from now on. It tells
+// whether there was one.
+func (inv *Inventory) Release(addr netip.AddrPort, now time.Time) bool {
+	s, ok := inv.byAddr[addr]
+	if !ok || !s.Slot || s.Admin != Maint || s.Weight != 0 {
+		return false
+	}
+	delete(inv.byAddr, addr)
+	inv.vacate(s, now)
+	return true
+}
+
+// Free counts the free slots.
+func (inv *Inventory) Free() int { return len(inv.free) }
+
+// Plan returns the next ops towards wants, in the order in which they must be
+// carried out, and the addresses for which there is no slot. It is one step:
+// after the ops have been read back, the next Plan goes on from what is there,
+// and an empty plan means that nothing is left to do but to wait. It changes
+// only inv's list of free slots.
+//
+// A slot that never held an instance costs two steps: it must be seen to have
+// the right address before it may be made ready.
+func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration) (ops []Op, unplaced []netip.AddrPort) {
+	for _, s := range inv.extra {
+		ops = append(ops, op(SetMaint, s), Op{Kind: SetWeight, Name: s.Name, ID: s.ID})
+	}
+	inv.extra = nil
+	var place []Want
+	for _, w := range wants {
+		s, ok := inv.byAddr[w.Addr]
+		if back := inv.vacant[w.Addr]; !ok && back != nil && w.Goal == Serve {
+			inv.occupy(back)
+			inv.byAddr[w.Addr] = back
+			s, ok = back, true
+		}
+		switch {
+		case w.Goal == Keep:
+		case w.Goal == Leave && ok:
+			ops = leave(ops, w, s)
+		case w.Goal == Serve && ok:
+			ops = serve(ops, w, s, inv.Checks)
+		case w.Goal == Serve:
+			place = append(place, w)
+		}
+	}
+	taken := map[int]bool{}
+	for _, w := range place {
+		if inv.Dynamic {
+			id := freeID(w.Addr, inv.ids, taken)
+			taken[id] = true
+			// The name says the address: what follows a refused Add finds no
+			// server, and no other one either.
+			s := &Server{Name: DynamicName(w.Addr), ID: id, Addr: w.Addr, Admin: Maint}
+			ops = append(ops, Op{Kind: Add, Name: s.Name, ID: id, Addr: w.Addr})
+			ops = serve(ops, w, s, inv.Checks)
+			continue
+		}
+		s := inv.takeSlot(now, quarantine)
+		if s == nil {
+			unplaced = append(unplaced, w.Addr)
+			continue
+		}
+		fresh := placeholder(s)
+		if s.Weight != 0 {
+			ops = append(ops, Op{Kind: SetWeight, Name: s.Name, ID: s.ID})
+		}
+		ops = append(ops, Op{Kind: SetAddr, Name: s.Name, ID: s.ID, Addr: w.Addr})
+		if !fresh {
+			// What HAProxy can refuse of an address, it would have refused the
+			// one before: the kind of the slot's address, or a port that is
+			// mapped. A slot that never had one is looked at first.
+			s := *s
+			s.Addr, s.Weight = w.Addr, 0
+			ops = serve(ops, w, &s, inv.Checks)
+		}
+	}
+	return ops, unplaced
+}
+
+// takeSlot returns the slot that has been free for longest, or nil if none has
+// been for as long as the quarantine.
+func (inv *Inventory) takeSlot(now time.Time, quarantine time.Duration) *Server {
+	for len(inv.queue) > 0 {
+		f := inv.queue[0]
+		since, free := inv.free[f.server]
+		free = free && since.Equal(f.since)
+		if free && now.Sub(since) < quarantine {
+			return nil
+		}
+		inv.queue = inv.queue[1:]
+		if free {
+			inv.occupy(f.server)
+			return f.server
+		}
+	}
+	return nil
+}
+
+// serve brings one server of ours into the state that w asks for.
+func serve(ops []Op, w Want, s *Server, checks bool) []Op {
+	if Human(*s) && w.State != Maint {
+		return ops
+	}
+	if w.State == Maint {
+		if s.Admin != Maint {
+			ops = append(ops, op(SetMaint, s))
+		}
+		if s.Weight != 0 {
+			ops = append(ops, Op{Kind: SetWeight, Name: s.Name, ID: s.ID})
+		}
+		return ops
+	}
+	checked := s.Checked
+	if !s.Slot && checks && !checked {
+		ops = append(ops, op(EnableHealth, s))
+		checked = true
+	}
+	if s.Admin != w.State {
+		if w.State == Drain {
+			ops = append(ops, op(SetDrain, s))
+		} else {
+			ops = append(ops, op(SetReady, s))
+		}
+	}
+	if s.Weight != w.Weight {
+		// A server that comes into rotation with a check waits for the check:
+		// HAProxy would take it for up until the first one, and answer 503.
+		// The weight comes last, so it cannot be chosen before it is down.
+		if s.Weight == 0 && checked && !w.Fast && w.State == Ready && (s.Admin == Maint || !s.Passed) {
+			ops = append(ops, op(HealthDown, s))
+		}
+		ops = append(ops, Op{Kind: SetWeight, Name: s.Name, ID: s.ID, Weight: w.Weight})
+	}
+	return ops
+}
+
+// leave brings one server of ours a step nearer to its end.
+func leave(ops []Op, w Want, s *Server) []Op {
+	switch s.Admin {
+	case Ready:
+		return append(ops, op(SetDrain, s))
+	case Drain:
+		if s.Busy != 0 && !w.Overdue {
+			return ops
+		}
+		// What is left of a slot's sessions may end in peace: it can be given
+		// away meanwhile. A dynamic server could never be deleted.
+		if s.Busy != 0 && !s.Slot {
+			ops = append(ops, op(Shutdown, s))
+		}
+		return append(ops, op(SetMaint, s), Op{Kind: SetWeight, Name: s.Name, ID: s.ID})
+	}
+	if s.Weight != 0 {
+		return append(ops, Op{Kind: SetWeight, Name: s.Name, ID: s.ID})
+	}
+	if s.Slot || !w.Settled {
+		return ops
+	}
+	// Entering maint once more purges the connections that became idle after
+	// the first time; on 2.6 they would block the deletion for 25 s.
+	return append(ops, op(SetDrain, s), op(SetMaint, s), op(Delete, s))
+}
+
+// Human tells whether a human put s into maint: lbsync would have given it
+// weight 0.
+func Human(s Server) bool { return s.Ours() && s.Admin == Maint && s.Weight != 0 && !placeholder(&s) }
+
+func op(k Kind, s *Server) Op { return Op{Kind: k, Name: s.Name, ID: s.ID} }
+
+// DynamicName is the name of the server that holds addr, such as
+// rc_10.0.0.7:8080 or rc_2001:db8::1:8080: HAProxy allows no brackets in it.
+func DynamicName(addr netip.AddrPort) string {
+	b := make([]byte, 0, len(NamePrefix)+48)
+	b = append(b, NamePrefix...)
+	b = addr.Addr().AppendTo(b)
+	b = append(b, ':')
+	return string(strconv.AppendUint(b, uint64(addr.Port()), 10))
+}
+
+// freeID picks a server id from addr, so that it is the same at every balancer
+// and over restarts, and probes on while it is taken. It is explicit because
+// 2.6's balance random and consistent hashing ignore servers that got theirs
+// from HAProxy; the range is HAProxy's, 1 to 2^31-1.
+func freeID(addr netip.AddrPort, used, taken map[int]bool) int {
+	h := fnv.New32a()
+	h.Write([]byte(addr.String()))
+	id := int(h.Sum32() & (1<<31 - 1))
+	for id == 0 || used[id] || taken[id] {
+		id = (id + 1) & (1<<31 - 1)
+	}
+	return id
+}

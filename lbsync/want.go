@@ -1,0 +1,105 @@
+package lbsync
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"rollcall/registrar"
+)
+
+// DefaultAllow lists the networks whose addresses may reach a balancer unless
+// the operator names others: private IPv4 (RFC 1918), shared address space
+// (RFC 6598) and unique local IPv6 (RFC 4193). Loopback is not among them.
+func DefaultAllow() []netip.Prefix {
+	return []netip.Prefix{
+		netip.MustParsePrefix("10.0.0.0/8"),
+		netip.MustParsePrefix("172.16.0.0/12"),
+		netip.MustParsePrefix("192.168.0.0/16"),
+		netip.MustParsePrefix("100.64.0.0/10"),
+		netip.MustParsePrefix("fc00::/7"),
+	}
+}
+
+// rules are the operator's limits on what the register may do to a backend.
+type rules struct {
+	allow []netip.Prefix
+	// hold is how long a server whose health check is up outlives the silence
+	// of its heartbeat.
+	hold time.Duration
+}
+
+func (r rules) allowed(a netip.Addr) bool {
+	for _, p := range r.allow {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// verdict is what decide makes of one address.
+type verdict struct {
+	goal Goal
+	// hold is how long a Leave must wait, from when it was first due.
+	hold time.Duration
+	// word says that somebody said so: the floor does not apply.
+	word bool
+	why  string // for a hold or a refusal
+}
+
+// read is what a decision needs to know of the read that its entry came from.
+type read struct {
+	now           int64 // unix ms by Redis' clock
+	ttl, interval time.Duration
+	// interrupted says that this history began with an interruption, so that
+	// the scores may be those of an old snapshot.
+	interrupted bool
+	// empty says that the backend has no other server that is up.
+	empty bool
+}
+
+// decide says what shall become of one address: e is what the register says of
+// it, s the server that holds it, if there is one. It is the one place that
+// turns absence into a removal.
+func (r rules) decide(e registrar.Entry, s Server, there bool, rd read) verdict {
+	switch {
+	case e.Garbage != "":
+		return verdict{goal: Keep}
+	case e.Present && !r.allowed(e.Addr.Addr()):
+		why := fmt.Sprintf("%s is in none of the allowed networks", e.Addr.Addr())
+		if there {
+			return verdict{goal: Leave, word: true, why: why}
+		}
+		return verdict{goal: Keep, why: why}
+	case e.Present:
+		if age := rd.now - e.Instance.Beat; !there && rd.interrupted && !rd.empty && age >= rd.ttl.Milliseconds() {
+			return verdict{goal: Keep, why: "its heartbeat is older than the TTL, and the register has been interrupted"}
+		}
+		return verdict{goal: Serve}
+	case !there:
+		return verdict{goal: Keep}
+	case e.Gone != nil && e.Gone.Reason != registrar.Expired:
+		return verdict{goal: Leave, word: true}
+	}
+	vouched := s.Checked && s.Up && s.Passed
+	switch {
+	case vouched:
+		return verdict{goal: Leave, hold: r.hold, why: "it stopped beating, but its health check is up"}
+	case e.Gone != nil:
+		return verdict{goal: Leave}
+	default:
+		return verdict{goal: Leave, hold: rd.ttl + 2*rd.interval, why: "the register does not mention it, and not how it went"}
+	}
+}
+
+// admin translates the word in force into HAProxy's.
+func admin(s registrar.AdminState) Admin {
+	switch s {
+	case registrar.AdminDrain:
+		return Drain
+	case registrar.AdminMaint:
+		return Maint
+	}
+	return Ready
+}
