@@ -1,0 +1,416 @@
+// Package haproxy speaks to one HAProxy through its stats socket: it is the
+// real lbsync.Balancer.
+//
+// It owns the text that goes over the socket, both ways. It promises that no
+// byte it was not asked to send reaches HAProxy, that an answer is either
+// complete or an error, and that HAProxy's wording ends here. It decides
+// nothing: which server to change, and when, is lbsync's.
+//
+// Every exchange is one line, "show info;COMMANDS;show info". The two reports
+// frame the answer: if the second is missing, the answer was cut; if they name
+// two processes, or one that is stopping, HAProxy was replaced meanwhile.
+// The commands go through client-native's ExecuteRaw, which dials once per
+// line, returns what it has read when reading fails, and gives up only after
+// 30 seconds. The frame makes up for the second and the Timeout for the third.
+package haproxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/haproxytech/client-native/v5/runtime"
+	"github.com/haproxytech/client-native/v5/runtime/options"
+	"github.com/rs/zerolog"
+
+	"rollcall/lbsync"
+)
+
+// DefaultTimeout bounds one exchange. A reading of 10,000 servers takes 10 ms.
+const DefaultTimeout = time.Second
+
+const (
+	// maxLine keeps a line under the least tune.bufsize in use, as HAProxy 3.2
+	// runs nothing of a longer line.
+	maxLine = 8000
+	// maxCommands bounds how long HAProxy works on one line.
+	maxCommands = 50
+	// maxPeek is the number of servers up to which they are read back one by
+	// one. One costs 2.5 kB in any backend, the whole 130 bytes a server.
+	maxPeek = 16
+	// manyOps is from where on pause is kept between lines: without it,
+	// thousands of changes raise the latency of HAProxy's own traffic.
+	manyOps = 1000
+	pause   = 5 * time.Millisecond
+
+	maxOptionWords = 40   // with ours below the 64 words HAProxy reads of a command
+	maxOptionBytes = 2000 // one `add server` must leave room for the frame
+)
+
+// Config says which HAProxy to speak to.
+type Config struct {
+	// Socket is the path of a stats socket of level admin. Required.
+	Socket string
+	// Timeout bounds one exchange: an Apply of many ops is several. It must
+	// not be negative; 0 means DefaultTimeout.
+	Timeout time.Duration
+	// ServerOptions are keywords for every `add server`, as "check inter 2s".
+	// At most 40 words, none of them enabled, disabled, id or weight.
+	ServerOptions string
+}
+
+var optionWord = regexp.MustCompile(`^[A-Za-z0-9_.,:/@=+()-]+$`)
+
+// validate checks c and returns the words of ServerOptions.
+func (c Config) validate() ([]string, error) {
+	if c.Socket == "" {
+		return nil, errors.New("no stats socket given")
+	}
+	if c.Timeout < 0 {
+		return nil, fmt.Errorf("timeout %s is negative", c.Timeout)
+	}
+	if len(c.ServerOptions) > maxOptionBytes {
+		return nil, fmt.Errorf("server options have %d bytes, more than %d", len(c.ServerOptions), maxOptionBytes)
+	}
+	words := strings.Fields(c.ServerOptions)
+	if len(words) > maxOptionWords {
+		return nil, fmt.Errorf("server options have %d words, more than %d", len(words), maxOptionWords)
+	}
+	for _, w := range words {
+		if !optionWord.MatchString(w) {
+			return nil, fmt.Errorf("server option %q has a character other than A-Za-z0-9_.,:/@=+()-", w)
+		}
+		switch w {
+		case "enabled", "disabled", "id", "weight":
+			return nil, fmt.Errorf("server option %q is not the operator's to give", w)
+		}
+	}
+	return words, nil
+}
+
+// Client is one HAProxy. It implements lbsync.Balancer. Make it with New.
+type Client struct {
+	cfg     Config
+	options string
+	checks  bool
+	log     zerolog.Logger
+	native  *runtime.SingleRuntime
+
+	turn  chan struct{} // holds one token; who took it may exchange
+	stuck <-chan answer // the call given up on, nil if none; guarded by turn
+}
+
+var _ lbsync.Balancer = (*Client)(nil)
+
+// answer is what ExecuteRaw returned.
+type answer struct {
+	text string
+	err  error
+}
+
+// New returns a Client for cfg. It does no I/O.
+func New(cfg Config, log zerolog.Logger) (*Client, error) {
+	words, err := cfg.validate()
+	if err != nil {
+		return nil, fmt.Errorf("haproxy: %w", err)
+	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = DefaultTimeout
+	}
+	c := &Client{
+		cfg:    cfg,
+		log:    log.With().Str("component", "haproxy").Str("socket", cfg.Socket).Logger(),
+		native: &runtime.SingleRuntime{},
+		turn:   make(chan struct{}, 1),
+	}
+	for _, w := range words {
+		c.options += " " + w
+		c.checks = c.checks || w == "check"
+	}
+	c.turn <- struct{}{}
+	if err := c.native.Init(cfg.Socket, 0, 0, options.RuntimeOptions{DoNotCheckRuntimeOnInit: true}); err != nil {
+		return nil, fmt.Errorf("haproxy: %w", err)
+	}
+	return c, nil
+}
+
+// Checks tells whether the servers that Apply adds have a health check.
+func (c *Client) Checks() bool { return c.checks }
+
+// Close waits until a call that was given up on has ended, or for ctx. Such a
+// call ends as soon as HAProxy answers or dies, and after a minute at most: two
+// tries of client-native's 30 s. c must not be used afterwards.
+func (c *Client) Close(ctx context.Context) error {
+	if err := c.take(ctx); err != nil {
+		return err
+	}
+	defer c.release()
+	if c.stuck == nil {
+		return nil
+	}
+	select {
+	case <-c.stuck:
+		c.stuck = nil
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("close %s: a call has not ended: %w", c.cfg.Socket, ctx.Err())
+	}
+}
+
+// Probe says which process answers. It returns lbsync.ErrReplaced from one
+// that is stopping.
+func (c *Client) Probe(ctx context.Context) (lbsync.Process, error) {
+	if err := c.take(ctx); err != nil {
+		return lbsync.Process{}, err
+	}
+	defer c.release()
+	r, err := c.exchange(ctx, nil)
+	return r.process, err
+}
+
+// Read returns a backend whole, or lbsync.ErrNoBackend. Busy is -1 in it.
+func (c *Client) Read(ctx context.Context, backend string) (lbsync.State, error) {
+	if err := checkName("backend", backend); err != nil {
+		return lbsync.State{}, err
+	}
+	if err := c.take(ctx); err != nil {
+		return lbsync.State{}, err
+	}
+	defer c.release()
+	r, err := c.exchange(ctx, []string{"show servers state " + backend})
+	if err != nil {
+		return lbsync.State{}, fmt.Errorf("read backend %s: %w", backend, err)
+	}
+	servers, err := r.servers(backend)
+	if err != nil {
+		return lbsync.State{}, fmt.Errorf("read backend %s: %w", backend, err)
+	}
+	return lbsync.State{Process: r.process, Servers: servers}, nil
+}
+
+// Apply sends ops in order and reads back every server they name. If one op
+// cannot be rendered, it returns that error and sends none of them. On any
+// other error some of the ops may have been carried out.
+//
+// A server counts as read back if both its name and its id are the op's. A
+// server that an op names is taken to be a slot unless its name begins with
+// lbsync.NamePrefix, as lbsync touches nothing else.
+func (c *Client) Apply(ctx context.Context, backend string, ops []lbsync.Op) (lbsync.Applied, error) {
+	if err := checkName("backend", backend); err != nil {
+		return lbsync.Applied{}, err
+	}
+	commands := make([]string, len(ops))
+	touched := make([]lbsync.Server, 0, min(len(ops), maxPeek+1))
+	seen := make(map[target]bool, len(ops))
+	for i, op := range ops {
+		var err error
+		if commands[i], err = c.Render(backend, op); err != nil {
+			return lbsync.Applied{}, err
+		}
+		if t := (target{op.Name, op.ID}); !seen[t] {
+			seen[t] = true
+			s := lbsync.Server{Name: op.Name, ID: op.ID}
+			s.Slot = !s.Ours()
+			touched = append(touched, s)
+		}
+	}
+	applied, err := c.apply(ctx, backend, batch(ops, commands), touched)
+	if err != nil {
+		return lbsync.Applied{}, fmt.Errorf("apply %d ops to backend %s: %w", len(ops), backend, err)
+	}
+	return applied, nil
+}
+
+// Peek reads back the servers with these names and ids; Slot is taken over
+// from them. It changes nothing.
+func (c *Client) Peek(ctx context.Context, backend string, servers []lbsync.Server) (lbsync.Applied, error) {
+	if err := checkName("backend", backend); err != nil {
+		return lbsync.Applied{}, err
+	}
+	for _, s := range servers {
+		if err := checkTarget(s.Name, s.ID); err != nil {
+			return lbsync.Applied{}, err
+		}
+	}
+	applied, err := c.apply(ctx, backend, nil, servers)
+	if err != nil {
+		return lbsync.Applied{}, fmt.Errorf("peek at backend %s: %w", backend, err)
+	}
+	return applied, nil
+}
+
+// target names a server.
+type target struct {
+	name string
+	id   int
+}
+
+// apply sends lines and then reads back servers: one by one where that is
+// cheap and certain, else from a reading of the whole backend.
+func (c *Client) apply(ctx context.Context, backend string, lines [][]string, servers []lbsync.Server) (lbsync.Applied, error) {
+	if err := c.take(ctx); err != nil {
+		return lbsync.Applied{}, err
+	}
+	defer c.release()
+
+	single := len(servers) <= maxPeek
+	if single {
+		peeks := make([]string, len(servers))
+		for i, s := range servers {
+			peeks[i] = peekCommand(backend, s)
+		}
+		if n := len(lines) - 1; n >= 0 && fits(lines[n], peeks...) {
+			lines[n] = append(lines[n], peeks...)
+		} else if len(peeks) > 0 || n < 0 {
+			lines = append(lines, peeks)
+		}
+	}
+
+	var applied lbsync.Applied
+	var last reply
+	send := func(commands []string) (err error) {
+		if last, err = c.exchange(ctx, commands); err != nil {
+			return err
+		}
+		if applied.Process.PID == 0 {
+			applied.Process = last.process
+		}
+		if !applied.Process.Same(last.process) {
+			return fmt.Errorf("%w between two lines", lbsync.ErrReplaced)
+		}
+		return nil
+	}
+
+	commands := 0
+	for _, line := range lines {
+		commands += len(line)
+	}
+	for i, line := range lines {
+		if commands > manyOps && i > 0 {
+			if err := sleep(ctx, pause); err != nil {
+				return lbsync.Applied{}, err
+			}
+		}
+		if err := send(line); err != nil {
+			return lbsync.Applied{}, err
+		}
+		applied.Refused = append(applied.Refused, last.refused...)
+	}
+
+	if single {
+		found, certain, err := last.peek(backend, servers)
+		if err != nil {
+			return lbsync.Applied{}, err
+		}
+		if certain {
+			applied.Servers = found
+			return applied, nil
+		}
+	}
+
+	if err := send([]string{"show servers state " + backend, "show servers conn " + backend}); err != nil {
+		return lbsync.Applied{}, err
+	}
+	whole, err := last.servers(backend)
+	if err != nil {
+		return lbsync.Applied{}, err
+	}
+	busy, err := last.busy(backend)
+	if err != nil {
+		return lbsync.Applied{}, err
+	}
+	applied.Servers = pick(whole, busy, servers)
+	return applied, nil
+}
+
+// pick returns of whole the servers wanted, in the order of wanted.
+func pick(whole []lbsync.Server, busy map[target]int, wanted []lbsync.Server) []lbsync.Server {
+	index := make(map[target]int, len(whole))
+	for i, s := range whole {
+		index[target{s.Name, s.ID}] = i
+	}
+	var picked []lbsync.Server
+	for _, w := range wanted {
+		t := target{w.Name, w.ID}
+		if i, ok := index[t]; ok {
+			s := whole[i]
+			if n, ok := busy[t]; ok {
+				s.Busy = n
+			}
+			picked = append(picked, s)
+		}
+	}
+	return picked
+}
+
+// take waits for c's turn.
+func (c *Client) take(ctx context.Context) error {
+	select {
+	case <-c.turn:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w while waiting to send", lbsync.ErrUnknown, ctx.Err())
+	}
+}
+
+func (c *Client) release() { c.turn <- struct{}{} }
+
+// exchange sends one line and returns the complete reply. The caller has the
+// turn. While a call it gave up on is still under way it sends nothing: so a
+// HAProxy that hangs finds one line in its socket when it wakes, not hundreds.
+func (c *Client) exchange(ctx context.Context, commands []string) (reply, error) {
+	line, err := frame(commands)
+	if err != nil {
+		return reply{}, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
+	defer cancel()
+	if c.stuck != nil {
+		select {
+		case <-c.stuck:
+			c.stuck = nil
+		case <-ctx.Done():
+			return reply{}, fmt.Errorf("%w: %s still owes an earlier answer, nothing was sent: %w",
+				lbsync.ErrUnknown, c.cfg.Socket, ctx.Err())
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return reply{}, fmt.Errorf("%w: nothing was sent: %w", lbsync.ErrUnknown, err)
+	}
+
+	start := time.Now()
+	done := make(chan answer, 1) // buffered: a call given up on can end unheard
+	go func() {
+		text, err := c.native.ExecuteRaw(line)
+		done <- answer{text, err}
+	}()
+	select {
+	case a := <-done:
+		if a.err != nil {
+			return reply{}, fmt.Errorf("%w: %w (is HAProxy running, and may this user write to the socket? it must be of level admin)",
+				lbsync.ErrUnknown, a.err)
+		}
+		c.log.Debug().Int("commands", len(commands)).Int("sent", len(line)).Int("received", len(a.text)).
+			Dur("took", time.Since(start)).Msg("exchange")
+		return parseReply(a.text)
+	case <-ctx.Done():
+		c.stuck = done
+		return reply{}, fmt.Errorf("%w: %s did not answer within %s: %w",
+			lbsync.ErrUnknown, c.cfg.Socket, time.Since(start).Round(time.Millisecond), ctx.Err())
+	}
+}
+
+// sleep waits for d or ctx.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w between two lines", lbsync.ErrUnknown, ctx.Err())
+	}
+}

@@ -1,0 +1,181 @@
+package haproxy
+
+import (
+	"fmt"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"rollcall/lbsync"
+)
+
+// frameBytes is what a line has beside its commands: client-native's own
+// "set severity-output number;", the two reports and the newline.
+const frameBytes = len("set severity-output number;") + len(reportCommand)*2 + len(";\n")
+
+const reportCommand = "show info"
+
+// forbidden are the bytes that end a command, quote, comment, expand or begin
+// a payload in HAProxy's command line (management.txt 9.3, "Unix Socket
+// commands"). No command of ours has one.
+const forbidden = ";\\\"'#$<>|"
+
+var nameForm = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,64}$`)
+
+// Render returns the command that op becomes, or says what in op must not
+// reach HAProxy. Nothing is repaired or left out.
+func (c *Client) Render(backend string, op lbsync.Op) (string, error) {
+	if err := checkName("backend", backend); err != nil {
+		return "", err
+	}
+	if err := checkTarget(op.Name, op.ID); err != nil {
+		return "", err
+	}
+	server := backend + "/" + op.Name
+	var command string
+	switch op.Kind {
+	case lbsync.Add:
+		if err := checkAddr(op.Addr); err != nil {
+			return "", fmt.Errorf("server %s: %w", op.Name, err)
+		}
+		// Without an id, balance random and consistent hashing skip some
+		// dynamic servers; without the pool settings HAProxy 2.6 never reuses
+		// their connections.
+		command = fmt.Sprintf("add server %s %s id %d weight 0 pool-purge-delay 1s pool-max-conn -1%s",
+			server, op.Addr, op.ID, c.options)
+	case lbsync.SetAddr:
+		if err := checkAddr(op.Addr); err != nil {
+			return "", fmt.Errorf("server %s: %w", op.Name, err)
+		}
+		command = fmt.Sprintf("set server %s addr %s port %d", server, op.Addr.Addr(), op.Addr.Port())
+	case lbsync.EnableHealth:
+		command = "enable health " + server
+	case lbsync.SetReady:
+		command = "set server " + server + " state ready"
+	case lbsync.SetDrain:
+		command = "set server " + server + " state drain"
+	case lbsync.SetMaint:
+		command = "set server " + server + " state maint"
+	case lbsync.HealthDown:
+		command = "set server " + server + " health down"
+	case lbsync.SetWeight:
+		if op.Weight < 0 || op.Weight > 256 {
+			return "", fmt.Errorf("server %s: weight %d is not within 0 and 256", op.Name, op.Weight)
+		}
+		command = "set server " + server + " weight " + strconv.Itoa(op.Weight)
+	case lbsync.Shutdown:
+		command = "shutdown sessions server " + server
+	case lbsync.Delete:
+		command = "del server " + server
+	default:
+		return "", fmt.Errorf("server %s: unknown kind of op %d", op.Name, op.Kind)
+	}
+	return command, checkCommand(command)
+}
+
+// peekCommand asks for one server and, as proof that the name was taken for
+// the backend's, for the backend: types 2 (backend) and 4 (server).
+func peekCommand(backend string, s lbsync.Server) string {
+	return "show stat " + backend + " 6 " + strconv.Itoa(s.ID)
+}
+
+// batch joins commands to lines: a Delete is alone, the others as many as fit.
+func batch(ops []lbsync.Op, commands []string) [][]string {
+	var lines [][]string
+	open := false
+	for i, command := range commands {
+		alone := ops[i].Kind == lbsync.Delete
+		if n := len(lines) - 1; open && !alone && fits(lines[n], command) {
+			lines[n] = append(lines[n], command)
+		} else {
+			lines = append(lines, []string{command})
+		}
+		open = !alone
+	}
+	return lines
+}
+
+// fits tells whether more can be added to line.
+func fits(line []string, more ...string) bool {
+	n := frameBytes
+	for _, c := range line {
+		n += len(c) + 1
+	}
+	for _, c := range more {
+		n += len(c) + 1
+	}
+	return len(line)+len(more) <= maxCommands && n <= maxLine
+}
+
+// frame returns the line for commands. It is the last gate before the socket.
+func frame(commands []string) (string, error) {
+	for _, c := range commands {
+		if err := checkCommand(c); err != nil {
+			return "", err
+		}
+	}
+	if !fits(commands) {
+		return "", fmt.Errorf("%d commands do not fit into one line", len(commands))
+	}
+	var b strings.Builder
+	b.WriteString(reportCommand)
+	for _, c := range commands {
+		b.WriteByte(';')
+		b.WriteString(c)
+	}
+	b.WriteByte(';')
+	b.WriteString(reportCommand)
+	return b.String(), nil
+}
+
+func checkCommand(command string) error {
+	for i := range len(command) {
+		if b := command[i]; b < 0x20 || b > 0x7e || strings.IndexByte(forbidden, b) >= 0 {
+			return fmt.Errorf("byte %q must not be in the command %q", b, command)
+		}
+	}
+	return nil
+}
+
+func checkName(what, name string) error {
+	if !nameForm.MatchString(name) {
+		return fmt.Errorf("%s name %q is not 1 to 64 of A-Za-z0-9_.:-", what, name)
+	}
+	return nil
+}
+
+func checkTarget(name string, id int) error {
+	if err := checkName("server", name); err != nil {
+		return err
+	}
+	if id < 1 || id > 1<<31-1 {
+		return fmt.Errorf("server %s: id %d is not within 1 and 2147483647", name, id)
+	}
+	return nil
+}
+
+// checkAddr refuses what is no address of one server, and an IPv4 address
+// dressed as IPv6, which would not compare equal to itself.
+func checkAddr(addr netip.AddrPort) error {
+	ip := addr.Addr()
+	switch {
+	case !ip.IsValid():
+		return fmt.Errorf("address %s is invalid", addr)
+	case ip.Zone() != "":
+		return fmt.Errorf("address %s has a zone", addr)
+	case ip.IsUnspecified():
+		return fmt.Errorf("address %s is unspecified", addr)
+	case ip.IsMulticast():
+		return fmt.Errorf("address %s is a multicast address", addr)
+	case ip.Is4In6():
+		return fmt.Errorf("address %s is IPv4 mapped into IPv6", addr)
+	case ip == broadcast:
+		return fmt.Errorf("address %s is the broadcast address", addr)
+	case addr.Port() == 0:
+		return fmt.Errorf("address %s has no port", addr)
+	}
+	return nil
+}
+
+var broadcast = netip.AddrFrom4([4]byte{255, 255, 255, 255})

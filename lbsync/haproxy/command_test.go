@@ -1,0 +1,216 @@
+package haproxy
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"rollcall/lbsync"
+)
+
+func addrPort(s string) netip.AddrPort { return netip.MustParseAddrPort(s) }
+
+func TestRender(t *testing.T) {
+	plain := newClient(t, Config{Socket: "s"})
+	checked := newClient(t, Config{Socket: "s", ServerOptions: "  check inter 2s\tfall 2 "})
+	tests := []struct {
+		name   string
+		client *Client
+		op     lbsync.Op
+		want   string
+	}{
+		{"add", plain, lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 7, Addr: addrPort("10.0.0.1:80"), Weight: 5},
+			"add server be/rc_a 10.0.0.1:80 id 7 weight 0 pool-purge-delay 1s pool-max-conn -1"},
+		{"add IPv6 with options", checked, lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1<<31 - 1, Addr: addrPort("[2001:db8::1]:65535")},
+			"add server be/rc_a [2001:db8::1]:65535 id 2147483647 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s fall 2"},
+		{"set addr", checked, lbsync.Op{Kind: lbsync.SetAddr, Name: "s1", ID: 1, Addr: addrPort("10.0.0.1:1")},
+			"set server be/s1 addr 10.0.0.1 port 1"},
+		{"set addr IPv6", plain, lbsync.Op{Kind: lbsync.SetAddr, Name: "s1", ID: 1, Addr: addrPort("[::1]:80")},
+			"set server be/s1 addr ::1 port 80"},
+		{"enable health", plain, lbsync.Op{Kind: lbsync.EnableHealth, Name: "s1", ID: 1}, "enable health be/s1"},
+		{"ready", plain, lbsync.Op{Kind: lbsync.SetReady, Name: "s1", ID: 1}, "set server be/s1 state ready"},
+		{"drain", plain, lbsync.Op{Kind: lbsync.SetDrain, Name: "s1", ID: 1}, "set server be/s1 state drain"},
+		{"maint", plain, lbsync.Op{Kind: lbsync.SetMaint, Name: "s1", ID: 1}, "set server be/s1 state maint"},
+		{"health down", plain, lbsync.Op{Kind: lbsync.HealthDown, Name: "s1", ID: 1}, "set server be/s1 health down"},
+		{"least weight", plain, lbsync.Op{Kind: lbsync.SetWeight, Name: "s1", ID: 1}, "set server be/s1 weight 0"},
+		{"most weight", plain, lbsync.Op{Kind: lbsync.SetWeight, Name: "s1", ID: 1, Weight: 256}, "set server be/s1 weight 256"},
+		{"shutdown", plain, lbsync.Op{Kind: lbsync.Shutdown, Name: "s1", ID: 1}, "shutdown sessions server be/s1"},
+		{"delete", plain, lbsync.Op{Kind: lbsync.Delete, Name: "s1", ID: 1}, "del server be/s1"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := tt.client.Render("be", tt.op)
+			if err != nil || got != tt.want {
+				t.Errorf("got %q, %v\nwant %q", got, err, tt.want)
+			}
+		})
+	}
+	if plain.Checks() || !checked.Checks() {
+		t.Errorf("Checks() = %t, %t, want false, true", plain.Checks(), checked.Checks())
+	}
+}
+
+// injections are ops that must not be sent. Each of those with text was seen to
+// run a second command, to hang HAProxy or to add keywords on 2.6.12.
+var injections = []struct {
+	name    string
+	backend string
+	op      lbsync.Op
+	want    string // part of the error
+}{
+	{"command in the backend", "be;disable frontend fe_be", lbsync.Op{Kind: lbsync.SetReady, Name: "s1", ID: 1}, "backend name"},
+	{"slash in the backend", "be/s2", lbsync.Op{Kind: lbsync.SetReady, Name: "s1", ID: 1}, "backend name"},
+	{"empty backend", "", lbsync.Op{Kind: lbsync.SetReady, Name: "s1", ID: 1}, "backend name"},
+	{"backend of 65", strings.Repeat("b", 65), lbsync.Op{Kind: lbsync.SetReady, Name: "s1", ID: 1}, "backend name"},
+	{"semicolon", "be", lbsync.Op{Kind: lbsync.SetReady, Name: "s1;disable frontend fe_be", ID: 1}, "server name"},
+	{"newline", "be", lbsync.Op{Kind: lbsync.SetReady, Name: "s1\ndisable frontend fe_be", ID: 1}, "server name"},
+	{"newline at the end", "be", lbsync.Op{Kind: lbsync.SetReady, Name: "s1\n", ID: 1}, "server name"},
+	{"space", "be", lbsync.Op{Kind: lbsync.SetReady, Name: "s1 state maint", ID: 1}, "server name"},
+	{"backslash", "be", lbsync.Op{Kind: lbsync.SetReady, Name: `s1\`, ID: 1}, "server name"},
+	{"payload", "be", lbsync.Op{Kind: lbsync.SetReady, Name: "s1<<", ID: 1}, "server name"},
+	{"comment", "be", lbsync.Op{Kind: lbsync.SetReady, Name: "s1#", ID: 1}, "server name"},
+	{"environment", "be", lbsync.Op{Kind: lbsync.SetReady, Name: "${HOME}", ID: 1}, "server name"},
+	{"not ASCII", "be", lbsync.Op{Kind: lbsync.SetReady, Name: "sé", ID: 1}, "server name"},
+	{"NUL", "be", lbsync.Op{Kind: lbsync.SetReady, Name: "s1\x00", ID: 1}, "server name"},
+	{"empty name", "be", lbsync.Op{Kind: lbsync.SetReady, ID: 1}, "server name"},
+	{"name of 65", "be", lbsync.Op{Kind: lbsync.SetReady, Name: strings.Repeat("s", 65), ID: 1}, "server name"},
+	{"id 0", "be", lbsync.Op{Kind: lbsync.SetReady, Name: "s1"}, "id 0"},
+	{"id -1", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: -1, Addr: addrPort("10.0.0.1:80")}, "id -1"},
+	{"id beyond", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1 << 31, Addr: addrPort("10.0.0.1:80")}, "id 2147483648"},
+	{"weight -1", "be", lbsync.Op{Kind: lbsync.SetWeight, Name: "s1", ID: 1, Weight: -1}, "weight -1"},
+	{"weight 257", "be", lbsync.Op{Kind: lbsync.SetWeight, Name: "s1", ID: 1, Weight: 257}, "weight 257"},
+	{"no address", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1}, "invalid"},
+	{"no port", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1, Addr: addrPort("10.0.0.1:0")}, "no port"},
+	{"no port to set", "be", lbsync.Op{Kind: lbsync.SetAddr, Name: "s1", ID: 1, Addr: addrPort("10.0.0.1:0")}, "no port"},
+	{"zone", "be", lbsync.Op{Kind: lbsync.SetAddr, Name: "s1", ID: 1,
+		Addr: netip.AddrPortFrom(netip.MustParseAddr("fe80::1").WithZone("lo;disable frontend fe_be"), 80)}, "zone"},
+	{"unspecified", "be", lbsync.Op{Kind: lbsync.SetAddr, Name: "s1", ID: 1, Addr: addrPort("0.0.0.0:80")}, "unspecified"},
+	{"unspecified IPv6", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1, Addr: addrPort("[::]:80")}, "unspecified"},
+	{"multicast", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1, Addr: addrPort("224.0.0.1:80")}, "multicast"},
+	{"multicast IPv6", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1, Addr: addrPort("[ff02::1]:80")}, "multicast"},
+	{"broadcast", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1, Addr: addrPort("255.255.255.255:80")}, "broadcast"},
+	{"mapped", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1, Addr: addrPort("[::ffff:10.0.0.1]:80")}, "mapped"},
+	{"unknown kind", "be", lbsync.Op{Kind: lbsync.Delete + 1, Name: "s1", ID: 1}, "unknown kind"},
+}
+
+func TestRenderRefuses(t *testing.T) {
+	c := newClient(t, Config{Socket: "s"})
+	for _, tt := range injections {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := c.Render(tt.backend, tt.op)
+			if got != "" || err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %q, %v; want no command and an error with %q", got, err, tt.want)
+			}
+		})
+	}
+}
+
+// TestFrame tests the last gate alone, as nothing that Render lets through
+// reaches it.
+func TestFrame(t *testing.T) {
+	for b := range 256 {
+		_, err := frame([]string{"show", "a" + string([]byte{byte(b)})})
+		bad := b < ' ' || b > '~' || strings.IndexByte(`;\"'#$<>|`, byte(b)) >= 0
+		if (err != nil) != bad {
+			t.Errorf("byte %#x: error %v", b, err)
+		}
+	}
+	if got, err := frame(nil); err != nil || got != "show info;show info" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if got, err := frame([]string{"a b", "c"}); err != nil || got != "show info;a b;c;show info" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if _, err := frame(make([]string, maxCommands+1)); err == nil {
+		t.Error("51 commands in one line")
+	}
+	full := strings.Repeat("x", maxLine-frameBytes-1)
+	if line, err := frame([]string{full}); err != nil || len("set severity-output number;"+line+"\n") != maxLine {
+		t.Errorf("%d bytes, %v", len(line), err)
+	}
+	if _, err := frame([]string{full + "x"}); err == nil {
+		t.Error("a line of 8,001 bytes")
+	}
+}
+
+func TestBatch(t *testing.T) {
+	const long = 3000
+	tests := []struct {
+		name string
+		ops  string // d: Delete; x: another; X: another of 3,000 bytes
+		want string // the ops of each line
+	}{
+		{"nothing", "", ""},
+		{"one line", "xxx", "3"},
+		{"exactly 50", strings.Repeat("x", 50), "50"},
+		{"51", strings.Repeat("x", 51), "50 1"},
+		{"by bytes", "XXXxX", "2 3"},
+		{"deletes are alone", "xdxxddx", "1 1 2 1 1 1"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var ops []lbsync.Op
+			var commands []string
+			for i, kind := range tt.ops {
+				op, command := lbsync.Op{Kind: lbsync.SetReady}, fmt.Sprint(i)
+				switch kind {
+				case 'd':
+					op.Kind = lbsync.Delete
+				case 'X':
+					command += strings.Repeat("x", long)
+				}
+				ops, commands = append(ops, op), append(commands, command)
+			}
+			var counts, joined []string
+			for _, line := range batch(ops, commands) {
+				counts = append(counts, fmt.Sprint(len(line)))
+				joined = append(joined, line...)
+				if _, err := frame(line); err != nil {
+					t.Error(err)
+				}
+			}
+			if got := strings.Join(counts, " "); got != tt.want {
+				t.Errorf("lines of %s, want %s", got, tt.want)
+			}
+			if strings.Join(joined, ";") != strings.Join(commands, ";") {
+				t.Error("commands are lost or out of order")
+			}
+		})
+	}
+}
+
+func TestNew(t *testing.T) {
+	tests := []struct {
+		name string
+		cfg  Config
+		want string // part of the error; "" for none
+	}{
+		{"plain", Config{Socket: "s"}, ""},
+		{"options", Config{Socket: "s", ServerOptions: "check inter 2s backup ssl verify none ca-file /a/b@c=d(e)"}, ""},
+		{"40 words", Config{Socket: "s", ServerOptions: strings.Repeat("check ", 40)}, ""},
+		{"41 words", Config{Socket: "s", ServerOptions: strings.Repeat("check ", 41)}, "41 words"},
+		{"long", Config{Socket: "s", ServerOptions: "sni " + strings.Repeat("x", maxOptionBytes)}, "bytes"},
+		{"no socket", Config{}, "no stats socket"},
+		{"negative timeout", Config{Socket: "s", Timeout: -time.Second}, "negative"},
+		{"enabled", Config{Socket: "s", ServerOptions: "check enabled"}, `"enabled"`},
+		{"disabled", Config{Socket: "s", ServerOptions: "disabled"}, `"disabled"`},
+		{"id", Config{Socket: "s", ServerOptions: "id 5"}, `"id"`},
+		{"weight", Config{Socket: "s", ServerOptions: "weight 5"}, `"weight"`},
+		{"semicolon", Config{Socket: "s", ServerOptions: "check;shutdown frontend fe"}, `"check;shutdown"`},
+		{"quote", Config{Socket: "s", ServerOptions: `sni "x"`}, "character"},
+		{"environment", Config{Socket: "s", ServerOptions: "sni ${HOME}"}, "character"},
+		{"payload", Config{Socket: "s", ServerOptions: "check <<"}, "character"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := New(tt.cfg, zerolog.Nop())
+			if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("error %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
