@@ -1,0 +1,109 @@
+package main
+
+import (
+	"errors"
+	"net/netip"
+	"strconv"
+
+	"github.com/urfave/cli/v2"
+
+	"rollcall/registrar"
+)
+
+// outcome is what the commands that change one instance print.
+type outcome struct {
+	Service registrar.Service `json:"service"`
+	Addr    string            `json:"addr"`
+	Done    string            `json:"done"`
+	Version int64             `json:"version"`
+	Present bool              `json:"present"`
+}
+
+func adminCommand(verb, help string) *cli.Command {
+	names, want := "SERVICE ADDR", 2
+	flags := redisFlags(outputFlag())
+	switch verb {
+	case "weight":
+		names, want = "SERVICE ADDR N|own", 3
+	case "drain", "maint":
+		flags = append(flags, &cli.StringFlag{Name: "reason", EnvVars: env("reason"), Usage: "`TEXT` for whoever wonders"})
+	}
+	return &cli.Command{
+		Name: verb, Usage: help, ArgsUsage: names, Flags: flags,
+		Action: func(c *cli.Context) error {
+			a, err := args(c, names, want)
+			if err != nil {
+				return err
+			}
+			w := registrar.Word{Verb: verb, Reason: c.String("reason")}
+			if verb == "weight" && a[2] != "own" {
+				n, err := strconv.Atoi(a[2])
+				if err != nil {
+					return usage("weight %q: want 0 to %d, or own", a[2], registrar.MaxWeight)
+				}
+				if err := registrar.CheckWeight(n); err != nil {
+					return usageError{err}
+				}
+				w.Weight = &n
+			}
+			return onInstance(c, a[0], a[1], func(s *session, svc registrar.Service, addr netip.AddrPort) (outcome, error) {
+				ctx, cancel := registrar.WithTimeout(c.Context)
+				defer cancel()
+				version, present, err := s.store.SetAdmin(ctx, svc, addr, w)
+				return outcome{Done: verb, Version: version, Present: present}, err
+			})
+		},
+	}
+}
+
+func deregisterCommand() *cli.Command {
+	return &cli.Command{
+		Name:  "deregister",
+		Usage: "take an instance out whose sidecar is gone",
+		Flags: redisFlags(outputFlag(),
+			&cli.StringFlag{Name: "service", EnvVars: env("service"), Usage: "`NAME` of the service"},
+			&cli.StringFlag{Name: "addr", EnvVars: env("addr"), Usage: "`HOST:PORT` of the instance"},
+			&cli.BoolFlag{Name: "force", Usage: "also one that beats; its next beat brings it back, so use maint to keep it out"},
+		),
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usage("unexpected argument %q; want --service NAME --addr HOST:PORT", c.Args().First())
+			}
+			return onInstance(c, c.String("service"), c.String("addr"), func(s *session, svc registrar.Service, addr netip.AddrPort) (outcome, error) {
+				ctx, cancel := registrar.WithTimeout(c.Context)
+				defer cancel()
+				version, err := s.store.Deregister(ctx, svc, addr, c.Bool("force"))
+				if errors.Is(err, registrar.ErrBeats) {
+					s.log.Warn().Msg("stop its sidecar, or use maint to keep it out, or --force to take it out until its next beat")
+				}
+				return outcome{Done: "deregister", Version: version}, err
+			})
+		},
+	}
+}
+
+// onInstance parses service and address, runs do, and prints the outcome.
+func onInstance(c *cli.Context, service, address string, do func(*session, registrar.Service, netip.AddrPort) (outcome, error)) error {
+	svc, err := parseService(service)
+	if err != nil {
+		return err
+	}
+	addr, err := registrar.ResolveAddr(c.Context, address)
+	if err != nil {
+		return usageError{err}
+	}
+	s, err := begin(c, 1)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	o, err := do(s, svc, addr)
+	if err != nil {
+		return err
+	}
+	o.Service, o.Addr = svc, addr.String()
+	if !o.Present && o.Done != "deregister" {
+		s.log.Warn().Str("service", service).Stringer("addr", addr).Msg("no such instance now; the word holds when it comes")
+	}
+	return s.line(o, "%s %s: %s, version %d", svc, addr, o.Done, o.Version)
+}

@@ -1,0 +1,222 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"runtime/debug"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/rs/zerolog"
+	"github.com/urfave/cli/v2"
+
+	"rollcall/registrar"
+)
+
+const defaultRedis = "redis://127.0.0.1:6379/0"
+
+// env is the variable of a flag: --log-level is ROLLCALL_LOG_LEVEL.
+func env(flag string) []string {
+	return []string{"ROLLCALL_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))}
+}
+
+// redisFlags are of every command that speaks to Redis.
+func redisFlags(more ...cli.Flag) []cli.Flag {
+	return append([]cli.Flag{
+		&cli.StringFlag{Name: "redis", Value: defaultRedis, EnvVars: env("redis"),
+			Usage: "the registry, redis:// or rediss:// `URL`; its password comes from ROLLCALL_REDIS_PASSWORD or the file named by ROLLCALL_REDIS_PASSWORD_FILE"},
+		&cli.StringFlag{Name: "namespace", Value: registrar.DefaultNamespace, EnvVars: env("namespace"), Usage: "`NAME` that every key begins with"},
+	}, append(logFlags(), more...)...)
+}
+
+func logFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringFlag{Name: "log-level", Value: "info", EnvVars: env("log-level"), Usage: "debug, info, warn or error"},
+		&cli.StringFlag{Name: "log-format", Value: "text", EnvVars: env("log-format"), Usage: "text or json, on standard error"},
+	}
+}
+
+func outputFlag() cli.Flag {
+	return &cli.StringFlag{Name: "output", Aliases: []string{"o"}, Value: "table", EnvVars: env("output"), Usage: "table or json"}
+}
+
+// logger makes the command's logger. go-redis' own messages become debug lines.
+func logger(c *cli.Context) (zerolog.Logger, error) {
+	level, err := zerolog.ParseLevel(c.String("log-level"))
+	if err != nil || level == zerolog.NoLevel {
+		return zerolog.Nop(), usage("--log-level %q: want debug, info, warn or error", c.String("log-level"))
+	}
+	var w io.Writer = c.App.ErrWriter
+	switch f := c.String("log-format"); f {
+	case "json":
+	case "text":
+		w = zerolog.ConsoleWriter{Out: w, NoColor: true, TimeFormat: "15:04:05.000"}
+	default:
+		return zerolog.Nop(), usage("--log-format %q: want text or json", f)
+	}
+	zerolog.TimeFieldFormat = zerolog.TimeFormatUnixMs
+	log := zerolog.New(w).Level(level).With().Timestamp().Logger()
+	redis.SetLogger(redisLogger{log.With().Str("component", "go-redis").Logger()})
+	return log, nil
+}
+
+type redisLogger struct{ log zerolog.Logger }
+
+// Printf implements go-redis' logger.
+func (l redisLogger) Printf(_ context.Context, format string, v ...any) {
+	l.log.Debug().Msgf(format, v...)
+}
+
+// session is what a command needs once its own flags are right.
+type session struct {
+	printer
+	store *registrar.Store
+	log   zerolog.Logger
+	close func()
+}
+
+// begin makes a session from the common flags. pool is the most connections to
+// Redis that it keeps. It does no I/O but to read a password's file.
+func begin(c *cli.Context, pool int) (*session, error) {
+	p, err := newPrinter(c)
+	if err != nil {
+		return nil, err
+	}
+	s := &session{printer: p}
+	if s.log, err = logger(c); err != nil {
+		return nil, err
+	}
+	u, err := url.Parse(c.String("redis"))
+	if err != nil {
+		// The error would quote the URL, and with it a password.
+		return nil, usage("--redis: not a URL")
+	}
+	password, err := secret("ROLLCALL_REDIS_PASSWORD")
+	if err != nil {
+		return nil, usageError{err}
+	}
+	if password != "" {
+		u.User = url.UserPassword(u.User.Username(), password)
+	}
+	rdb, err := registrar.Open(u.String(), pool)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	if s.store, err = registrar.NewStore(rdb, c.String("namespace")); err != nil {
+		_ = rdb.Close()
+		return nil, usageError{err}
+	}
+	s.close = func() { _ = rdb.Close() } // it has been used for the last time
+	return s, nil
+}
+
+// secret reads the variable name, or the file that the variable name_FILE names.
+func secret(name string) (string, error) {
+	if v := os.Getenv(name); v != "" {
+		return v, nil
+	}
+	file := os.Getenv(name + "_FILE")
+	if file == "" {
+		return "", nil
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("%s_FILE: %w", name, err)
+	}
+	return strings.TrimRight(string(b), "\r\n"), nil
+}
+
+// args returns the command's arguments, of which it takes as many as want.
+func args(c *cli.Context, names string, want int) ([]string, error) {
+	if got := c.Args().Slice(); len(got) == want {
+		return got, nil
+	}
+	return nil, usage("want %s %s; see rollcall %s --help", c.Command.Name, names, c.Command.Name)
+}
+
+func parseService(s string) (registrar.Service, error) {
+	svc, err := registrar.ParseService(s)
+	if err != nil {
+		return "", usageError{err}
+	}
+	return svc, nil
+}
+
+// printer writes rows as an aligned table or as one JSON document.
+type printer struct {
+	w    io.Writer
+	json bool
+}
+
+func newPrinter(c *cli.Context) (printer, error) {
+	p := printer{w: c.App.Writer}
+	switch o := c.String("output"); o {
+	case "", "table": // not every command prints
+	case "json":
+		p.json = true
+	default:
+		return p, usage("-o %q: want table or json", o)
+	}
+	return p, nil
+}
+
+// table writes v as JSON, or else the header and the rows.
+func (p printer) table(v any, header string, rows [][]string) error {
+	if p.json {
+		return p.document(v)
+	}
+	tw := tabwriter.NewWriter(p.w, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(tw, strings.Join(strings.Fields(header), "\t"))
+	for _, r := range rows {
+		for i := range r {
+			r[i] = plain(r[i])
+		}
+		fmt.Fprintln(tw, strings.Join(r, "\t"))
+	}
+	return tw.Flush()
+}
+
+// line writes v as JSON, or else the text.
+func (p printer) line(v any, format string, args ...any) error {
+	if p.json {
+		return p.document(v)
+	}
+	_, err := fmt.Fprintln(p.w, plain(fmt.Sprintf(format, args...)))
+	return err
+}
+
+func (p printer) document(v any) error {
+	e := json.NewEncoder(p.w)
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
+// plain keeps what came from the registry from driving the terminal or breaking
+// a line.
+func plain(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 || r == '\u2028' || r == '\u202e' {
+			return '?'
+		}
+		return r
+	}, s)
+}
+
+// version is the module's, or the commit's that the binary was built from.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			return s.Value
+		}
+	}
+	return info.Main.Version
+}

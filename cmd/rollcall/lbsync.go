@@ -1,0 +1,109 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"rollcall/lbsync"
+	"rollcall/lbsync/haproxy"
+	"rollcall/registrar"
+)
+
+func lbsyncCommand() *cli.Command {
+	return &cli.Command{
+		Name: "lbsync", Usage: "keep the backends of one HAProxy true to their services, until SIGTERM",
+		Flags: redisFlags(
+			&cli.StringFlag{Name: "socket", Value: "/run/haproxy/admin.sock", EnvVars: env("socket"), Usage: "`PATH` of HAProxy's stats socket, level admin"},
+			&cli.StringSliceFlag{Name: "backend", EnvVars: env("backend"), Usage: "`SERVICE=BACKEND`; repeatable"},
+			&cli.StringFlag{Name: "mode", Value: string(lbsync.Auto), EnvVars: env("mode"), Usage: "auto, slots (server-template) or dynamic (add server)"},
+			&cli.StringSliceFlag{Name: "allow", EnvVars: env("allow"), DefaultText: "private networks, without loopback",
+				Usage: "`NETWORK` whose addresses may reach HAProxy; repeatable"},
+			&cli.StringFlag{Name: "server-options", EnvVars: env("server-options"), Usage: "`KEYWORDS` for dynamic servers, such as \"check inter 2s\""},
+			&cli.IntFlag{Name: "min-servers", Value: lbsync.DefaultMinServers, EnvVars: env("min-servers"), Usage: "that are up; absence alone takes nobody out below it"},
+			&cli.DurationFlag{Name: "hold", Value: lbsync.DefaultHold, EnvVars: env("hold"), Usage: "how long a silent instance stays whose health check is up"},
+			&cli.DurationFlag{Name: "drain-timeout", Value: lbsync.DefaultDrainTimeout, EnvVars: env("drain-timeout"), Usage: "how long a leaving server's requests may last"},
+			&cli.BoolFlag{Name: "once", Usage: "do what can be done now, and end"},
+		),
+		Action: func(c *cli.Context) error {
+			cfg, err := syncConfig(c)
+			if err != nil {
+				return err
+			}
+			s, err := begin(c, 2+len(cfg.Backends))
+			if err != nil {
+				return err
+			}
+			defer s.close()
+			client, err := haproxy.New(haproxy.Config{Socket: c.String("socket"), ServerOptions: c.String("server-options")}, s.log)
+			if err != nil {
+				return usageError{err}
+			}
+			cfg.Checks = client.Checks()
+			syncer, err := lbsync.New(cfg, client, s.store, s.log)
+			if err != nil {
+				return usageError{err}
+			}
+			s.log.Info().Str("socket", c.String("socket")).Strs("backends", c.StringSlice("backend")).Stringers("allow", prefixes(cfg.Allow)).Msg("lbsync starts")
+			if c.Bool("once") {
+				err = syncer.Once(c.Context)
+			} else {
+				err = syncer.Run(c.Context)
+			}
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(c.Context), time.Second)
+			defer cancel()
+			if cerr := client.Close(ctx); cerr != nil {
+				s.log.Warn().Err(cerr).Msg("a command is still under way")
+			}
+			return err
+		},
+	}
+}
+
+func syncConfig(c *cli.Context) (lbsync.Config, error) {
+	cfg := lbsync.Config{
+		Hold: c.Duration("hold"), DrainTimeout: c.Duration("drain-timeout"), MinServers: c.Int("min-servers"), Allow: lbsync.DefaultAllow(),
+	}
+	if c.Args().Present() {
+		return cfg, usage("unexpected argument %q", c.Args().First())
+	}
+	for _, b := range c.StringSlice("backend") {
+		name, backend, ok := strings.Cut(b, "=")
+		if !ok || backend == "" {
+			return cfg, usage("--backend %q: want SERVICE=BACKEND", b)
+		}
+		svc, err := registrar.ParseService(name)
+		if err != nil {
+			return cfg, usageError{err}
+		}
+		cfg.Backends = append(cfg.Backends, lbsync.BackendConfig{Service: svc, Backend: backend, Mode: lbsync.Mode(c.String("mode"))})
+	}
+	if len(cfg.Backends) == 0 {
+		return cfg, usageError{errors.New("no backend; name at least one with --backend SERVICE=BACKEND")}
+	}
+	if c.IsSet("allow") {
+		cfg.Allow = nil
+		for _, a := range c.StringSlice("allow") {
+			p, err := netip.ParsePrefix(a)
+			if err != nil {
+				return cfg, usage("--allow %q: want a network such as 10.0.0.0/8", a)
+			}
+			cfg.Allow = append(cfg.Allow, p.Masked())
+		}
+	}
+	return cfg, nil
+}
+
+// prefixes lets zerolog print networks.
+func prefixes(ps []netip.Prefix) []fmt.Stringer {
+	out := make([]fmt.Stringer, len(ps))
+	for i, p := range ps {
+		out[i] = p
+	}
+	return out
+}

@@ -1,0 +1,175 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"rollcall/registrar"
+)
+
+// serviceRow is one line of `services`.
+type serviceRow struct {
+	Service   registrar.Service `json:"service"`
+	Instances int64             `json:"instances"`
+	Version   int64             `json:"version"`
+	Stale     int64             `json:"stale"` // silent for longer than the TTL
+}
+
+func servicesCommand() *cli.Command {
+	return &cli.Command{
+		Name: "services", Usage: "list the services that have instances",
+		Flags: redisFlags(outputFlag()),
+		Action: func(c *cli.Context) error {
+			if _, err := args(c, "", 0); err != nil {
+				return err
+			}
+			s, err := begin(c, 1)
+			if err != nil {
+				return err
+			}
+			defer s.close()
+			rows, err := services(c, s.store)
+			if err != nil {
+				return err
+			}
+			cells := make([][]string, len(rows))
+			for i, r := range rows {
+				cells[i] = []string{string(r.Service), strconv.FormatInt(r.Instances, 10), strconv.FormatInt(r.Stale, 10), strconv.FormatInt(r.Version, 10)}
+			}
+			return s.table(rows, "SERVICE INSTANCES STALE VERSION", cells)
+		},
+	}
+}
+
+func services(c *cli.Context, store *registrar.Store) ([]serviceRow, error) {
+	ctx, cancel := registrar.WithTimeout(c.Context)
+	defer cancel()
+	svcs, _, err := store.Services(ctx)
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(svcs)
+	rows := make([]serviceRow, 0, len(svcs))
+	if len(svcs) == 0 {
+		return rows, nil
+	}
+	v, err := store.Versions(ctx, svcs)
+	if err != nil {
+		return nil, err
+	}
+	now, ttl, err := store.Clock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	counts, err := store.Survey(ctx, svcs, now, now-ttl.Milliseconds(), now)
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range counts {
+		rows = append(rows, serviceRow{n.Service, n.Members, v.Of[n.Service], n.Stale})
+	}
+	return rows, nil
+}
+
+// instanceRow is one line of `instances`.
+type instanceRow struct {
+	Addr   string               `json:"addr"`
+	State  string               `json:"state"` // ready, drain, maint or garbage
+	Weight int                  `json:"weight"`
+	AgeMS  int64                `json:"age_ms"` // of the last heartbeat
+	Zone   string               `json:"zone,omitempty"`
+	Tags   map[string]string    `json:"tags,omitempty"`
+	ID     string               `json:"id,omitempty"`
+	Reason string               `json:"reason,omitempty"` // of the state
+	Word   registrar.AdminState `json:"word,omitempty"`   // an operator's
+}
+
+func instancesCommand() *cli.Command {
+	return &cli.Command{
+		Name: "instances", Usage: "list the instances of a service", ArgsUsage: "SERVICE",
+		Flags: redisFlags(outputFlag()),
+		Action: func(c *cli.Context) error {
+			a, err := args(c, "SERVICE", 1)
+			if err != nil {
+				return err
+			}
+			svc, err := parseService(a[0])
+			if err != nil {
+				return err
+			}
+			s, err := begin(c, 1)
+			if err != nil {
+				return err
+			}
+			defer s.close()
+			ctx, cancel := registrar.WithTimeout(c.Context)
+			defer cancel()
+			snap, err := s.store.Read(ctx, svc, nil)
+			if err != nil {
+				return err
+			}
+			rows := instances(snap)
+			cells := make([][]string, len(rows))
+			for i, r := range rows {
+				age := time.Duration(r.AgeMS) * time.Millisecond
+				cells[i] = []string{r.Addr, r.State, strconv.Itoa(r.Weight), age.String(), dash(r.Zone), dash(tags(r.Tags)), dash(r.Reason)}
+				if r.State == "garbage" {
+					cells[i][2], cells[i][3] = "-", "-"
+				}
+			}
+			return s.table(rows, "ADDR STATE WEIGHT BEAT ZONE TAGS REASON", cells)
+		},
+	}
+}
+
+func instances(snap registrar.Snapshot) []instanceRow {
+	rows := []instanceRow{}
+	for _, e := range snap.Entries {
+		if e.Garbage != "" {
+			rows = append(rows, instanceRow{Addr: e.Addr.String(), State: "garbage", Reason: e.Garbage})
+			continue
+		}
+		if !e.Present {
+			continue
+		}
+		i := e.Instance
+		rows = append(rows, instanceRow{
+			Addr: i.Addr.String(), State: stateWord(i), Weight: i.Weight(), AgeMS: max(0, snap.Now-i.Beat),
+			Zone: i.Meta.Zone, Tags: i.Meta.Tags, ID: i.Meta.ID, Reason: i.Admin.Reason, Word: i.Admin.State,
+		})
+	}
+	for _, g := range snap.Garbage {
+		rows = append(rows, instanceRow{Addr: g, State: "garbage", Reason: "no address"})
+	}
+	slices.SortFunc(rows, func(a, b instanceRow) int { return cmp.Compare(a.Addr, b.Addr) })
+	return rows
+}
+
+func stateWord(i registrar.Instance) string {
+	if s := i.State(); s != registrar.AdminNone {
+		return string(s)
+	}
+	return "ready"
+}
+
+func tags(m map[string]string) string {
+	parts := make([]string, 0, len(m))
+	for k, v := range m {
+		parts = append(parts, fmt.Sprintf("%s=%s", k, v))
+	}
+	slices.Sort(parts)
+	return strings.Join(parts, ",")
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}

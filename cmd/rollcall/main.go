@@ -1,0 +1,141 @@
+// Command rollcall is every role of rollcall: the sidecar (register), the
+// reaper (reap), the daemon beside HAProxy (lbsync), and the operator's
+// commands. Flags become a Config, a Config becomes a New, and Run runs; only
+// this package wires, exits, or knows urfave/cli. There is one file for each
+// subcommand.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+)
+
+// Exit codes, as DESIGN and the README have them.
+const (
+	exitFailed = 1
+	exitUsage  = 2
+)
+
+// usageError is a mistake in what was typed: exit code 2.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+func usage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+func main() {
+	os.Exit(run(os.Args, os.Stdout, os.Stderr))
+}
+
+// run is main without the process: it parses, runs until the command ends or a
+// SIGINT or SIGTERM comes, and returns the exit code. A second signal kills.
+func run(args []string, stdout, stderr io.Writer) int {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop)
+	app := newApp(stdout, stderr)
+	err := app.RunContext(ctx, flagsFirst(app, args))
+	if err == nil {
+		return 0
+	}
+	fmt.Fprintf(stderr, "rollcall: %v\n", err)
+	var u usageError
+	if errors.As(err, &u) {
+		return exitUsage
+	}
+	return exitFailed
+}
+
+func newApp(stdout, stderr io.Writer) *cli.App {
+	app := &cli.App{
+		Name:      "rollcall",
+		Usage:     "a heartbeat registry on Redis that keeps HAProxy's server lists true",
+		Version:   version(),
+		Writer:    stdout,
+		ErrWriter: stderr,
+		// Exit codes are given here, once, and not by the library.
+		ExitErrHandler:  func(*cli.Context, error) {},
+		HideHelpCommand: true,
+		Commands: []*cli.Command{
+			registerCommand(), deregisterCommand(), reapCommand(), lbsyncCommand(),
+			servicesCommand(), instancesCommand(), watchCommand(),
+			adminCommand("drain", "send no new requests to an instance, until ready"),
+			adminCommand("maint", "send no requests at all to an instance, until ready"),
+			adminCommand("ready", "end drain or maint"),
+			adminCommand("weight", "set an instance's weight, 0 to 256, or `own` for the instance's own again"),
+			demoCommand(), demoServiceCommand(),
+		},
+		OnUsageError: onUsageError,
+		Action: func(c *cli.Context) error {
+			if c.Args().Present() {
+				return usage("unknown command %q; see rollcall --help", c.Args().First())
+			}
+			return cli.ShowAppHelp(c)
+		},
+	}
+	for _, c := range app.Commands {
+		c.OnUsageError = onUsageError
+	}
+	return app
+}
+
+func onUsageError(_ *cli.Context, err error, _ bool) error { return usageError{err} }
+
+// flagsFirst moves a command's flags before its arguments, so that both
+// `rollcall drain web ADDR --reason x` and the other order work: the library
+// stops reading flags at the first argument. What follows "--" stays.
+func flagsFirst(app *cli.App, args []string) []string {
+	if len(args) < 3 {
+		return args
+	}
+	cmd := app.Command(args[1])
+	if cmd == nil {
+		return args
+	}
+	boolean := map[string]bool{"help": true, "h": true}
+	for _, f := range cmd.Flags {
+		if _, ok := f.(*cli.BoolFlag); ok {
+			for _, n := range f.Names() {
+				boolean[n] = true
+			}
+		}
+	}
+	out, rest := args[:2:2], []string{}
+	for i := 2; i < len(args); i++ {
+		a := args[i]
+		if a == "--" {
+			rest = append(rest, args[i:]...)
+			break
+		}
+		if len(a) < 2 || a[0] != '-' {
+			rest = append(rest, a)
+			continue
+		}
+		out = append(out, a)
+		name, hasValue := flagName(a)
+		if !hasValue && !boolean[name] && i+1 < len(args) {
+			i++
+			out = append(out, args[i])
+		}
+	}
+	return append(out, rest...)
+}
+
+func flagName(a string) (name string, hasValue bool) {
+	for a != "" && a[0] == '-' {
+		a = a[1:]
+	}
+	for i := range a {
+		if a[i] == '=' {
+			return a[:i], true
+		}
+	}
+	return a, false
+}

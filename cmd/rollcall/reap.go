@@ -1,0 +1,88 @@
+package main
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"rollcall/reaper"
+	"rollcall/registrar"
+)
+
+// heartbeatsPerTTL is the default share of the heartbeat interval in the TTL.
+const heartbeatsPerTTL = 3
+
+func reapCommand() *cli.Command {
+	return &cli.Command{
+		Name: "reap", Usage: "take out who stopped answering, until SIGTERM; run two or more",
+		Flags: redisFlags(outputFlag(),
+			&cli.DurationFlag{Name: "ttl", Value: registrar.DefaultTTL, EnvVars: env("ttl"), Usage: "after which a silent instance is dead; the same for every reaper"},
+			&cli.DurationFlag{Name: "heartbeat", EnvVars: env("heartbeat"), DefaultText: "a third of the TTL", Usage: "what instances without --interval beat at; the same for every reaper"},
+			&cli.DurationFlag{Name: "interval", Value: reaper.DefaultSweep, EnvVars: env("interval"), Usage: "longest time between two sweeps"},
+			&cli.BoolFlag{Name: "set-ttl", Usage: "write this TTL and heartbeat to the registry instead of refusing to start if it has others"},
+			&cli.BoolFlag{Name: "once", Usage: "wait for proof that Redis is healthy, sweep once, print what went, and end"},
+			&cli.BoolFlag{Name: "force", Usage: "with --once: sweep without proof and without protection"},
+		),
+		Action: func(c *cli.Context) error {
+			if _, err := args(c, "", 0); err != nil {
+				return err
+			}
+			if c.Bool("force") && !c.Bool("once") {
+				return usage("--force goes with --once")
+			}
+			cfg := reaper.Config{
+				ID: reaperID(), TTL: c.Duration("ttl"), Interval: c.Duration("heartbeat"), Sweep: c.Duration("interval"), SetTTL: c.Bool("set-ttl"),
+			}
+			if cfg.Interval == 0 {
+				cfg.Interval = (cfg.TTL / heartbeatsPerTTL).Truncate(time.Millisecond)
+			}
+			s, err := begin(c, 1)
+			if err != nil {
+				return err
+			}
+			defer s.close()
+			r, err := reaper.New(cfg, s.store, s.log)
+			if err != nil {
+				return usageError{err}
+			}
+			if c.Bool("once") {
+				return reapOnce(c, r, s.printer)
+			}
+			s.log.Info().Str("reaper", cfg.ID).Dur("ttl", cfg.TTL).Dur("heartbeat", cfg.Interval).Msg("reaper starts")
+			err = r.Run(c.Context)
+			if errors.Is(err, reaper.ErrConfig) {
+				return usageError{err}
+			}
+			return err
+		},
+	}
+}
+
+func reapOnce(c *cli.Context, r *reaper.Reaper, p printer) error {
+	report, err := r.Once(c.Context, c.Bool("force"))
+	type row struct {
+		Service registrar.Service `json:"service"`
+		Addr    string            `json:"addr"`
+	}
+	rows, cells := []row{}, [][]string{}
+	for _, removal := range report.Removed {
+		for _, a := range removal.Addrs {
+			rows = append(rows, row{removal.Service, a})
+			cells = append(cells, []string{string(removal.Service), a})
+		}
+	}
+	return errors.Join(err, p.table(rows, "SERVICE REMOVED", cells))
+}
+
+// reaperID is new in every process: a reaper's pulse must be its own.
+func reaperID() string {
+	host, err := os.Hostname()
+	if err != nil {
+		host = "unknown"
+	}
+	return fmt.Sprintf("%s-%d-%s", host, os.Getpid(), rand.Text()[:6])
+}
