@@ -42,6 +42,7 @@ type backend struct {
 	balancer Balancer
 	rules    rules
 	refresh  func(registrar.Service)
+	acked    func() // applied has changed; must not block
 	log      zerolog.Logger
 
 	wake chan struct{} // of capacity 1: look at what mu guards
@@ -52,7 +53,8 @@ type backend struct {
 	broken   bool  // after an interruption, until a whole read a TTL later
 	brokenAt int64 // its time, unix ms by Redis' clock
 	dirty    map[netip.AddrPort]time.Time
-	reread   bool // the process was replaced, or may have been
+	reread   bool            // the process was replaced, or may have been
+	applied  registrar.Token // the state that HAProxy has, read back; zero before the first
 
 	have      *Inventory // nil: unknown
 	seen      time.Time  // last complete answer
@@ -74,9 +76,9 @@ type leaving struct {
 	maint time.Time // maint was first seen; zero before
 }
 
-func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registrar.Service), log zerolog.Logger) *backend {
+func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registrar.Service), acked func(), log zerolog.Logger) *backend {
 	return &backend{
-		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh,
+		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh, acked: acked,
 		rules: rules{allow: cfg.Allow, hold: cfg.Hold},
 		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
 		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{},
@@ -161,6 +163,7 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	b.reread = false
 	dirty := b.dirty
 	b.dirty = make(map[netip.AddrPort]time.Time, 1)
+	token := b.view.Token
 	b.mu.Unlock()
 	if !known {
 		return time.Hour, nil
@@ -188,8 +191,20 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 			return 0, err
 		}
 	}
-	if err := b.converge(ctx, addrs, dirty); err != nil {
+	done, err := b.converge(ctx, addrs, dirty)
+	if err != nil {
 		return 0, err
+	}
+	// A drain that waits is not applied; who is held or found no slot is
+	// reported, and does not keep everybody else waiting.
+	if done && len(b.postponed) == 0 {
+		b.mu.Lock()
+		news := b.applied != token
+		b.applied = token
+		b.mu.Unlock()
+		if news {
+			b.acked()
+		}
 	}
 	return b.pause(time.Now()), nil
 }
@@ -300,8 +315,9 @@ func (b *backend) enter(ops []Op, got Applied) error {
 
 // converge brings addrs as near to what the register says as can be now: first
 // who shall serve, then who shall leave, so that a whole new set is there before
-// the old one goes.
-func (b *backend) converge(ctx context.Context, addrs []netip.AddrPort, heard map[netip.AddrPort]time.Time) error {
+// the old one goes. It tells whether HAProxy took all of it.
+func (b *backend) converge(ctx context.Context, addrs []netip.AddrPort, heard map[netip.AddrPort]time.Time) (done bool, err error) {
+	done = true
 	for _, goal := range []Goal{Serve, Leave} {
 		var last []Op
 		for range maxSteps {
@@ -311,22 +327,34 @@ func (b *backend) converge(ctx context.Context, addrs []netip.AddrPort, heard ma
 			if goal == Serve {
 				b.place(wants, unplaced)
 			}
-			if len(ops) == 0 || slices.Equal(ops, last) {
+			if len(ops) == 0 {
+				break
+			}
+			if slices.Equal(ops, last) {
+				done = done && goal == Leave // it is drained; its deletion may take longer
 				break
 			}
 			got, err := b.balancer.Apply(ctx, b.name, ops)
 			if err != nil {
-				return err
+				return false, err
 			}
 			if err := b.enter(ops, got); err != nil {
-				return err
+				return false, err
 			}
 			b.tell(ops, got, heard)
 			last = ops
 		}
 	}
 	b.finish(addrs)
-	return nil
+	return done, nil
+}
+
+// state returns the state of the service that HAProxy has, and whether there is
+// one. Anybody may call it.
+func (b *backend) state() (registrar.Token, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.applied, b.applied != registrar.Token{}
 }
 
 // wants turns what the register says of addrs into wants of one goal.

@@ -44,6 +44,9 @@ type BackendConfig struct {
 // Config says what to keep true, and how carefully. The zero value of a
 // duration is its default.
 type Config struct {
+	// ID names this balancer in the register, where it says what it has
+	// applied: the same over restarts, another for each HAProxy.
+	ID       string
 	Backends []BackendConfig
 	Allow    []netip.Prefix // of instances' addresses; none = DefaultAllow
 	// Checks says that dynamic servers are added with a health check.
@@ -74,6 +77,9 @@ func (c *Config) defaults() {
 }
 
 func (c *Config) validate() error {
+	if c.ID == "" || len(c.ID) > 255 {
+		return fmt.Errorf("balancer id %q: want 1 to 255 bytes", c.ID)
+	}
 	if len(c.Backends) == 0 {
 		return errors.New("no backend: name at least one SERVICE=BACKEND")
 	}
@@ -109,6 +115,10 @@ type Syncer struct {
 	watcher  *notifier.Watcher
 	backends map[registrar.Service][]*backend
 	log      zerolog.Logger
+
+	acks  chan struct{}                         // of capacity 1: a backend has applied something
+	acked map[registrar.Service]registrar.Token // told to the register; for acknowledge alone
+	mute  bool                                  // the last acknowledgement failed; for acknowledge alone
 }
 
 // New checks cfg and returns a Syncer. It does no I/O.
@@ -119,6 +129,7 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 	}
 	s := &Syncer{
 		cfg: cfg, balancer: bal, store: store, backends: map[registrar.Service][]*backend{},
+		acks: make(chan struct{}, 1), acked: map[registrar.Service]registrar.Token{},
 		log: log.With().Str("component", "lbsync").Logger(),
 	}
 	var svcs []registrar.Service
@@ -126,7 +137,7 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 		if s.backends[bc.Service] == nil {
 			svcs = append(svcs, bc.Service)
 		}
-		b := newBackend(cfg, bc, bal, func(svc registrar.Service) { s.watcher.Refresh(svc) }, s.log)
+		b := newBackend(cfg, bc, bal, func(svc registrar.Service) { s.watcher.Refresh(svc) }, s.applied, s.log)
 		s.backends[bc.Service] = append(s.backends[bc.Service], b)
 	}
 	var err error
@@ -145,6 +156,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 		}
 	}
 	running.Go(func() { s.probe(ctx) })
+	running.Go(func() { s.acknowledge(ctx) })
 	return s.watcher.Run(ctx, func(c notifier.Change) {
 		for _, b := range s.backends[c.Service] {
 			b.change(c)
@@ -171,7 +183,85 @@ func (s *Syncer) Once(ctx context.Context) error {
 			}
 		}
 	}
+	return errors.Join(append(errs, s.Acknowledge(ctx, true))...)
+}
+
+func (s *Syncer) applied() {
+	select {
+	case s.acks <- struct{}{}:
+	default: // it has been told, and has not looked since
+	}
+}
+
+// acknowledge tells the register what has been applied, at once, and that this
+// balancer lives, every few seconds.
+func (s *Syncer) acknowledge(ctx context.Context) {
+	timer := time.NewTimer(registrar.Shorten(registrar.AckInterval))
+	defer timer.Stop()
+	for {
+		all := false
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.acks:
+		case <-timer.C:
+			timer.Reset(registrar.Shorten(registrar.AckInterval))
+			all = true
+		}
+		err := s.Acknowledge(ctx, all)
+		if ctx.Err() != nil {
+			return
+		}
+		if failed := err != nil; failed != s.mute {
+			s.mute = failed
+			if failed {
+				s.log.Warn().Err(err).Msg("cannot say what has been applied; trying again")
+			} else {
+				s.log.Info().Msg("acknowledgements work again")
+			}
+		}
+	}
+}
+
+// Acknowledge tells the register, for each service, the state that every one of
+// its backends has: for all services, or for those where that has changed. A
+// service of which nothing has been applied yet is left out.
+func (s *Syncer) Acknowledge(ctx context.Context, all bool) error {
+	var errs []error
+	for svc, bs := range s.backends {
+		t, ok := lowest(bs)
+		if !ok || !all && s.acked[svc] == t {
+			continue
+		}
+		tctx, cancel := registrar.WithTimeout(ctx)
+		err := s.store.Ack(tctx, s.cfg.ID, svc, t)
+		cancel()
+		switch {
+		case err == nil:
+			s.acked[svc] = t
+		case errors.Is(err, registrar.ErrOtherHistory):
+			// The watcher finds that out too, and what is applied then is of
+			// the new one.
+		default:
+			errs = append(errs, err)
+		}
+	}
 	return errors.Join(errs...)
+}
+
+// lowest is the state that all of bs have applied.
+func lowest(bs []*backend) (registrar.Token, bool) {
+	var low registrar.Token
+	for i, b := range bs {
+		t, ok := b.state()
+		if !ok || i > 0 && (t.ReplID != low.ReplID || t.Epoch != low.Epoch) {
+			return low, false
+		}
+		if i == 0 || t.Version < low.Version {
+			low = t
+		}
+	}
+	return low, true
 }
 
 // probe looks which process answers, and has the backends read it whole when

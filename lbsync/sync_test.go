@@ -64,6 +64,7 @@ func newWorld(t *testing.T, be haproxytest.Backend, options string) *world {
 		t.Fatal(err)
 	}
 	w.cfg = lbsync.Config{
+		ID:         "test",
 		Backends:   []lbsync.BackendConfig{{Service: "web", Backend: "be", Mode: lbsync.Auto}},
 		Allow:      loopback,
 		Checks:     strings.Contains(options, "check"),
@@ -768,17 +769,76 @@ func TestOnce(t *testing.T) {
 	}
 }
 
+// acked polls until lbsync has acknowledged this version, or a later one.
+func (w *world) acked(t *testing.T, version int64) {
+	t.Helper()
+	haproxytest.Poll(t, fmt.Sprintf("version %d is acknowledged", version), func() error {
+		acks, err := w.store.Acks(context.Background(), "web")
+		if err == nil && (len(acks.Balancers) != 1 || acks.Balancers[0].ID != "test" || !acks.Balancers[0].Live || acks.Balancers[0].Applied < version) {
+			err = fmt.Errorf("%+v", acks)
+		}
+		return err
+	})
+}
+
+func (w *world) version(t *testing.T) int64 {
+	t.Helper()
+	v, err := w.store.Versions(context.Background(), []registrar.Service{"web"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v.Of["web"]
+}
+
+func TestAcknowledged(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(mode.name, func(t *testing.T) {
+			w := newWorld(t, mode.backend, mode.options)
+			w.cfg.Backends = append(w.cfg.Backends, lbsync.BackendConfig{Service: "web", Backend: "other", Mode: lbsync.Dynamic})
+			w.run(t, w.client(t))
+			a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+			w.beat(t, a.Addr(), 100)
+			w.acked(t, w.version(t))
+			if got := w.servers(t, "be"); got[a.Addr().String()] != "ready 100" {
+				t.Errorf("acknowledged, but there is %v", got)
+			}
+			if got := w.servers(t, "other"); got[a.Addr().String()] != "ready 100" {
+				t.Errorf("acknowledged, but the other backend has %v", got)
+			}
+			w.answers(t, a)
+			// A drain that waits for another server is not applied yet.
+			before := w.version(t)
+			w.word(t, a.Addr(), registrar.Word{Verb: "drain"})
+			w.passMarker(t)
+			acks, err := w.store.Acks(context.Background(), "web")
+			if err != nil || acks.Balancers[0].Applied != before {
+				t.Errorf("acknowledged %+v, %v; want version %d", acks, err, before)
+			}
+			w.beat(t, b.Addr(), 100)
+			w.acked(t, w.version(t))
+			if got := w.servers(t, "be"); got[a.Addr().String()] != "drain 100" {
+				t.Errorf("acknowledged, but there is %v", got)
+			}
+			w.redis.Kill(t)
+			w.redis.Launch(t)
+			w.beat(t, a.Addr(), 90)
+			w.acked(t, w.version(t)) // of the new history
+		})
+	}
+}
+
 func TestConfigRefused(t *testing.T) {
 	ok := lbsync.BackendConfig{Service: "web", Backend: "be", Mode: lbsync.Auto}
 	for _, tt := range []struct {
 		name string
 		cfg  lbsync.Config
 	}{
-		{"nothing to do", lbsync.Config{}},
-		{"one backend, two services", lbsync.Config{Backends: []lbsync.BackendConfig{ok, {Service: "api", Backend: "be", Mode: lbsync.Auto}}}},
-		{"mode", lbsync.Config{Backends: []lbsync.BackendConfig{{Service: "web", Backend: "be", Mode: "magic"}}}},
-		{"negative", lbsync.Config{Backends: []lbsync.BackendConfig{ok}, Hold: -1}},
-		{"negative floor", lbsync.Config{Backends: []lbsync.BackendConfig{ok}, MinServers: -1}},
+		{"nothing to do", lbsync.Config{ID: "x"}},
+		{"no id", lbsync.Config{Backends: []lbsync.BackendConfig{ok}}},
+		{"one backend, two services", lbsync.Config{ID: "x", Backends: []lbsync.BackendConfig{ok, {Service: "api", Backend: "be", Mode: lbsync.Auto}}}},
+		{"mode", lbsync.Config{ID: "x", Backends: []lbsync.BackendConfig{{Service: "web", Backend: "be", Mode: "magic"}}}},
+		{"negative", lbsync.Config{ID: "x", Backends: []lbsync.BackendConfig{ok}, Hold: -1}},
+		{"negative floor", lbsync.Config{ID: "x", Backends: []lbsync.BackendConfig{ok}, MinServers: -1}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if _, err := lbsync.New(tt.cfg, nil, nil, zerolog.Nop()); err == nil {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -23,7 +24,17 @@ type BeaterConfig struct {
 	Zone     string
 	Tags     map[string]string
 	Interval time.Duration // 0 = the registry's own
+	// DrainWait is how long Run, when it ends, waits for every live balancer to
+	// have drained the instance before it leaves; 0 = it leaves at once.
+	DrainWait time.Duration
+	// Hurry, when closed, ends that wait. It may be nil.
+	Hurry <-chan struct{}
 }
+
+// DefaultDrainWait is long enough for a balancer that found out by its poll of
+// the versions only when the message was lost half of the time; a balancer that
+// is alive and has heard acknowledges within milliseconds.
+const DefaultDrainWait = 3 * time.Second
 
 // Beater answers the roll call for one instance. Run may be called once.
 type Beater struct {
@@ -33,6 +44,7 @@ type Beater struct {
 
 	token    string
 	meta     string
+	draining string // the same metadata, draining
 	interval time.Duration
 	answered bool // Redis has answered a beat, so the claim is settled
 	accepted bool // a beat was
@@ -57,27 +69,32 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 		return nil, fmt.Errorf("interval %v: want at least 1ms, or 0 for the registry's own", cfg.Interval)
 	}
 	token := rand.Text()
-	meta, err := json.Marshal(Meta{
-		ID: token, Weight: cfg.Weight, Zone: cfg.Zone, Tags: cfg.Tags, Registered: time.Now().UnixMilli(),
-	})
+	m := Meta{ID: token, Weight: cfg.Weight, Zone: cfg.Zone, Tags: cfg.Tags, Registered: time.Now().UnixMilli()}
+	meta, err := json.Marshal(m)
 	if err != nil {
 		return nil, fmt.Errorf("metadata: %w", err)
 	}
-	if len(meta) > MaxMeta {
-		return nil, fmt.Errorf("metadata of %d bytes, at most %d; use fewer tags", len(meta), MaxMeta)
+	m.Draining = true
+	draining, err := json.Marshal(m)
+	if err != nil {
+		return nil, fmt.Errorf("metadata: %w", err)
+	}
+	if len(draining) > MaxMeta {
+		return nil, fmt.Errorf("metadata of %d bytes, at most %d; use fewer tags", len(draining), MaxMeta)
 	}
 	interval := cfg.Interval
 	if interval == 0 {
 		interval = DefaultInterval
 	}
 	return &Beater{
-		cfg: cfg, store: store, token: token, meta: string(meta), interval: interval,
+		cfg: cfg, store: store, token: token, meta: string(meta), draining: string(draining), interval: interval,
 		log: log.With().Str("component", "beater").Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Logger(),
 	}, nil
 }
 
-// Run beats until ctx ends and then leaves with its own token, with a live
-// context of its own. It returns nil then, also if the leave found Redis away:
+// Run beats until ctx ends. Then, with a live context of its own, it says that it
+// is draining, waits until every live balancer has seen to that, and leaves with
+// its own token. It returns nil then, also if the leave found Redis away:
 // the reaper takes out who stopped. It returns an error that wraps ErrInterval
 // if the registry does not accept the first beat's interval, and ErrLeft if somebody left
 // with this token.
@@ -87,7 +104,9 @@ func (b *Beater) Run(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():
-			b.leave(context.WithoutCancel(ctx))
+			ctx := context.WithoutCancel(ctx)
+			b.drain(ctx)
+			b.leave(ctx)
 			return nil
 		case <-wait.C:
 		}
@@ -149,6 +168,48 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		return Backoff(b.failures, b.interval), err
 	}
 	return Shorten(b.interval), err
+}
+
+// drain has the balancers send no more requests, and waits until they have said
+// so. It beats meanwhile. What fails is skipped: whoever stops must stop.
+func (b *Beater) drain(ctx context.Context) {
+	if b.cfg.DrainWait <= 0 || !b.accepted || b.loser {
+		return
+	}
+	begun := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, b.cfg.DrainWait)
+	var hurrying sync.WaitGroup
+	defer hurrying.Wait()
+	defer cancel()
+	hurrying.Go(func() {
+		select {
+		case <-b.cfg.Hurry: // nil: never
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	b.meta = b.draining
+	tctx, done := WithTimeout(ctx)
+	reply, err := b.store.Beat(tctx, b.cfg.Service, Beat{Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Interval: b.cfg.Interval})
+	done()
+	if err != nil {
+		b.log.Warn().Err(err).Msg("cannot say that this instance drains; leaving")
+		return
+	}
+	next := time.Now().Add(b.interval)
+	live, err := b.store.WaitApplied(ctx, b.cfg.Service, reply.Version, func() error {
+		if time.Now().Before(next) {
+			return nil
+		}
+		wait, err := b.Beat(ctx)
+		next = time.Now().Add(wait)
+		return err
+	})
+	if err != nil {
+		b.log.Warn().Err(err).Int("balancers", live).Dur("took", time.Since(begun)).Msg("leaving before every balancer has drained this instance")
+		return
+	}
+	b.log.Info().Int64("version", reply.Version).Int("balancers", live).Dur("took", time.Since(begun)).Msg("drained")
 }
 
 // leave tells the register. It tries again while its deadline lasts: a crash

@@ -24,11 +24,12 @@ func NewKeys(ns string) (Keys, error) {
 	return Keys{ns}, nil
 }
 
-func (k Keys) Services() string { return k.ns + ":services" } // SET of service names
-func (k Keys) Version() string  { return k.ns + ":version" }  // STRING, the global version
-func (k Keys) Epoch() string    { return k.ns + ":epoch" }    // STRING, random id, set once
-func (k Keys) Config() string   { return k.ns + ":config" }   // HASH: ttl_ms, interval_ms
-func (k Keys) Changes() string  { return k.ns + ":changes" }  // channel: "<global> <service> <service version>"
+func (k Keys) Services() string  { return k.ns + ":services" }  // SET of service names
+func (k Keys) Version() string   { return k.ns + ":version" }   // STRING, the global version
+func (k Keys) Epoch() string     { return k.ns + ":epoch" }     // STRING, random id, set once
+func (k Keys) Config() string    { return k.ns + ":config" }    // HASH: ttl_ms, interval_ms
+func (k Keys) Changes() string   { return k.ns + ":changes" }   // channel: "<global> <service> <service version>"
+func (k Keys) Balancers() string { return k.ns + ":balancers" } // ZSET: balancer id, score = last seen, unix ms
 
 func (k Keys) Instances(s Service) string { return k.of(s, "instances") } // ZSET: addr, score = last heartbeat, unix ms
 func (k Keys) Meta(s Service) string      { return k.of(s, "meta") }      // HASH: addr → JSON of Meta
@@ -36,6 +37,7 @@ func (k Keys) Admin(s Service) string     { return k.of(s, "admin") }     // HAS
 func (k Keys) Gone(s Service) string      { return k.of(s, "gone") }      // HASH: addr → "<reason> <ms> <token>"
 func (k Keys) GoneAt(s Service) string    { return k.of(s, "gone-at") }   // ZSET: addr, score = unix ms
 func (k Keys) Changed(s Service) string   { return k.of(s, "changed") }   // ZSET: addr, score = service version
+func (k Keys) Applied(s Service) string   { return k.of(s, "applied") }   // HASH: balancer id → service version it has applied
 func (k Keys) ServiceVersion(s Service) string {
 	return k.of(s, "version") // STRING, never deleted
 }

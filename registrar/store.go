@@ -27,6 +27,8 @@ var (
 	ErrAbsent = errors.New("no such instance")
 	// ErrBeats says that the instance is alive and would come back.
 	ErrBeats = errors.New("the instance still beats")
+	// ErrOtherHistory says that a token is of another data set than Redis holds.
+	ErrOtherHistory = errors.New("redis holds another history")
 	// ErrFenced says that Redis does not hold a reaper's last pulse.
 	ErrFenced = errors.New("the pulse is not in this data set")
 	// ErrLate says that a reaper's last pulse is too old to act on.
@@ -67,7 +69,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, leave, deregister, admin, reap, pulse, survey, read, versions, config *redis.Script
+	beat, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -82,6 +84,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		beat: script("beat"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
 		reap: script("reap"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
+		ack: script("ack"), applied: script("applied"),
 	}, nil
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strconv"
 
@@ -17,11 +18,13 @@ type outcome struct {
 	Done    string            `json:"done"`
 	Version int64             `json:"version"`
 	Present bool              `json:"present"`
+	// Balancers is how many live ones have applied it; with --wait.
+	Balancers *int `json:"balancers,omitempty"`
 }
 
 func adminCommand(verb, help string) *cli.Command {
 	names, want := "SERVICE ADDR", 2
-	flags := redisFlags(outputFlag())
+	flags := redisFlags(append(waitFlags(), outputFlag())...)
 	switch verb {
 	case "weight":
 		names, want = "SERVICE ADDR N|own", 3
@@ -60,11 +63,11 @@ func deregisterCommand() *cli.Command {
 	return &cli.Command{
 		Name:  "deregister",
 		Usage: "take an instance out whose sidecar is gone",
-		Flags: redisFlags(outputFlag(),
+		Flags: redisFlags(append(waitFlags(), outputFlag(),
 			&cli.StringFlag{Name: "service", EnvVars: env("service"), Usage: "`NAME` of the service"},
 			&cli.StringFlag{Name: "addr", EnvVars: env("addr"), Usage: "`HOST:PORT` of the instance"},
 			&cli.BoolFlag{Name: "force", Usage: "also one that beats; its next beat brings it back, so use maint to keep it out"},
-		),
+		)...),
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return usage("unexpected argument %q; want --service NAME --addr HOST:PORT", c.Args().First())
@@ -105,5 +108,15 @@ func onInstance(c *cli.Context, service, address string, do func(*session, regis
 	if !o.Present && o.Done != "deregister" {
 		s.log.Warn().Str("service", service).Stringer("addr", addr).Msg("no such instance now; the word holds when it comes")
 	}
-	return s.line(o, "%s %s: %s, version %d", svc, addr, o.Done, o.Version)
+	text := fmt.Sprintf("%s %s: %s, version %d", svc, addr, o.Done, o.Version)
+	var waited error
+	if c.Bool("wait") {
+		var live int
+		live, waited = waitApplied(c, s, svc, o.Version)
+		if waited == nil {
+			o.Balancers = &live
+			text = fmt.Sprintf("%s, applied by %d balancers", text, live)
+		}
+	}
+	return errors.Join(s.line(o, "%s", text), waited)
 }

@@ -313,6 +313,75 @@ func TestDynamicServersByFlag(t *testing.T) {
 	})
 }
 
+// TestWaiting has the commands and the sidecar wait for the balancer.
+func TestWaiting(t *testing.T) {
+	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 5}}})}
+	lb := s.spawn(t, "lbsync", "--socket", s.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8")
+	a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+	side := s.spawn(t, "register", "--service", "web", "--addr", a.Addr().String())
+	other := s.spawn(t, "register", "--service", "web", "--addr", b.Addr().String())
+	if out, stderr, code := s.rollcall(t, "wait", "web", "--for", "ready=2"); code != 0 || !strings.Contains(out, "applied by") {
+		t.Fatalf("wait: exit %d, %s%s", code, out, stderr)
+	}
+	state := func() string { return s.ha.Command(t, "show servers state be") }
+	haproxytest.Poll(t, "the balancer has spoken", func() error {
+		if out, _, _ := s.rollcall(t, "lb"); !strings.Contains(out, "yes") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	out, stderr, code := s.rollcall(t, "drain", "web", a.Addr().String(), "--wait", "-o", "json")
+	var o outcome
+	if err := json.Unmarshal([]byte(out), &o); err != nil || code != 0 || o.Balancers == nil || *o.Balancers != 1 {
+		t.Errorf("drain --wait: exit %d, %v, %s%s", code, err, out, stderr)
+	}
+	if !strings.Contains(state(), " 12 100 ") { // 8 drain, 4 was disabled in the configuration
+		t.Errorf("drained, but there is\n%s", state())
+	}
+	var rows []lbRow
+	out, _, _ = s.rollcall(t, "lb", "web", "-o", "json")
+	if err := json.Unmarshal([]byte(out), &rows); err != nil || len(rows) != 1 || !rows[0].Live || rows[0].Behind != 0 || rows[0].Applied != o.Version {
+		t.Errorf("lb: %v, %s", err, out)
+	}
+	if out, stderr, code := s.rollcall(t, "ready", "web", a.Addr().String(), "--wait"); code != 0 || !strings.Contains(out, "applied by 1 balancers") {
+		t.Errorf("ready --wait: exit %d, %s%s", code, out, stderr)
+	}
+
+	// The sidecar leaves when HAProxy has let go of its instance, not before.
+	if code := side.signal(t, syscall.SIGTERM); code != 0 || !strings.Contains(side.out.String(), "drained") {
+		t.Errorf("exit %d, %s", code, side.out)
+	}
+
+	// A balancer that does not answer is waited for, and not for ever.
+	if err := lb.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if _, stderr, code := s.rollcall(t, "maint", "web", b.Addr().String(), "--wait", "--timeout", "300ms"); code != exitWait || !strings.Contains(stderr, "1 of 1 balancers") {
+		t.Errorf("maint --wait: exit %d, %s", code, stderr)
+	}
+	if _, stderr, code := s.rollcall(t, "wait", "web", "--for", "ready=9", "--timeout", "100ms"); code != exitWait || !strings.Contains(stderr, "of 9 instances") {
+		t.Errorf("wait: exit %d, %s", code, stderr)
+	}
+	if err := other.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	haproxytest.Poll(t, "it drains", func() error {
+		if out, _, _ := s.rollcall(t, "instances", "web", "-o", "json"); !strings.Contains(out, "maint") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	if code := other.signal(t, syscall.SIGTERM); code != 0 || !strings.Contains(other.out.String(), "left") {
+		t.Errorf("exit %d, %s", code, other.out)
+	}
+	if err := lb.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	if out, stderr, code := s.rollcall(t, "wait", "web", "--for", "converged"); code != 0 {
+		t.Errorf("converged: exit %d, %s%s", code, out, stderr)
+	}
+}
+
 func TestBadInput(t *testing.T) {
 	s := &system{redis: redistest.Start(t)}
 	rdb := s.redis.Client(t)
@@ -366,6 +435,8 @@ func TestBadInput(t *testing.T) {
 		{"ttl", []string{"reap", "--ttl", "-1s"}},
 		{"ttl that differs", []string{"reap", "--ttl", "16s"}},
 		{"force alone", []string{"reap", "--force"}},
+		{"wait for what", []string{"wait", "web", "--for", "happiness"}},
+		{"wait for how many", []string{"wait", "web", "--for", "ready=-1"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			stdout, stderr, code := s.rollcall(t, append(tt.args, flagUnless(tt.name, "log level")...)...)

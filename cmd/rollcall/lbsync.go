@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -45,6 +48,9 @@ func lbsyncCommand() *cli.Command {
 				return usageError{err}
 			}
 			cfg.Checks = client.Checks()
+			if cfg.ID, err = balancerID(c.String("socket")); err != nil {
+				return err
+			}
 			syncer, err := lbsync.New(cfg, client, s.store, s.log)
 			if err != nil {
 				return usageError{err}
@@ -106,4 +112,19 @@ func prefixes(ps []netip.Prefix) []fmt.Stringer {
 		out[i] = p
 	}
 	return out
+}
+
+// balancerID names the HAProxy behind a socket: this host's name and a hash of
+// the socket's path.
+func balancerID(socket string) (string, error) {
+	host, err := os.Hostname()
+	if err != nil {
+		return "", fmt.Errorf("name this balancer: %w", err)
+	}
+	path, err := filepath.Abs(socket)
+	if err != nil {
+		return "", fmt.Errorf("name this balancer: %w", err)
+	}
+	sum := sha256.Sum256([]byte(path))
+	return fmt.Sprintf("%s-%x", host, sum[:4]), nil
 }

@@ -21,6 +21,7 @@ import (
 const (
 	exitFailed = 1
 	exitUsage  = 2
+	exitWait   = 4 // --wait or wait has timed out
 )
 
 // usageError is a mistake in what was typed: exit code 2.
@@ -47,8 +48,11 @@ func run(args []string, stdout, stderr io.Writer) int {
 	}
 	fmt.Fprintf(stderr, "rollcall: %v\n", err)
 	var u usageError
-	if errors.As(err, &u) {
+	switch {
+	case errors.As(err, &u):
 		return exitUsage
+	case errors.Is(err, errTimedOut):
+		return exitWait
 	}
 	return exitFailed
 }
@@ -65,7 +69,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		HideHelpCommand: true,
 		Commands: []*cli.Command{
 			registerCommand(), deregisterCommand(), reapCommand(), lbsyncCommand(),
-			servicesCommand(), instancesCommand(), watchCommand(),
+			servicesCommand(), instancesCommand(), watchCommand(), lbCommand(), waitCommand(),
 			adminCommand("drain", "send no new requests to an instance, until ready"),
 			adminCommand("maint", "send no requests at all to an instance, until ready"),
 			adminCommand("ready", "end drain or maint"),

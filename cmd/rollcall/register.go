@@ -2,7 +2,11 @@ package main
 
 import (
 	"errors"
+	"os"
+	"os/signal"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -22,6 +26,8 @@ func registerCommand() *cli.Command {
 			&cli.StringFlag{Name: "zone", EnvVars: env("zone"), Usage: "`NAME` of where it runs"},
 			&cli.DurationFlag{Name: "interval", EnvVars: env("interval"), DefaultText: "the registry's own, 5s",
 				Usage: "between two heartbeats; at most a third of the registry's TTL"},
+			&cli.DurationFlag{Name: "drain-wait", Value: registrar.DefaultDrainWait, EnvVars: env("drain-wait"),
+				Usage: "longest wait, on SIGTERM, until every live balancer sends no more requests; a second SIGTERM ends it"},
 		),
 		Action: func(c *cli.Context) error {
 			cfg, err := beaterConfig(c)
@@ -33,6 +39,9 @@ func registerCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
+			hurry, stop := secondSignal()
+			defer stop()
+			cfg.Hurry = hurry
 			b, err := registrar.NewBeater(cfg, s.store, s.log)
 			if err != nil {
 				return usageError{err}
@@ -45,6 +54,27 @@ func registerCommand() *cli.Command {
 			return err
 		},
 	}
+}
+
+// secondSignal returns a channel that is closed at the second SIGINT or SIGTERM:
+// the first one ends the command's context, and the third one the process. stop
+// gives the signals back.
+func secondSignal() (second <-chan struct{}, stop func()) {
+	signals, closed, done := make(chan os.Signal, 2), make(chan struct{}), make(chan struct{})
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	var waiting sync.WaitGroup
+	waiting.Go(func() {
+		defer signal.Stop(signals)
+		for range 2 {
+			select {
+			case <-signals:
+			case <-done:
+				return
+			}
+		}
+		close(closed)
+	})
+	return closed, func() { close(done); waiting.Wait() }
 }
 
 func beaterConfig(c *cli.Context) (registrar.BeaterConfig, error) {
@@ -75,6 +105,6 @@ func beaterConfig(c *cli.Context) (registrar.BeaterConfig, error) {
 		tags[k] = v
 	}
 	return registrar.BeaterConfig{
-		Service: svc, Addr: addr, Weight: c.Int("weight"), Zone: c.String("zone"), Tags: tags, Interval: interval,
+		Service: svc, Addr: addr, Weight: c.Int("weight"), Zone: c.String("zone"), Tags: tags, Interval: interval, DrainWait: c.Duration("drain-wait"),
 	}, nil
 }

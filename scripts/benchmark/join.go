@@ -121,6 +121,7 @@ func newJoinLab(h *harness, mode lbsync.Mode, size int) *joinLab {
 	}
 	var on atomic.Bool
 	s, err := lbsync.New(lbsync.Config{
+		ID:       "bench",
 		Backends: []lbsync.BackendConfig{{Service: "web", Backend: "be", Mode: mode}},
 		Allow:    []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}, Quarantine: time.Millisecond,
 	}, observer{client, l.applied, &on}, l.store, h.log)

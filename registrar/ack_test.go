@@ -1,0 +1,218 @@
+package registrar
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"testing"
+	"time"
+
+	"rollcall/registrar/redistest"
+)
+
+// token returns the state of web now.
+func token(tb testing.TB, s *Store) Token {
+	tb.Helper()
+	snap, err := s.Read(tb.Context(), web, nil)
+	must(tb, err)
+	return snap.Token
+}
+
+func TestAck(t *testing.T) {
+	srv := redistest.Start(t)
+	s := fresh(t, srv)
+	ctx := t.Context()
+	join(t, s, host(1), "a")
+	must(t, s.Ack(ctx, "lb1", web, token(t, s)))
+	join(t, s, host(2), "b")
+	must(t, s.Ack(ctx, "lb2", web, token(t, s)))
+	acks, err := s.Acks(ctx, web)
+	must(t, err)
+	want := []Balancer{{"lb1", 1, t0, true}, {"lb2", 2, t0, true}}
+	if !slices.Equal(acks.Balancers, want) || acks.Token.Version != 2 || acks.Now != t0 {
+		t.Errorf("got %+v, want %+v", acks, want)
+	}
+	for _, c := range []struct {
+		version      int64
+		behind, live int
+	}{{1, 0, 2}, {2, 1, 2}, {3, 2, 2}} {
+		if behind, live := acks.Behind(c.version); behind != c.behind || live != c.live {
+			t.Errorf("version %d: %d of %d behind, want %d of %d", c.version, behind, live, c.behind, c.live)
+		}
+	}
+
+	// Live is who was seen within 12 s, and who was not is waited for no more.
+	for _, c := range []struct {
+		age  int64
+		live bool
+	}{{BalancerLive.Milliseconds(), true}, {BalancerLive.Milliseconds() + 1, false}} {
+		s.setClock(t0 + c.age)
+		acks, err := s.Acks(ctx, web)
+		must(t, err)
+		if acks.Balancers[0].Live != c.live {
+			t.Errorf("seen %d ms ago: live %v", c.age, acks.Balancers[0].Live)
+		}
+	}
+	// Who is silent for an hour is forgotten by the next that speaks.
+	s.setClock(t0 + balancerForget.Milliseconds())
+	must(t, s.Ack(ctx, "lb2", web, token(t, s)))
+	acks, err = s.Acks(ctx, web)
+	must(t, err)
+	if len(acks.Balancers) != 1 || acks.Balancers[0].ID != "lb2" {
+		t.Errorf("remembered: %+v", acks.Balancers)
+	}
+}
+
+func TestAckOfAnotherHistory(t *testing.T) {
+	srv := redistest.Start(t)
+	for _, c := range []struct {
+		name  string
+		token func(Token) Token
+	}{
+		{"replid", func(t Token) Token { t.ReplID = "x"; return t }},
+		{"epoch", func(t Token) Token { t.Epoch = "x"; return t }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := fresh(t, srv)
+			join(t, s, host(1), "a")
+			if err := s.Ack(t.Context(), "lb", web, c.token(token(t, s))); !errors.Is(err, ErrOtherHistory) {
+				t.Errorf("got %v", err)
+			}
+			acks, err := s.Acks(t.Context(), web)
+			must(t, err)
+			if len(acks.Balancers) != 0 {
+				t.Errorf("written: %+v", acks.Balancers)
+			}
+		})
+	}
+}
+
+func TestAckOfAWrongType(t *testing.T) {
+	s, _ := newStore(t)
+	join(t, s, host(1), "a")
+	do(t, s, "SET", s.keys.Applied(web), "x")
+	if err := s.Ack(t.Context(), "lb", web, token(t, s)); err == nil {
+		t.Error("accepted")
+	}
+	if n := do(t, s, "EXISTS", s.keys.Balancers()); n != int64(0) {
+		t.Error("written before it was refused")
+	}
+}
+
+func TestWaitApplied(t *testing.T) {
+	srv := redistest.Start(t)
+	t.Run("nobody to wait for", func(t *testing.T) {
+		s := fresh(t, srv)
+		join(t, s, host(1), "a")
+		if live, err := s.WaitApplied(t.Context(), web, 1, nil); live != 0 || err != nil {
+			t.Errorf("%d, %v", live, err)
+		}
+	})
+	t.Run("until the last has it", func(t *testing.T) {
+		s := fresh(t, srv)
+		join(t, s, host(1), "a")
+		old := token(t, s)
+		must(t, s.Ack(t.Context(), "lb1", web, old))
+		must(t, s.Ack(t.Context(), "lb2", web, old))
+		join(t, s, host(2), "b")
+		must(t, s.Ack(t.Context(), "lb1", web, token(t, s)))
+		looks := 0
+		live, err := s.WaitApplied(t.Context(), web, 2, func() error {
+			if looks++; looks == 3 {
+				must(t, s.Ack(t.Context(), "lb2", web, token(t, s)))
+			}
+			return nil
+		})
+		if live != 2 || err != nil || looks != 3 {
+			t.Errorf("%d, %v after %d looks", live, err, looks)
+		}
+	})
+	t.Run("the dead are not waited for", func(t *testing.T) {
+		s := fresh(t, srv)
+		join(t, s, host(1), "a")
+		must(t, s.Ack(t.Context(), "lb", web, token(t, s)))
+		s.setClock(t0 + BalancerLive.Milliseconds() + 1)
+		if live, err := s.WaitApplied(t.Context(), web, 9, nil); live != 0 || err != nil {
+			t.Errorf("%d, %v", live, err)
+		}
+	})
+	t.Run("time runs out", func(t *testing.T) {
+		s := fresh(t, srv)
+		join(t, s, host(1), "a")
+		must(t, s.Ack(t.Context(), "lb", web, token(t, s)))
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		defer cancel()
+		if live, err := s.WaitApplied(ctx, web, 9, nil); live != 1 || err == nil {
+			t.Errorf("%d, %v", live, err)
+		}
+	})
+	t.Run("the data is lost", func(t *testing.T) {
+		s := fresh(t, srv)
+		join(t, s, host(1), "a")
+		must(t, s.Ack(t.Context(), "lb", web, token(t, s)))
+		looks := 0
+		_, err := s.WaitApplied(t.Context(), web, 9, func() error {
+			if looks++; looks == 2 {
+				do(t, s, "SET", s.keys.Epoch(), "another")
+			}
+			return nil
+		})
+		if !errors.Is(err, ErrOtherHistory) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// The order of leaving: say that it drains, beat on, wait for every balancer,
+// leave.
+func TestRunDrainsBeforeItLeaves(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		ack   bool // the balancer applies it
+		hurry bool
+	}{
+		{name: "applied", ack: true},
+		{name: "not applied in time"},
+		{name: "in a hurry", hurry: true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s, _ := newStore(t)
+			b, log := newBeater(t, s, 0)
+			hurry := make(chan struct{})
+			b.cfg.Hurry, b.cfg.DrainWait = hurry, time.Minute
+			if !c.ack && !c.hurry {
+				b.cfg.DrainWait = 50 * time.Millisecond
+			}
+			r := start(t, b)
+			registered(t, s, b)
+			must(t, s.Ack(t.Context(), "lb", web, token(t, s)))
+			r.cancel()
+			draining := func() error {
+				snap, err := s.Read(t.Context(), web, nil)
+				if err == nil && (len(snap.Entries) != 1 || snap.Entries[0].Instance.State() != AdminDrain) {
+					err = errors.New("not draining")
+				}
+				return err
+			}
+			if c.ack || c.hurry {
+				eventually(t, draining)
+			}
+			if c.hurry {
+				close(hurry)
+			}
+			if c.ack {
+				must(t, s.Ack(t.Context(), "lb", web, token(t, s)))
+			}
+			must(t, r.wait(t))
+			snap, err := s.Read(t.Context(), web, nil)
+			must(t, err)
+			if e := snap.Entries[0]; e.Present || e.Gone == nil || e.Gone.Reason != Left {
+				t.Errorf("after Run: %+v", e)
+			}
+			drained := slices.Contains(log.said(t), "info: drained")
+			if drained != c.ack {
+				t.Errorf("said %q", log.said(t))
+			}
+		})
+	}
+}
