@@ -56,18 +56,21 @@ type backend struct {
 	reread   bool            // the process was replaced, or may have been
 	applied  registrar.Token // the state that HAProxy has, read back; zero before the first
 
-	have      *Inventory // nil: unknown
-	seen      time.Time  // last complete answer
-	readAt    time.Time  // last whole read
-	nextFull  time.Duration
-	fast      map[netip.AddrPort]time.Time // up in the process before, and when it was last known
-	leaving   map[netip.AddrPort]*leaving  // being drained
-	held      map[netip.AddrPort]time.Time // due to leave, but kept; since when
-	stale     bool                         // an address waits for a fresh heartbeat
-	unplaced  map[netip.AddrPort]bool      // no slot for it
-	postponed map[netip.AddrPort]bool      // drain would leave nobody
-	said      map[string]time.Time         // what has been reported, and when
-	polls     int
+	have       *Inventory // nil: unknown
+	seen       time.Time  // last complete answer
+	readAt     time.Time  // last whole read
+	nextFull   time.Duration
+	fast       map[netip.AddrPort]time.Time // up in the process before, and when it was last known
+	leaving    map[netip.AddrPort]*leaving  // being drained
+	held       map[netip.AddrPort]time.Time // due to leave, but kept; since when
+	stale      bool                         // an address waits for a fresh heartbeat
+	unplaced   map[netip.AddrPort]bool      // no slot for it
+	static     bool                         // HAProxy refused a weight for the balance algorithm
+	process    Process                      // that the next two are of
+	noOverflow bool                         // HAProxy refused a server beside the slots
+	postponed  map[netip.AddrPort]bool      // drain would leave nobody
+	said       map[string]time.Time         // what has been reported, and when
+	polls      int
 }
 
 // leaving is the progress of one server's end.
@@ -231,11 +234,15 @@ func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
 	if b.have != nil && !b.have.Process.Same(st.Process) {
 		b.forget()
 	}
+	if !b.process.Same(st.Process) { // perhaps with another configuration
+		b.process, b.static, b.noOverflow = st.Process, false, false
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	inv := NewInventory(st, func(a netip.AddrPort) bool { return b.view.Lookup(a).Present })
 	inv.Dynamic = b.mode == Dynamic || b.mode == Auto && inv.Slots == 0
-	inv.Checks = b.cfg.Checks
+	inv.Overflow = b.mode == Auto && inv.Slots > 0 && !b.noOverflow
+	inv.Checks, inv.Static = b.cfg.Checks, b.static
 	if b.mode == Slots && inv.Slots == 0 {
 		return nil, fmt.Errorf("backend %s has no server-template slots of host %s", b.name, SlotHost)
 	}
@@ -342,6 +349,11 @@ func (b *backend) converge(ctx context.Context, addrs []netip.AddrPort, heard ma
 				return false, err
 			}
 			b.tell(ops, got, heard)
+			b.overflow(ops)
+			if got.Static && !b.static {
+				b.log.Warn().Msg("the balance algorithm is static: every instance has the weight of the configuration")
+				b.static, b.have.Static = true, true
+			}
 			last = ops
 		}
 	}
@@ -456,6 +468,24 @@ func (b *backend) mustStay(addr netip.AddrPort, v verdict, up bool, serving int,
 	return true
 }
 
+// overflow looks what became of servers that were added for want of a slot. A
+// backend that cannot have them, for its balance algorithm, is not asked again.
+func (b *backend) overflow(ops []Op) {
+	if !b.have.Overflow {
+		return
+	}
+	for _, o := range ops {
+		if o.Kind != Add {
+			continue
+		}
+		if _, there := b.have.Lookup(o.Addr); !there {
+			b.have.Overflow, b.noOverflow = false, true
+			return
+		}
+		b.log.Error().Stringer("addr", o.Addr).Int("slots", b.have.Slots).Msg("no slot is left; served by a server that does not survive a reload; raise the server-template's count")
+	}
+}
+
 // place keeps count of who found no slot.
 func (b *backend) place(wants []Want, unplaced []netip.AddrPort) {
 	before := len(b.unplaced)
@@ -466,7 +496,7 @@ func (b *backend) place(wants []Want, unplaced []netip.AddrPort) {
 		b.unplaced[a] = true
 	}
 	if n := len(b.unplaced); n > before {
-		b.log.Error().Int("slots", b.have.Slots).Int("without", n).Msg("more instances than slots; raise the server-template's count")
+		b.log.Error().Int("slots", b.have.Slots).Int("without", n).Msg("instances without a slot are not served; raise the server-template's count")
 	} else if n == 0 && before > 0 {
 		b.log.Info().Int("slots", b.have.Slots).Msg("every instance has a slot again")
 	}

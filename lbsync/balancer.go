@@ -108,6 +108,9 @@ type Op struct {
 	ID     int
 	Addr   netip.AddrPort
 	Weight int
+	// Percent says that Weight is a share of the configured weight, 0 or 100:
+	// all that a backend with a static balance algorithm takes.
+	Percent bool
 }
 
 // Applied is what one Apply came to.
@@ -118,6 +121,9 @@ type Applied struct {
 	Servers []Server
 	// Refused holds the balancer's own words for what it refused, in order.
 	Refused []string
+	// Static says that a weight was refused because the balance algorithm is a
+	// static one.
+	Static bool
 }
 
 // Balancer is one load balancer whose servers can be changed while it runs.

@@ -183,7 +183,7 @@ func (s *Syncer) Once(ctx context.Context) error {
 			}
 		}
 	}
-	return errors.Join(append(errs, s.Acknowledge(ctx, true))...)
+	return errors.Join(errs...)
 }
 
 func (s *Syncer) applied() {

@@ -37,7 +37,10 @@ type Inventory struct {
 	Process Process
 	Slots   int  // server-template slots that are ours
 	Dynamic bool // place new servers with Add rather than in slots
-	Checks  bool // dynamic servers get a health check
+	// Overflow adds servers when every slot is taken.
+	Overflow bool
+	Checks   bool // dynamic servers get a health check
+	Static   bool // the balance algorithm knows no weight but none and the configured one
 	// Serving counts the servers, ours or not, that are ready and up with a
 	// weight.
 	Serving int
@@ -219,7 +222,7 @@ func (inv *Inventory) Free() int { return len(inv.free) }
 // the right address before it may be made ready.
 func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration) (ops []Op, unplaced []netip.AddrPort) {
 	for _, s := range inv.extra {
-		ops = append(ops, op(SetMaint, s), Op{Kind: SetWeight, Name: s.Name, ID: s.ID})
+		ops = append(ops, op(SetMaint, s), inv.weigh(s, 0))
 	}
 	inv.extra = nil
 	var place []Want
@@ -233,23 +236,23 @@ func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration)
 		switch {
 		case w.Goal == Keep:
 		case w.Goal == Leave && ok:
-			ops = leave(ops, w, s)
+			ops = inv.leave(ops, w, s)
 		case w.Goal == Serve && ok:
-			ops = serve(ops, w, s, inv.Checks)
+			ops = inv.serve(ops, w, s)
 		case w.Goal == Serve:
 			place = append(place, w)
 		}
 	}
 	taken := map[int]bool{}
 	for _, w := range place {
-		if inv.Dynamic {
+		if inv.Dynamic || inv.Overflow && len(inv.free) == 0 {
 			id := freeID(w.Addr, inv.ids, taken)
 			taken[id] = true
 			// The name says the address: what follows a refused Add finds no
 			// server, and no other one either.
 			s := &Server{Name: DynamicName(w.Addr), ID: id, Addr: w.Addr, Admin: Maint}
 			ops = append(ops, Op{Kind: Add, Name: s.Name, ID: id, Addr: w.Addr})
-			ops = serve(ops, w, s, inv.Checks)
+			ops = inv.serve(ops, w, s)
 			continue
 		}
 		s := inv.takeSlot(now, quarantine)
@@ -259,7 +262,7 @@ func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration)
 		}
 		fresh := placeholder(s)
 		if s.Weight != 0 {
-			ops = append(ops, Op{Kind: SetWeight, Name: s.Name, ID: s.ID})
+			ops = append(ops, inv.weigh(s, 0))
 		}
 		ops = append(ops, Op{Kind: SetAddr, Name: s.Name, ID: s.ID, Addr: w.Addr})
 		if !fresh {
@@ -268,7 +271,7 @@ func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration)
 			// mapped. A slot that never had one is looked at first.
 			s := *s
 			s.Addr, s.Weight = w.Addr, 0
-			ops = serve(ops, w, &s, inv.Checks)
+			ops = inv.serve(ops, w, &s)
 		}
 	}
 	return ops, unplaced
@@ -294,7 +297,7 @@ func (inv *Inventory) takeSlot(now time.Time, quarantine time.Duration) *Server 
 }
 
 // serve brings one server of ours into the state that w asks for.
-func serve(ops []Op, w Want, s *Server, checks bool) []Op {
+func (inv *Inventory) serve(ops []Op, w Want, s *Server) []Op {
 	if Human(*s) && w.State != Maint {
 		return ops
 	}
@@ -303,12 +306,12 @@ func serve(ops []Op, w Want, s *Server, checks bool) []Op {
 			ops = append(ops, op(SetMaint, s))
 		}
 		if s.Weight != 0 {
-			ops = append(ops, Op{Kind: SetWeight, Name: s.Name, ID: s.ID})
+			ops = append(ops, inv.weigh(s, 0))
 		}
 		return ops
 	}
 	checked := s.Checked
-	if !s.Slot && checks && !checked {
+	if !s.Slot && inv.Checks && !checked {
 		ops = append(ops, op(EnableHealth, s))
 		checked = true
 	}
@@ -319,20 +322,20 @@ func serve(ops []Op, w Want, s *Server, checks bool) []Op {
 			ops = append(ops, op(SetReady, s))
 		}
 	}
-	if s.Weight != w.Weight {
+	if !inv.weighs(s, w.Weight) {
 		// A server that comes into rotation with a check waits for the check:
 		// HAProxy would take it for up until the first one, and answer 503.
 		// The weight comes last, so it cannot be chosen before it is down.
 		if s.Weight == 0 && checked && !w.Fast && w.State == Ready && (s.Admin == Maint || !s.Passed) {
 			ops = append(ops, op(HealthDown, s))
 		}
-		ops = append(ops, Op{Kind: SetWeight, Name: s.Name, ID: s.ID, Weight: w.Weight})
+		ops = append(ops, inv.weigh(s, w.Weight))
 	}
 	return ops
 }
 
 // leave brings one server of ours a step nearer to its end.
-func leave(ops []Op, w Want, s *Server) []Op {
+func (inv *Inventory) leave(ops []Op, w Want, s *Server) []Op {
 	switch s.Admin {
 	case Ready:
 		return append(ops, op(SetDrain, s))
@@ -345,10 +348,10 @@ func leave(ops []Op, w Want, s *Server) []Op {
 		if s.Busy != 0 && !s.Slot {
 			ops = append(ops, op(Shutdown, s))
 		}
-		return append(ops, op(SetMaint, s), Op{Kind: SetWeight, Name: s.Name, ID: s.ID})
+		return append(ops, op(SetMaint, s), inv.weigh(s, 0))
 	}
 	if s.Weight != 0 {
-		return append(ops, Op{Kind: SetWeight, Name: s.Name, ID: s.ID})
+		return append(ops, inv.weigh(s, 0))
 	}
 	if s.Slot || !w.Settled {
 		return ops
@@ -361,6 +364,24 @@ func leave(ops []Op, w Want, s *Server) []Op {
 // Human tells whether a human put s into maint: lbsync would have given it
 // weight 0.
 func Human(s Server) bool { return s.Ours() && s.Admin == Maint && s.Weight != 0 && !placeholder(&s) }
+
+// weigh is the op that gives s a weight; with a static algorithm any but 0 is
+// the configured one.
+func (inv *Inventory) weigh(s *Server, weight int) Op {
+	o := Op{Kind: SetWeight, Name: s.Name, ID: s.ID, Weight: weight, Percent: inv.Static}
+	if inv.Static && weight > 0 {
+		o.Weight = 100
+	}
+	return o
+}
+
+// weighs tells whether s has that weight already.
+func (inv *Inventory) weighs(s *Server, weight int) bool {
+	if inv.Static {
+		return (s.Weight > 0) == (weight > 0)
+	}
+	return s.Weight == weight
+}
 
 func op(k Kind, s *Server) Op { return Op{Kind: k, Name: s.Name, ID: s.ID} }
 

@@ -24,6 +24,9 @@ func words(ops []Op) string {
 			out[i] += " " + o.Addr.String()
 		case SetWeight:
 			out[i] += fmt.Sprint(" ", o.Weight)
+			if o.Percent {
+				out[i] += "%"
+			}
 		}
 	}
 	return strings.Join(out, "; ")
@@ -60,6 +63,7 @@ func TestPlan(t *testing.T) {
 		want    Want
 		dynamic bool
 		checks  bool
+		static  bool
 		ops     string
 		without bool // no slot for it
 	}{
@@ -81,6 +85,9 @@ func TestPlan(t *testing.T) {
 			ops: "health rc_10.0.0.1:80; ready rc_10.0.0.1:80; down rc_10.0.0.1:80; weight rc_10.0.0.1:80 100"},
 		{name: "weight", have: []Server{slot(1, addrA, Ready, 5)}, want: serveA, ops: "weight s1 100"},
 		{name: "weight 0 is a weight", have: []Server{slot(1, addrA, Maint, 0)}, want: Want{Addr: addrA, Goal: Serve}, ops: "ready s1"},
+		{name: "weight of a static algorithm", static: true, have: []Server{slot(1, addrA, Ready, 0)}, want: serveA, ops: "weight s1 100%"},
+		{name: "which is as it is configured", static: true, have: []Server{slot(1, addrA, Ready, 3)}, want: serveA},
+		{name: "or none", static: true, have: []Server{slot(1, addrA, Ready, 3)}, want: Want{Addr: addrA, Goal: Serve}, ops: "weight s1 0%"},
 		{name: "drain", have: []Server{slot(1, addrA, Ready, 100)}, want: Want{Addr: addrA, Goal: Serve, State: Drain, Weight: 100}, ops: "drain s1"},
 		{name: "drain on arrival", have: []Server{slot(1, addrA, Maint, 0)}, want: Want{Addr: addrA, Goal: Serve, State: Drain, Weight: 100}, ops: "drain s1; weight s1 100"},
 		{name: "drain ends", have: []Server{slot(1, addrA, Drain, 100)}, want: serveA, ops: "ready s1"},
@@ -105,7 +112,7 @@ func TestPlan(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inv := NewInventory(State{Servers: tt.have}, func(a netip.AddrPort) bool { return tt.want.Goal == Serve && a == tt.want.Addr })
-			inv.Dynamic, inv.Checks = tt.dynamic, tt.checks
+			inv.Dynamic, inv.Checks, inv.Static = tt.dynamic, tt.checks, tt.static
 			ops, unplaced := Plan([]Want{tt.want}, inv, now, time.Second)
 			if got := words(ops); got != tt.ops {
 				t.Errorf("got  %s\nwant %s", got, tt.ops)

@@ -652,6 +652,7 @@ func TestOthersServersAreLeftAlone(t *testing.T) {
 
 func TestMoreInstancesThanSlots(t *testing.T) {
 	w := newWorld(t, haproxytest.Backend{Name: "be", Slots: 3}, "")
+	w.cfg.Backends[0].Mode = lbsync.Slots
 	w.run(t, w.client(t))
 	var is []*haproxytest.Instance
 	for range 5 {
@@ -681,6 +682,40 @@ func TestMoreInstancesThanSlots(t *testing.T) {
 			}
 		}
 		t.Log("given on", n+1)
+	}
+}
+
+// With mode auto who finds no slot gets a server of its own, where HAProxy can
+// add one; where it cannot, the rest are served all the same.
+func TestOverflow(t *testing.T) {
+	for _, tt := range []struct {
+		balance string
+		serve   int
+	}{{"leastconn", 5}, {"static-rr", 3}} {
+		t.Run(tt.balance, func(t *testing.T) {
+			w := newWorld(t, haproxytest.Backend{Name: "be", Balance: tt.balance, Slots: 3}, "")
+			w.run(t, w.client(t))
+			var is []*haproxytest.Instance
+			for range 5 {
+				i := haproxytest.NewInstance(t)
+				is = append(is, i)
+				w.beat(t, i.Addr(), 100)
+			}
+			serving := func() error {
+				if got := w.servers(t, "be"); len(got) != tt.serve {
+					return fmt.Errorf("%v serve", got)
+				}
+				return nil
+			}
+			haproxytest.Poll(t, fmt.Sprint(tt.serve, " serve"), serving)
+			w.acked(t, w.version(t))
+			for _, i := range is[:2] {
+				w.leave(t, i.Addr())
+			}
+			tt.serve = 3
+			haproxytest.Poll(t, "three serve", serving)
+			w.answers(t, is[2:]...)
+		})
 	}
 }
 
@@ -825,6 +860,61 @@ func TestAcknowledged(t *testing.T) {
 			w.acked(t, w.version(t)) // of the new history
 		})
 	}
+}
+
+// A dry run writes what Once would send, and sends nothing.
+func TestDryRun(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(mode.name, func(t *testing.T) {
+			w := newWorld(t, mode.backend, mode.options)
+			client := w.client(t)
+			w.beat(t, netip.MustParseAddrPort("127.210.0.1:9"), 70)
+			before := w.ha.Command(t, "show servers state be")
+			var out strings.Builder
+			dry := &lbsync.DryRun{Balancer: client, Render: client.Render, Out: &out}
+			once := func(b lbsync.Balancer) {
+				s, err := lbsync.New(w.cfg, b, w.store, w.log)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := s.Once(context.Background()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			once(dry)
+			if strings.TrimSpace(w.ha.Command(t, "show servers state be")) != strings.TrimSpace(before) {
+				t.Error("something was changed")
+			}
+			sent := &sending{Balancer: client, render: client.Render}
+			once(sent)
+			if want := strings.Join(sent.commands, "\n") + "\n"; out.String() != want || dry.Commands != len(sent.commands) || dry.Commands < 3 {
+				t.Errorf("would send\n%sand sent\n%s", &out, want)
+			}
+			out.Reset()
+			dry = &lbsync.DryRun{Balancer: client, Render: client.Render, Out: &out}
+			if once(dry); dry.Commands != 0 {
+				t.Errorf("left to do: %s", &out)
+			}
+		})
+	}
+}
+
+// sending notes what is sent.
+type sending struct {
+	lbsync.Balancer
+	render   func(string, lbsync.Op) (string, error)
+	commands []string
+}
+
+func (s *sending) Apply(ctx context.Context, backend string, ops []lbsync.Op) (lbsync.Applied, error) {
+	for _, o := range ops {
+		c, err := s.render(backend, o)
+		if err != nil {
+			return lbsync.Applied{}, err
+		}
+		s.commands = append(s.commands, c)
+	}
+	return s.Balancer.Apply(ctx, backend, ops)
 }
 
 func TestConfigRefused(t *testing.T) {

@@ -382,6 +382,49 @@ func TestWaiting(t *testing.T) {
 	}
 }
 
+// TestTwoLbsyncs has a second lbsync stand by until the first one is killed, and
+// a dry run say what is left to do.
+func TestTwoLbsyncs(t *testing.T) {
+	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 5}}})}
+	args := []string{"lbsync", "--socket", s.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8"}
+	url := "http://" + s.ha.Addr("be") + "/"
+	first := s.spawn(t, args...)
+	i := haproxytest.NewInstance(t)
+	s.spawn(t, "register", "--service", "web", "--addr", i.Addr().String())
+	answered(t, url, i)
+	second := s.spawn(t, args...)
+	says := func(p *process, what string) {
+		t.Helper()
+		haproxytest.Poll(t, "it says "+what, func() error {
+			if out := p.out.String(); !strings.Contains(out, what) {
+				return errors.New(out)
+			}
+			return nil
+		})
+	}
+	says(second, "standing by")
+	if _, stderr, code := s.rollcall(t, append(args, "--once")...); code != exitFailed || !strings.Contains(stderr, "another lbsync") {
+		t.Errorf("--once beside it: exit %d, %s", code, stderr)
+	}
+	if out, stderr, code := s.rollcall(t, append(args, "--dry-run")...); code != 0 || out != "" {
+		t.Errorf("nothing to do: exit %d, %s%s", code, out, stderr)
+	}
+	first.signal(t, syscall.SIGKILL)
+	says(second, "balancer found")
+	j := haproxytest.NewInstance(t)
+	s.spawn(t, "register", "--service", "web", "--addr", j.Addr().String())
+	answered(t, url, i, j)
+	second.signal(t, syscall.SIGTERM)
+	if _, stderr, code := s.rollcall(t, "drain", "web", i.Addr().String()); code != 0 {
+		t.Fatal(stderr)
+	}
+	out, stderr, code := s.rollcall(t, append(args, "--dry-run")...)
+	if want := "set server be/s1 state drain\n"; code != exitDryRun || out != want && out != strings.Replace(want, "s1", "s2", 1) {
+		t.Errorf("dry run: exit %d, %s%s", code, out, stderr)
+	}
+	answered(t, url, i, j)
+}
+
 func TestBadInput(t *testing.T) {
 	s := &system{redis: redistest.Start(t)}
 	rdb := s.redis.Client(t)

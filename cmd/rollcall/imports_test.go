@@ -16,7 +16,7 @@ var imports = map[string][]string{
 	"reaper":                     {"registrar"},
 	"notifier":                   {"registrar"},
 	"lbsync":                     {"notifier", "registrar"},
-	"lbsync/haproxy":             {"lbsync"},
+	"lbsync/haproxy":             {"lbsync", "registrar"},
 	"lbsync/haproxy/haproxytest": {},
 	"cmd/rollcall":               {"lbsync", "lbsync/haproxy", "notifier", "reaper", "registrar"},
 	"scripts/benchmark":          {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},

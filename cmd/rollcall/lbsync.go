@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/rs/zerolog"
 	"github.com/urfave/cli/v2"
 
 	"rollcall/lbsync"
@@ -32,6 +33,7 @@ func lbsyncCommand() *cli.Command {
 			&cli.DurationFlag{Name: "hold", Value: lbsync.DefaultHold, EnvVars: env("hold"), Usage: "how long a silent instance stays whose health check is up"},
 			&cli.DurationFlag{Name: "drain-timeout", Value: lbsync.DefaultDrainTimeout, EnvVars: env("drain-timeout"), Usage: "how long a leaving server's requests may last"},
 			&cli.BoolFlag{Name: "once", Usage: "do what can be done now, and end"},
+			&cli.BoolFlag{Name: "dry-run", Usage: "print the commands that --once would send, and end; exit code 3 if there are any"},
 		),
 		Action: func(c *cli.Context) error {
 			cfg, err := syncConfig(c)
@@ -51,15 +53,10 @@ func lbsyncCommand() *cli.Command {
 			if cfg.ID, err = balancerID(c.String("socket")); err != nil {
 				return err
 			}
-			syncer, err := lbsync.New(cfg, client, s.store, s.log)
-			if err != nil {
-				return usageError{err}
-			}
-			s.log.Info().Str("socket", c.String("socket")).Strs("backends", c.StringSlice("backend")).Stringers("allow", prefixes(cfg.Allow)).Msg("lbsync starts")
-			if c.Bool("once") {
-				err = syncer.Once(c.Context)
+			if c.Bool("dry-run") {
+				err = dryRun(c, cfg, client, s)
 			} else {
-				err = syncer.Run(c.Context)
+				err = drive(c, cfg, client, s)
 			}
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(c.Context), time.Second)
 			defer cancel()
@@ -69,6 +66,57 @@ func lbsyncCommand() *cli.Command {
 			return err
 		},
 	}
+}
+
+// drive keeps HAProxy true, while no other lbsync does.
+func drive(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session) error {
+	syncer, err := lbsync.New(cfg, client, s.store, s.log)
+	if err != nil {
+		return usageError{err}
+	}
+	socket := c.String("socket")
+	s.log.Info().Str("socket", socket).Strs("backends", c.StringSlice("backend")).Stringers("allow", prefixes(cfg.Allow)).Msg("lbsync starts")
+	var lock *haproxy.Lock
+	if c.Bool("once") {
+		lock, err = haproxy.TryLock(socket)
+	} else {
+		lock, err = haproxy.WaitLock(c.Context, socket, func() {
+			s.log.Warn().Str("socket", socket).Msg("another lbsync drives this HAProxy; standing by")
+		})
+	}
+	switch {
+	case c.Context.Err() != nil:
+		return nil
+	case errors.Is(err, haproxy.ErrLocked):
+		return err
+	case err != nil:
+		// Two that do the same do no harm; not driving HAProxy at all does.
+		s.log.Warn().Err(err).Msg("running without a lock")
+	default:
+		defer func() { _ = lock.Close() }() // the process ends next
+	}
+	if c.Bool("once") {
+		return errors.Join(syncer.Once(c.Context), syncer.Acknowledge(c.Context, true))
+	}
+	return syncer.Run(c.Context)
+}
+
+// errChanges says that a dry run found something to do: exit code 3.
+var errChanges = errors.New("there are changes")
+
+func dryRun(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session) error {
+	dry := &lbsync.DryRun{Balancer: client, Render: client.Render, Out: c.App.Writer}
+	syncer, err := lbsync.New(cfg, dry, s.store, s.log.Level(zerolog.WarnLevel))
+	if err != nil {
+		return usageError{err}
+	}
+	if err := syncer.Once(c.Context); err != nil {
+		return err
+	}
+	if dry.Commands > 0 {
+		return fmt.Errorf("%w: %d commands would be sent", errChanges, dry.Commands)
+	}
+	return nil
 }
 
 func syncConfig(c *cli.Context) (lbsync.Config, error) {

@@ -21,6 +21,7 @@ import (
 const (
 	exitFailed = 1
 	exitUsage  = 2
+	exitDryRun = 3 // --dry-run found something to do
 	exitWait   = 4 // --wait or wait has timed out
 )
 
@@ -51,6 +52,8 @@ func run(args []string, stdout, stderr io.Writer) int {
 	switch {
 	case errors.As(err, &u):
 		return exitUsage
+	case errors.Is(err, errChanges):
+		return exitDryRun
 	case errors.Is(err, errTimedOut):
 		return exitWait
 	}

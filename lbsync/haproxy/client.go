@@ -62,6 +62,10 @@ type Config struct {
 	ServerOptions string
 }
 
+// staticAlgorithm begins HAProxy's refusal of any weight but 0% and 100% for
+// static-rr, and for source, uri and the like without consistent hashing.
+const staticAlgorithm = "Backend is using a static LB algorithm"
+
 var optionWord = regexp.MustCompile(`^[A-Za-z0-9_.,:/@=+()-]+$`)
 
 // validate checks c and returns the words of ServerOptions.
@@ -297,7 +301,10 @@ func (c *Client) apply(ctx context.Context, backend string, lines [][]string, se
 		if err := send(line); err != nil {
 			return lbsync.Applied{}, err
 		}
-		applied.Refused = append(applied.Refused, last.refused...)
+		for _, r := range last.refused {
+			applied.Refused = append(applied.Refused, r)
+			applied.Static = applied.Static || strings.HasPrefix(r, staticAlgorithm)
+		}
 	}
 
 	if single {

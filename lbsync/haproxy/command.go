@@ -64,6 +64,9 @@ func (c *Client) Render(backend string, op lbsync.Op) (string, error) {
 			return "", fmt.Errorf("server %s: weight %d is not within 0 and 256", op.Name, op.Weight)
 		}
 		command = "set server " + server + " weight " + strconv.Itoa(op.Weight)
+		if op.Percent {
+			command += "%"
+		}
 	case lbsync.Shutdown:
 		command = "shutdown sessions server " + server
 	case lbsync.Delete:

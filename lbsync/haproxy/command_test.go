@@ -38,6 +38,7 @@ func TestRender(t *testing.T) {
 		{"health down", plain, lbsync.Op{Kind: lbsync.HealthDown, Name: "s1", ID: 1}, "set server be/s1 health down"},
 		{"least weight", plain, lbsync.Op{Kind: lbsync.SetWeight, Name: "s1", ID: 1}, "set server be/s1 weight 0"},
 		{"most weight", plain, lbsync.Op{Kind: lbsync.SetWeight, Name: "s1", ID: 1, Weight: 256}, "set server be/s1 weight 256"},
+		{"share of the configured weight", plain, lbsync.Op{Kind: lbsync.SetWeight, Name: "s1", ID: 1, Weight: 100, Percent: true}, "set server be/s1 weight 100%"},
 		{"shutdown", plain, lbsync.Op{Kind: lbsync.Shutdown, Name: "s1", ID: 1}, "shutdown sessions server be/s1"},
 		{"delete", plain, lbsync.Op{Kind: lbsync.Delete, Name: "s1", ID: 1}, "del server be/s1"},
 	}
