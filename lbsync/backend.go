@@ -49,9 +49,11 @@ type backend struct {
 
 	mu       sync.Mutex
 	view     notifier.View
-	now      int64 // Redis' clock at the last change, unix ms
-	broken   bool  // after an interruption, until a whole read a TTL later
-	brokenAt int64 // its time, unix ms by Redis' clock
+	now      int64        // Redis' clock at the last change, unix ms
+	broken   bool         // after an interruption, until a whole read a TTL later
+	brokenAt int64        // its time, unix ms by Redis' clock
+	viewAt   time.Time    // the last change came
+	cold     *lastService // serves while view knows nothing; nil = none
 	dirty    map[netip.AddrPort]time.Time
 	reread   bool            // the process was replaced, or may have been
 	applied  registrar.Token // the state that HAProxy has, read back; zero before the first
@@ -94,7 +96,7 @@ func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registr
 func (b *backend) change(c notifier.Change) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.now = c.Now
+	b.now, b.viewAt, b.cold = c.Now, time.Now(), nil
 	switch {
 	case c.Interrupted:
 		b.broken, b.brokenAt = true, c.Now
@@ -108,6 +110,25 @@ func (b *backend) change(c notifier.Change) {
 		}
 	}
 	b.signal()
+}
+
+// coldStart says what the list was at the end of an earlier process. It counts
+// only while Redis has not answered.
+func (b *backend) coldStart(l lastService) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.view.Known {
+		b.cold = &l
+		b.signal()
+	}
+}
+
+// last returns the list of the service, and whether one is known. Anybody may
+// call it.
+func (b *backend) last() (lastService, bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return lastService{b.view.Token, b.viewAt, list(&b.view)}, b.view.Known
 }
 
 // replaced says that HAProxy may have been replaced: read it whole.
@@ -168,14 +189,14 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	b.dirty = make(map[netip.AddrPort]time.Time, 1)
 	token := b.view.Token
 	b.mu.Unlock()
-	if !known {
-		return time.Hour, nil
-	}
 	defer func() {
 		if err != nil {
 			b.forget()
 		}
 	}()
+	if !known {
+		return time.Hour, b.serveCold(ctx) // woken by Redis, or by another process
+	}
 
 	now := time.Now()
 	if reread {
@@ -326,39 +347,78 @@ func (b *backend) enter(ops []Op, got Applied) error {
 func (b *backend) converge(ctx context.Context, addrs []netip.AddrPort, heard map[netip.AddrPort]time.Time) (done bool, err error) {
 	done = true
 	for _, goal := range []Goal{Serve, Leave} {
-		var last []Op
-		for range maxSteps {
-			now := time.Now()
-			wants := b.wants(addrs, goal, now)
-			ops, unplaced := Plan(wants, b.have, now, b.cfg.Quarantine)
-			if goal == Serve {
-				b.place(wants, unplaced)
-			}
-			if len(ops) == 0 {
-				break
-			}
-			if slices.Equal(ops, last) {
-				done = done && goal == Leave // it is drained; its deletion may take longer
-				break
-			}
-			got, err := b.balancer.Apply(ctx, b.name, ops)
-			if err != nil {
-				return false, err
-			}
-			if err := b.enter(ops, got); err != nil {
-				return false, err
-			}
-			b.tell(ops, got, heard)
-			b.overflow(ops)
-			if got.Static && !b.static {
-				b.log.Warn().Msg("the balance algorithm is static: every instance has the weight of the configuration")
-				b.static, b.have.Static = true, true
-			}
-			last = ops
+		all, err := b.pursue(ctx, heard, func(now time.Time) []Want { return b.wants(addrs, goal, now) })
+		if err != nil {
+			return false, err
 		}
+		// Who leaves is drained at once; its deletion may take longer.
+		done = done && (all || goal == Leave)
 	}
 	b.finish(addrs)
 	return done, nil
+}
+
+// pursue plans, applies and reads back until there is nothing left to do but to
+// wait. It tells whether HAProxy took all of it.
+func (b *backend) pursue(ctx context.Context, heard map[netip.AddrPort]time.Time, wants func(now time.Time) []Want) (done bool, err error) {
+	var last []Op
+	for range maxSteps {
+		now := time.Now()
+		ws := wants(now)
+		ops, unplaced := Plan(ws, b.have, now, b.cfg.Quarantine)
+		b.place(ws, unplaced)
+		if len(ops) == 0 {
+			return true, nil
+		}
+		if slices.Equal(ops, last) {
+			return false, nil
+		}
+		got, err := b.balancer.Apply(ctx, b.name, ops)
+		if err != nil {
+			return false, err
+		}
+		if err := b.enter(ops, got); err != nil {
+			return false, err
+		}
+		b.tell(ops, got, heard)
+		b.overflow(ops)
+		if got.Static && !b.static {
+			b.log.Warn().Msg("the balance algorithm is static: every instance has the weight of the configuration")
+			b.static, b.have.Static = true, true
+		}
+		last = ops
+	}
+	return false, nil
+}
+
+// serveCold fills an empty backend with the last list, while Redis is away. A
+// backend that serves anybody of ours knows better.
+func (b *backend) serveCold(ctx context.Context) error {
+	b.mu.Lock()
+	cold := b.cold
+	b.mu.Unlock()
+	if cold == nil {
+		return nil
+	}
+	if _, err := b.readWhole(ctx); err != nil {
+		return err
+	}
+	serves := false
+	b.have.Each(func(s Server) { serves = serves || s.Admin == Ready })
+	if serves {
+		b.log.Info().Msg("redis is away; the backend serves already, and stays as it is")
+		return nil
+	}
+	var wants []Want
+	for _, i := range cold.Instances {
+		if b.rules.allowed(i.Addr.Addr()) {
+			wants = append(wants, Want{Addr: i.Addr, Goal: Serve, State: i.State, Weight: i.Weight})
+		}
+	}
+	b.log.Warn().Time("read_at", cold.ReadAt).Int("instances", len(wants)).Msg("redis is away and the backend is empty: serving an old list")
+	_, err := b.pursue(ctx, nil, func(time.Time) []Want { return wants })
+	b.have = nil // what Redis says next is compared with all of it
+	return err
 }
 
 // state returns the state of the service that HAProxy has, and whether there is
@@ -404,7 +464,7 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 					l.Stringer("addr", addr).Str("server", s.Name).Msg("in maint by a human's hand; left alone")
 				})
 			}
-			if b.last(addr, w.State, s, serving) {
+			if b.isLast(addr, w.State, s, serving) {
 				w.State = Ready
 			} else if w.State != Ready {
 				serving -= serves(&s)
@@ -431,9 +491,9 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 	return wants
 }
 
-// last tells whether a drain must wait because nobody else is up. maint does
+// isLast tells whether a drain must wait because nobody else is up. maint does
 // not wait: who says maint means it.
-func (b *backend) last(addr netip.AddrPort, state Admin, s Server, serving int) bool {
+func (b *backend) isLast(addr netip.AddrPort, state Admin, s Server, serving int) bool {
 	if state != Drain || serves(&s) == 0 || serving > 1 {
 		delete(b.postponed, addr)
 		return false
@@ -489,6 +549,9 @@ func (b *backend) overflow(ops []Op) {
 // place keeps count of who found no slot.
 func (b *backend) place(wants []Want, unplaced []netip.AddrPort) {
 	before := len(b.unplaced)
+	if len(wants) > 0 && wants[0].Goal != Serve {
+		return // who leaves needs no slot
+	}
 	for _, w := range wants {
 		delete(b.unplaced, w.Addr)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"sync"
 	"time"
@@ -22,6 +23,9 @@ const (
 	DefaultDrainTimeout = 30 * time.Second       // for connections in use
 	DefaultQuarantine   = time.Second            // in maint, before a slot is used again or a server deleted
 	DefaultMinServers   = 1                      // that are up, below which absence removes nobody
+
+	coldAfter = 2 * registrar.Timeout // without an answer of Redis the last lists serve
+	saveEvery = time.Second           // at most, while lists change
 )
 
 // Mode is how instances get servers.
@@ -57,6 +61,8 @@ type Config struct {
 	DrainTimeout time.Duration
 	Quarantine   time.Duration
 	MinServers   int
+	// StateFile keeps the last lists for a start without Redis; empty = none.
+	StateFile string
 }
 
 func (c *Config) defaults() {
@@ -113,6 +119,7 @@ type Syncer struct {
 	balancer Balancer
 	store    *registrar.Store
 	watcher  *notifier.Watcher
+	services []registrar.Service
 	backends map[registrar.Service][]*backend
 	log      zerolog.Logger
 
@@ -140,6 +147,7 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 		b := newBackend(cfg, bc, bal, func(svc registrar.Service) { s.watcher.Refresh(svc) }, s.applied, s.log)
 		s.backends[bc.Service] = append(s.backends[bc.Service], b)
 	}
+	s.services = svcs
 	var err error
 	s.watcher, err = notifier.New(notifier.Config{Services: svcs}, store, log)
 	return s, err
@@ -150,6 +158,17 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 func (s *Syncer) Run(ctx context.Context) error {
 	var running sync.WaitGroup
 	defer running.Wait()
+	if s.cfg.StateFile != "" {
+		last, err := loadLastGood(s.cfg.StateFile)
+		if err != nil {
+			s.log.Warn().Err(err).Msg("starting without the last lists")
+		}
+		for svc, l := range last.Services {
+			s.watcher.Remember(svc, l.Token)
+		}
+		running.Go(func() { s.coldStart(ctx, last) })
+		running.Go(func() { s.keep(ctx) })
+	}
 	for _, bs := range s.backends {
 		for _, b := range bs {
 			running.Go(func() { b.run(ctx) })
@@ -302,6 +321,59 @@ func (s *Syncer) probe(ctx context.Context) {
 		}
 		last, away = p, false
 	}
+}
+
+// coldStart hands the last lists to the backends that have heard nothing of
+// Redis some time after the start.
+func (s *Syncer) coldStart(ctx context.Context, last lastGood) {
+	timer := time.NewTimer(coldAfter)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return
+	case <-timer.C:
+	}
+	for svc, l := range last.Services {
+		for _, b := range s.backends[svc] {
+			b.coldStart(l)
+		}
+	}
+}
+
+// keep writes the lists to the file when they have changed, and at the end.
+func (s *Syncer) keep(ctx context.Context) {
+	tick := time.NewTicker(saveEvery)
+	defer tick.Stop()
+	var written map[registrar.Service]registrar.Token
+	failing := false
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-tick.C:
+		}
+		l, tokens := s.lists()
+		if len(tokens) < len(s.services) || maps.Equal(tokens, written) {
+			continue // half a file would forget the other half
+		}
+		err := l.save(s.cfg.StateFile)
+		if err == nil {
+			written = tokens
+		} else if !failing {
+			s.log.Warn().Err(err).Msg("a start without redis would serve older lists")
+		}
+		failing = err != nil
+	}
+}
+
+// lists returns what is known of each service.
+func (s *Syncer) lists() (lastGood, map[registrar.Service]registrar.Token) {
+	l, tokens := lastGood{map[registrar.Service]lastService{}}, map[registrar.Service]registrar.Token{}
+	for _, svc := range s.services {
+		if last, known := s.backends[svc][0].last(); known { // all of them have the same view
+			l.Services[svc], tokens[svc] = last, last.Token
+		}
+	}
+	return l, tokens
 }
 
 func (s *Syncer) all(f func(*backend)) {

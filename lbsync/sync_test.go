@@ -8,6 +8,8 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -761,6 +763,108 @@ func TestRedisAwayOrEmptyTakesNobodyOut(t *testing.T) {
 			w.want(t, "be", ready(100, a, b))
 		})
 	}
+}
+
+// An lbsync that starts without Redis serves the last lists, if HAProxy has
+// nothing better.
+func TestColdStart(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(mode.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, mode.backend, mode.options)
+			w.cfg.StateFile = filepath.Join(t.TempDir(), "last")
+			client := w.client(t)
+			a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+			w.beat(t, a.Addr(), 100)
+			w.beat(t, b.Addr(), 50)
+			stop := w.run(t, client)
+			all := map[string]string{a.Addr().String(): "ready 100", b.Addr().String(): "ready 50"}
+			w.want(t, "be", all)
+			stop() // writes the file
+			info, err := os.Stat(w.cfg.StateFile)
+			if err != nil || info.Mode().Perm() != 0o600 {
+				t.Fatalf("%v, %v", info, err)
+			}
+
+			w.redis.Kill(t)
+			c := haproxytest.NewInstance(t)
+			w.ha.Kill(t)
+			w.ha.Restart(t)
+			stop = w.run(t, client)
+			w.want(t, "be", all)
+			w.answers(t, a, b)
+
+			// Redis comes back, empty: who registers is added, nobody goes at once.
+			w.redis.Launch(t)
+			w.beat(t, c.Addr(), 100)
+			w.answers(t, a, b, c)
+			stop()
+		})
+	}
+}
+
+func TestColdStartKnowsBetter(t *testing.T) {
+	w := newWorld(t, haproxytest.Backend{Name: "be", Slots: 5}, "")
+	w.cfg.StateFile = filepath.Join(t.TempDir(), "last")
+	client := w.client(t)
+	a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+	for _, text := range []string{"{", `{"services":{"web":{"instances":[{"addr":"0.0.0.0:1","weight":1}]}}}`, `{"services":{"web":{"instances":[{"addr":"127.0.0.1:80","weight":999}]}}}`} {
+		if err := os.WriteFile(w.cfg.StateFile, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		stop := w.run(t, client)
+		stop() // it neither fails nor is it in the way
+	}
+	w.beat(t, a.Addr(), 100)
+	stop := w.run(t, client)
+	w.want(t, "be", ready(100, a))
+	stop()
+	old, err := os.ReadFile(w.cfg.StateFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.beat(t, b.Addr(), 100)
+	w.leave(t, a.Addr())
+	stop = w.run(t, client)
+	w.want(t, "be", ready(100, b))
+	stop()
+	if err := os.WriteFile(w.cfg.StateFile, old, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// A file that is older than what HAProxy has is not applied, and a list of
+	// another history makes nobody leave.
+	w.redis.Kill(t)
+	var out syncBuffer
+	w.log = zerolog.New(&out)
+	w.run(t, client)
+	haproxytest.Poll(t, "the old list was looked at", func() error {
+		if !strings.Contains(out.String(), "serves already") {
+			return errors.New(out.String())
+		}
+		return nil
+	})
+	w.want(t, "be", ready(100, b))
+	w.redis.Launch(t)
+	w.beat(t, a.Addr(), 100)
+	w.want(t, "be", ready(100, a, b))
+}
+
+// syncBuffer is a log that one goroutine writes and another one reads.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
 }
 
 func TestForeignAddressesAreRefused(t *testing.T) {

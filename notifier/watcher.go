@@ -60,8 +60,7 @@ type Watcher struct {
 	store *registrar.Store
 	log   zerolog.Logger
 
-	wake chan struct{} // of capacity 1: something is in hints
-	back chan struct{} // of capacity 1: subscribed again
+	wake chan struct{} // of capacity 1: look at what mu guards
 
 	mu       sync.Mutex
 	hints    map[registrar.Service]hint // what to read
@@ -134,7 +133,7 @@ func New(cfg Config, store *registrar.Store, log zerolog.Logger) (*Watcher, erro
 	}
 	w := &Watcher{
 		cfg: cfg, store: store, log: log.With().Str("component", "watcher").Logger(),
-		wake: make(chan struct{}, 1), back: make(chan struct{}, 1),
+		wake:  make(chan struct{}, 1),
 		hints: map[registrar.Service]hint{}, followed: map[registrar.Service]*progress{},
 		reported: map[string]bool{}, waiting: map[registrar.Service]wait{},
 	}
@@ -150,7 +149,18 @@ func (w *Watcher) Refresh(svc registrar.Service) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.note(svc, hint{heard: time.Now(), full: true, sure: true})
-	signal(w.wake)
+	w.signal()
+}
+
+// Remember says which state of svc was the last that an earlier process read, so
+// that the first read can tell whether it is of the same history. It must be
+// called before Run.
+func (w *Watcher) Remember(svc registrar.Service, t registrar.Token) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if p := w.followed[svc]; p != nil {
+		p.token = t
+	}
 }
 
 // Alive tells whether the subscription has answered lately.
@@ -178,7 +188,6 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 	failures := 0
 	for {
 		err := w.Step(ctx, handle)
-		wake := w.wake
 		switch {
 		case ctx.Err() != nil:
 			return nil
@@ -188,7 +197,6 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 			}
 			failures++
 			again.Reset(registrar.Backoff(failures, w.retry()))
-			wake = nil // the pace of the retries holds, however many messages come
 		default:
 			if failures > 0 {
 				w.log.Info().Int("failures", failures).Msg("redis answers again")
@@ -199,8 +207,7 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-wake:
-		case <-w.back:
+		case <-w.wake:
 		case <-again.C:
 		case <-poll.C:
 			poll.Reset(registrar.Shorten(w.cfg.Poll))
@@ -362,6 +369,7 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 			continue
 		}
 		change, err := w.read(ctx, svc, p, h)
+		h.sure = true // if it is kept: it was worth a read
 		switch {
 		case err == nil:
 			if p.failures > 0 {
@@ -381,7 +389,6 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 				w.log.Warn().Err(err).Msg("cannot read this service; what is known of it stays in force")
 			}
 			p.failures++
-			h.sure = true
 			w.putOff(svc, h, time.Now().Add(registrar.Backoff(p.failures, w.retry())))
 		}
 	}
@@ -467,7 +474,8 @@ func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, 
 	if known && !snap.Full && snap.Token == old {
 		return Change{}, nil
 	}
-	return Change{Snapshot: snap, Interrupted: known && interrupted(old, snap.Token), Heard: h.heard}, nil
+	before := known || old != registrar.Token{} // or Remembered
+	return Change{Snapshot: snap, Interrupted: before && interrupted(old, snap.Token), Heard: h.heard}, nil
 }
 
 // interrupted tells whether history between two reads may not be one. A
@@ -517,9 +525,9 @@ func (w *Watcher) all(h hint) {
 // note adds a reason to read svc. The caller holds mu.
 func (w *Watcher) note(svc registrar.Service, h hint) { w.hints[svc] = h.and(w.hints[svc]) }
 
-func signal(c chan struct{}) {
+func (w *Watcher) signal() {
 	select {
-	case c <- struct{}{}:
+	case w.wake <- struct{}{}:
 	default: // somebody has signalled already, and nobody has looked since
 	}
 }
@@ -586,7 +594,7 @@ func (w *Watcher) subscribe(ctx context.Context, failures int) error {
 				w.log.Info().Msg("subscribed again")
 			}
 			w.alive, w.every = true, true
-			signal(w.back)
+			w.signal()
 		}
 		w.mu.Unlock()
 		if m, ok := msg.(*redis.Message); ok {
@@ -638,7 +646,7 @@ func (w *Watcher) message(payload string, heard time.Time) {
 	default:
 		return
 	}
-	signal(w.wake)
+	w.signal()
 }
 
 // parseMessage reads "<global version> <service> <service version>".

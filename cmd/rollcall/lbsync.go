@@ -32,6 +32,7 @@ func lbsyncCommand() *cli.Command {
 			&cli.IntFlag{Name: "min-servers", Value: lbsync.DefaultMinServers, EnvVars: env("min-servers"), Usage: "that are up; absence alone takes nobody out below it"},
 			&cli.DurationFlag{Name: "hold", Value: lbsync.DefaultHold, EnvVars: env("hold"), Usage: "how long a silent instance stays whose health check is up"},
 			&cli.DurationFlag{Name: "drain-timeout", Value: lbsync.DefaultDrainTimeout, EnvVars: env("drain-timeout"), Usage: "how long a leaving server's requests may last"},
+			&cli.StringFlag{Name: "state-file", EnvVars: env("state-file"), Usage: "`PATH` where the last lists are kept, for a start while Redis is away"},
 			&cli.BoolFlag{Name: "once", Usage: "do what can be done now, and end"},
 			&cli.BoolFlag{Name: "dry-run", Usage: "print the commands that --once would send, and end; exit code 3 if there are any"},
 		),
@@ -121,7 +122,7 @@ func dryRun(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *sessio
 
 func syncConfig(c *cli.Context) (lbsync.Config, error) {
 	cfg := lbsync.Config{
-		Hold: c.Duration("hold"), DrainTimeout: c.Duration("drain-timeout"), MinServers: c.Int("min-servers"), Allow: lbsync.DefaultAllow(),
+		Hold: c.Duration("hold"), DrainTimeout: c.Duration("drain-timeout"), MinServers: c.Int("min-servers"), StateFile: c.String("state-file"), Allow: lbsync.DefaultAllow(),
 	}
 	if c.Args().Present() {
 		return cfg, usage("unexpected argument %q", c.Args().First())
