@@ -124,30 +124,6 @@ func TestViewApply(t *testing.T) {
 	}
 }
 
-func TestInterrupted(t *testing.T) {
-	for _, tc := range []struct {
-		name     string
-		old, now registrar.Token
-		want     bool
-	}{
-		{"same", registrar.Token{ReplID: "r", Epoch: "e", Version: 3}, registrar.Token{ReplID: "r", Epoch: "e", Version: 3}, false},
-		{"on", registrar.Token{ReplID: "r", Epoch: "e", Version: 3}, registrar.Token{ReplID: "r", Epoch: "e", Version: 9}, false},
-		{"back", registrar.Token{ReplID: "r", Epoch: "e", Version: 3}, registrar.Token{ReplID: "r", Epoch: "e", Version: 2}, true},
-		{"another server", registrar.Token{ReplID: "r", Epoch: "e", Version: 3}, registrar.Token{ReplID: "s", Epoch: "e", Version: 3}, true},
-		{"another epoch", registrar.Token{ReplID: "r", Epoch: "e", Version: 3}, registrar.Token{ReplID: "r", Epoch: "f", Version: 4}, true},
-		{"epoch lost", registrar.Token{ReplID: "r", Epoch: "e", Version: 3}, registrar.Token{ReplID: "r", Version: 3}, true},
-		{"first epoch", registrar.Token{ReplID: "r"}, registrar.Token{ReplID: "r", Epoch: "e", Version: 1}, false},
-		{"first epoch, another server", registrar.Token{ReplID: "r"}, registrar.Token{ReplID: "s", Epoch: "e", Version: 1}, true},
-		{"first epoch, back", registrar.Token{ReplID: "r", Version: 4}, registrar.Token{ReplID: "r", Epoch: "e", Version: 1}, true},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			if got := interrupted(tc.old, tc.now); got != tc.want {
-				t.Errorf("%v, want %v", got, tc.want)
-			}
-		})
-	}
-}
-
 func TestParseMessage(t *testing.T) {
 	for _, tc := range []struct {
 		payload string

@@ -475,16 +475,7 @@ func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, 
 		return Change{}, nil
 	}
 	before := known || old != registrar.Token{} // or Remembered
-	return Change{Snapshot: snap, Interrupted: before && interrupted(old, snap.Token), Heard: h.heard}, nil
-}
-
-// interrupted tells whether history between two reads may not be one. A
-// register without an epoch has no history yet: its first change gives it one.
-func interrupted(old, now registrar.Token) bool {
-	if old.Epoch == "" {
-		old.Epoch = now.Epoch
-	}
-	return old.Interrupted(now)
+	return Change{Snapshot: snap, Interrupted: before && old.Interrupted(snap.Token), Heard: h.heard}, nil
 }
 
 // reportLimit bounds the memory of what has been said.

@@ -302,8 +302,12 @@ type Token struct {
 }
 
 // Interrupted tells whether the history between t and the later u cannot be
-// trusted to be one: another data set, or a version that went back.
+// trusted to be one: another data set, or a version that went back. A register
+// without an epoch has no history yet; its first change gives it one.
 func (t Token) Interrupted(u Token) bool {
+	if t.Epoch == "" {
+		t.Epoch = u.Epoch
+	}
 	return t.ReplID != u.ReplID || t.Epoch != u.Epoch || u.Version < t.Version
 }
 

@@ -420,19 +420,23 @@ func TestReadersAgree(t *testing.T) {
 }
 
 func TestTokenInterrupted(t *testing.T) {
-	was := Token{"r", "e", 5}
+	was, unborn := Token{"r", "e", 5}, Token{"r", "", 0}
 	for _, c := range []struct {
-		name string
-		now  Token
-		want bool
+		name     string
+		was, now Token
+		want     bool
 	}{
-		{"same", Token{"r", "e", 5}, false},
-		{"later", Token{"r", "e", 6}, false},
-		{"earlier", Token{"r", "e", 4}, true},
-		{"another data set", Token{"r2", "e", 6}, true},
-		{"another epoch", Token{"r", "e2", 6}, true},
+		{"same", was, Token{"r", "e", 5}, false},
+		{"later", was, Token{"r", "e", 6}, false},
+		{"earlier", was, Token{"r", "e", 4}, true},
+		{"another data set", was, Token{"r2", "e", 6}, true},
+		{"another epoch", was, Token{"r", "e2", 6}, true},
+		{"epoch lost", was, Token{"r", "", 5}, true},
+		{"first epoch", unborn, Token{"r", "e", 1}, false},
+		{"first epoch, another data set", unborn, Token{"r2", "e", 1}, true},
+		{"first epoch, earlier", Token{"r", "", 5}, Token{"r", "e", 1}, true},
 	} {
-		if got := was.Interrupted(c.now); got != c.want {
+		if got := c.was.Interrupted(c.now); got != c.want {
 			t.Errorf("%s: %v, want %v", c.name, got, c.want)
 		}
 	}
