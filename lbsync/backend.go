@@ -338,6 +338,9 @@ func (b *backend) enter(ops []Op, got Applied) error {
 	}
 	b.seen = time.Now()
 	b.have.Update(ops, got.Servers)
+	if got.Active >= 0 {
+		b.have.Serving = got.Active // HAProxy's checks tell nobody else
+	}
 	return nil
 }
 

@@ -77,6 +77,9 @@ func (s Server) Ours() bool {
 	return s.Slot || len(s.Name) > len(NamePrefix) && s.Name[:len(NamePrefix)] == NamePrefix
 }
 
+// Serving tells whether HAProxy sends new requests to s.
+func (s Server) Serving() bool { return s.Admin == Ready && s.Up && s.Weight > 0 }
+
 // State is a backend read whole.
 type State struct {
 	Process Process
@@ -121,6 +124,9 @@ type Applied struct {
 	Servers []Server
 	// Refused holds the balancer's own words for what it refused, in order.
 	Refused []string
+	// Active is how many servers of the backend, ours and others', were Serving
+	// after the last Op; -1 if that was not asked.
+	Active int
 	// Static says that a weight was refused because the balance algorithm is a
 	// static one.
 	Static bool

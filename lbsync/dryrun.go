@@ -57,7 +57,7 @@ func (d *DryRun) Apply(ctx context.Context, backend string, ops []Op) (Applied, 
 		st.Servers = pretend(st.Servers, o)
 	}
 	d.states[backend] = st
-	got := Applied{Process: st.Process}
+	got := Applied{Process: st.Process, Active: -1}
 	for _, s := range st.Servers {
 		if slices.ContainsFunc(ops, func(o Op) bool { return o.Name == s.Name }) {
 			got.Servers = append(got.Servers, s)
@@ -69,7 +69,7 @@ func (d *DryRun) Apply(ctx context.Context, backend string, ops []Op) (Applied, 
 // Peek returns what the servers would have become.
 func (d *DryRun) Peek(ctx context.Context, backend string, servers []Server) (Applied, error) {
 	st, err := d.Read(ctx, backend)
-	got := Applied{Process: st.Process}
+	got := Applied{Process: st.Process, Active: -1}
 	for _, s := range st.Servers {
 		if slices.ContainsFunc(servers, func(o Server) bool { return o.Name == s.Name }) {
 			got.Servers = append(got.Servers, s)

@@ -138,7 +138,7 @@ func (inv *Inventory) occupy(s *Server) {
 }
 
 func serves(s *Server) int {
-	if s.Admin == Ready && s.Up && s.Weight > 0 {
+	if s.Serving() {
 		return 1
 	}
 	return 0

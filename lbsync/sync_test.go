@@ -619,6 +619,38 @@ func TestDrainOfTheLastWaits(t *testing.T) {
 	}
 }
 
+// Whether another server is up is asked when it matters: HAProxy's checks have
+// changed that since lbsync looked last.
+func TestDrainKnowsWhoIsUp(t *testing.T) {
+	for _, mode := range modes {
+		if !strings.HasSuffix(mode.name, "-check") {
+			continue
+		}
+		t.Run(mode.name, func(t *testing.T) {
+			w := newWorld(t, mode.backend, mode.options)
+			w.run(t, w.client(t))
+			a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+			w.beat(t, a.Addr(), 100)
+			w.beat(t, b.Addr(), 100)
+			w.answers(t, a, b) // both came up by their checks
+			w.word(t, a.Addr(), registrar.Word{Verb: "drain"})
+			begun := time.Now()
+			w.want(t, "be", map[string]string{a.Addr().String(): "drain 100", b.Addr().String(): "ready 100"})
+			t.Logf("drained after %v", time.Since(begun))
+			w.word(t, a.Addr(), registrar.Word{Verb: "ready"})
+			w.answers(t, a, b)
+			b.SetHealthy(false)
+			w.answers(t, a)
+			w.word(t, a.Addr(), registrar.Word{Verb: "drain"})
+			w.passMarker(t)
+			w.want(t, "be", ready(100, a, b)) // a is all there is, and stays
+			w.answers(t, a)
+			b.SetHealthy(true)
+			w.answers(t, b)
+		})
+	}
+}
+
 func TestOthersServersAreLeftAlone(t *testing.T) {
 	for _, mode := range modes {
 		t.Run(mode.name, func(t *testing.T) {

@@ -308,12 +308,12 @@ func (c *Client) apply(ctx context.Context, backend string, lines [][]string, se
 	}
 
 	if single {
-		found, certain, err := last.peek(backend, servers)
+		found, active, certain, err := last.peek(backend, servers)
 		if err != nil {
 			return lbsync.Applied{}, err
 		}
 		if certain {
-			applied.Servers = found
+			applied.Servers, applied.Active = found, active
 			return applied, nil
 		}
 	}
@@ -330,6 +330,12 @@ func (c *Client) apply(ctx context.Context, backend string, lines [][]string, se
 		return lbsync.Applied{}, err
 	}
 	applied.Servers = pick(whole, busy, servers)
+	applied.Active = 0
+	for _, s := range whole {
+		if s.Serving() {
+			applied.Active++
+		}
+	}
 	return applied, nil
 }
 

@@ -332,22 +332,33 @@ func (r *reply) busy(backend string) (map[target]int, error) {
 	return busy, nil
 }
 
-// peek returns those of servers that exist. It is certain if the reports tell
+// peek returns those of servers that exist, and how many servers of the backend
+// are up; -1 if no server was asked for. It is certain if the reports tell
 // everything, else only a reading of the whole backend can.
-func (r *reply) peek(backend string, servers []lbsync.Server) (found []lbsync.Server, certain bool, err error) {
+func (r *reply) peek(backend string, servers []lbsync.Server) (found []lbsync.Server, active int, certain bool, err error) {
 	if len(r.stats) != len(servers) { // one was refused
-		return nil, false, nil
+		return nil, 0, false, nil
 	}
+	active = -1
 	for i, want := range servers {
-		s, exists, certain, err := parseStat(r.stats[i], backend, want)
-		if err != nil || !certain {
-			return nil, false, err
+		st, err := parseStat(r.stats[i], backend, want)
+		if err != nil || !st.certain {
+			return nil, 0, false, err
 		}
-		if exists {
-			found = append(found, s)
+		active = st.active
+		if st.exists {
+			found = append(found, st.server)
 		}
 	}
-	return found, true, nil
+	return found, active, true, nil
+}
+
+// stat is what `show stat` tells of one server and its backend.
+type stat struct {
+	server  lbsync.Server
+	exists  bool
+	active  int // servers of the backend that are up with a weight, backups too
+	certain bool
 }
 
 // Types of rows in `show stat` (management.txt 9.1, field 32).
@@ -362,10 +373,10 @@ const (
 // proxy of that number. So the absence of a server is only believed beside the
 // row of its backend. Nor does it tell drain from ready for a server that is
 // down, or an address if there is none or the socket is of level user.
-func parseStat(block, backend string, want lbsync.Server) (s lbsync.Server, exists, certain bool, err error) {
+func parseStat(block, backend string, want lbsync.Server) (stat, error) {
 	rows, err := csv.NewReader(strings.NewReader(strings.TrimPrefix(block, "# "))).ReadAll()
 	if err != nil {
-		return s, false, false, fmt.Errorf("%w: malformed statistics: %w", lbsync.ErrUnknown, err)
+		return stat{}, fmt.Errorf("%w: malformed statistics: %w", lbsync.ErrUnknown, err)
 	}
 	column := make(map[string]int, len(rows[0]))
 	for i, name := range rows[0] {
@@ -373,31 +384,38 @@ func parseStat(block, backend string, want lbsync.Server) (s lbsync.Server, exis
 	}
 	for _, name := range statColumns {
 		if _, ok := column[name]; !ok {
-			return s, false, false, fmt.Errorf("%w: statistics lack the column %s", lbsync.ErrUnknown, name)
+			return stat{}, fmt.Errorf("%w: statistics lack the column %s", lbsync.ErrUnknown, name)
 		}
 	}
+	var st stat
 	proven, telling := false, true
 	for _, row := range rows[1:] {
 		get := func(name string) string { return row[column[name]] }
 		switch {
 		case get("pxname") != backend:
-			return s, false, false, nil
+			return stat{}, nil
 		case get("type") == statBackend:
-			proven = true
-		case get("type") == statServer && get("svname") == want.Name && get("sid") == strconv.Itoa(want.ID):
-			exists = true
-			if s, err = parseStatRow(get, want); err != nil {
-				return s, false, false, err
+			act, err1 := strconv.Atoi(get("act"))
+			bck, err2 := strconv.Atoi(get("bck"))
+			if err := errors.Join(err1, err2); err != nil {
+				return stat{}, fmt.Errorf("%w: malformed statistics of backend %s: %w", lbsync.ErrUnknown, backend, err)
 			}
-			telling = (s.Up || s.Admin == lbsync.Maint) && s.Addr.IsValid()
+			proven, st.active = true, act+bck
+		case get("type") == statServer && get("svname") == want.Name && get("sid") == strconv.Itoa(want.ID):
+			st.exists = true
+			if st.server, err = parseStatRow(get, want); err != nil {
+				return stat{}, err
+			}
+			telling = (st.server.Up || st.server.Admin == lbsync.Maint) && st.server.Addr.IsValid()
 		}
 	}
-	return s, exists, proven && telling, nil
+	st.certain = proven && telling
+	return st, nil
 }
 
 // statColumns are the columns of `show stat` that are relied on, by name.
 var statColumns = []string{
-	"pxname", "svname", "type", "sid", "status", "uweight", "addr", "scur", "used_conn_cur", "chkfail", "check_status",
+	"pxname", "svname", "type", "sid", "status", "act", "bck", "uweight", "addr", "scur", "used_conn_cur", "chkfail", "check_status",
 }
 
 func parseStatRow(get func(string) string, want lbsync.Server) (lbsync.Server, error) {

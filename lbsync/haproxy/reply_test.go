@@ -205,7 +205,7 @@ func TestParseStat(t *testing.T) {
 	block := func(change map[string]string, backendRow bool) string {
 		row := map[string]string{
 			"pxname": "be", "svname": "rc_a", "type": "2", "sid": "50", "status": "UP", "uweight": "7", "addr": "127.0.0.1:81",
-			"scur": "0", "used_conn_cur": "0", "chkfail": "", "check_status": "",
+			"act": "1", "bck": "0", "scur": "0", "used_conn_cur": "0", "chkfail": "", "check_status": "",
 		}
 		for k, v := range change {
 			row[k] = v
@@ -214,7 +214,7 @@ func TestParseStat(t *testing.T) {
 		for i, name := range statColumns {
 			values[i] = row[name]
 		}
-		copy(backend, []string{row["pxname"], "BACKEND", statBackend, "0"})
+		copy(backend, []string{row["pxname"], "BACKEND", statBackend, "0", "UP", "3", "1"}) // act, bck
 		text := "# " + strings.Join(statColumns, ",") + ",\n" + strings.Join(values, ",") + ",\n"
 		if backendRow {
 			text += strings.Join(backend, ",") + ",\n"
@@ -253,12 +253,12 @@ func TestParseStat(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			got, exists, certain, err := parseStat(block(tt.change, true), "be", base)
-			if err != nil || got != tt.want || exists != (tt.want.Name != "") || certain != tt.certain {
-				t.Errorf("got  %+v, %t, %t, %v\nwant %+v, certain %t", got, exists, certain, err, tt.want, tt.certain)
+			got, err := parseStat(block(tt.change, true), "be", base)
+			if err != nil || got.server != tt.want || got.exists != (tt.want.Name != "") || got.certain != tt.certain || tt.certain && got.active != 4 {
+				t.Errorf("got  %+v, %v\nwant %+v, certain %t", got, err, tt.want, tt.certain)
 			}
-			if _, _, certain, err := parseStat(block(tt.change, false), "be", base); err != nil || certain {
-				t.Errorf("without the backend's row: certain %t, %v", certain, err)
+			if got, err := parseStat(block(tt.change, false), "be", base); err != nil || got.certain {
+				t.Errorf("without the backend's row: %+v, %v", got, err)
 			}
 		})
 	}
@@ -272,7 +272,7 @@ func TestParseStat(t *testing.T) {
 		"quote":         strings.Replace(block(nil, true), ",50,", ",\",", 1),
 	} {
 		t.Run(name, func(t *testing.T) {
-			if _, _, _, err := parseStat(bad, "be", base); !errors.Is(err, lbsync.ErrUnknown) {
+			if _, err := parseStat(bad, "be", base); !errors.Is(err, lbsync.ErrUnknown) {
 				t.Errorf("got %v, want %v", err, lbsync.ErrUnknown)
 			}
 		})
