@@ -222,7 +222,7 @@ func (inv *Inventory) Free() int { return len(inv.free) }
 // the right address before it may be made ready.
 func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration) (ops []Op, unplaced []netip.AddrPort) {
 	for _, s := range inv.extra {
-		ops = append(ops, op(SetMaint, s), inv.weigh(s, 0))
+		ops = append(ops, inv.weigh(s, 0), op(SetMaint, s))
 	}
 	inv.extra = nil
 	var place []Want
@@ -302,11 +302,13 @@ func (inv *Inventory) serve(ops []Op, w Want, s *Server) []Op {
 		return ops
 	}
 	if w.State == Maint {
-		if s.Admin != Maint {
-			ops = append(ops, op(SetMaint, s))
-		}
+		// The weight goes first: killed between the two, lbsync must not find a
+		// maint that looks like a human's.
 		if s.Weight != 0 {
 			ops = append(ops, inv.weigh(s, 0))
+		}
+		if s.Admin != Maint {
+			ops = append(ops, op(SetMaint, s))
 		}
 		return ops
 	}
@@ -348,7 +350,7 @@ func (inv *Inventory) leave(ops []Op, w Want, s *Server) []Op {
 		if s.Busy != 0 && !s.Slot {
 			ops = append(ops, op(Shutdown, s))
 		}
-		return append(ops, op(SetMaint, s), inv.weigh(s, 0))
+		return append(ops, inv.weigh(s, 0), op(SetMaint, s))
 	}
 	if s.Weight != 0 {
 		return append(ops, inv.weigh(s, 0))
