@@ -133,9 +133,11 @@ func (s *Store) WaitApplied(ctx context.Context, svc Service, version int64, eac
 			if behind == 0 {
 				return live, nil
 			}
-			err = fmt.Errorf("wait for version %d of %s: %d of %d balancers have not applied it", version, svc, behind, live)
+			err = fmt.Errorf("wait for version %d of %s: %d of %d live balancers have not applied it", version, svc, behind, live)
 		}
-		last = err
+		if last == nil || ctx.Err() == nil { // else it is the read that was cut short
+			last = err
+		}
 		wait.Reset(Shorten(pause))
 	}
 }

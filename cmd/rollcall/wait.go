@@ -150,7 +150,7 @@ func (s *session) await(ctx context.Context, svc registrar.Service, reached goal
 				return version, nil
 			}
 			why = err
-		} else {
+		} else if why == nil || ctx.Err() == nil { // else it is the read that was cut short
 			why = err
 		}
 		wait.Reset(registrar.Shorten(pause))
