@@ -56,11 +56,16 @@ var modes = []struct {
 
 func newWorld(t *testing.T, be haproxytest.Backend, options string) *world {
 	t.Helper()
-	w := &world{redis: redistest.Start(t), opts: options, token: map[netip.AddrPort]string{}, log: zerolog.New(zerolog.NewTestWriter(t)).Level(zerolog.InfoLevel).With().Timestamp().Logger()}
-	w.ha = haproxytest.Start(t, haproxytest.Options{
+	return newWorldOn(t, haproxytest.Options{
 		Backends:  []haproxytest.Backend{be, {Name: "other", Balance: "leastconn"}},
 		StateFile: true,
-	})
+	}, options)
+}
+
+func newWorldOn(t *testing.T, o haproxytest.Options, options string) *world {
+	t.Helper()
+	w := &world{redis: redistest.Start(t), opts: options, token: map[netip.AddrPort]string{}, log: zerolog.New(zerolog.NewTestWriter(t)).Level(zerolog.InfoLevel).With().Timestamp().Logger()}
+	w.ha = haproxytest.Start(t, o)
 	var err error
 	if w.store, err = registrar.NewStore(w.redis.Client(t), registrar.DefaultNamespace); err != nil {
 		t.Fatal(err)

@@ -31,6 +31,9 @@ type Options struct {
 	// StateFile makes Reload and Restart keep the states of slots, as a server
 	// with server-state-file in its configuration does.
 	StateFile bool
+	// MasterWorker runs haproxy with -W: a master that forks the worker, and
+	// forks another one for Reload.
+	MasterWorker bool
 }
 
 // Backend is one backend, with a frontend of its own named fe_NAME.
@@ -39,6 +42,7 @@ type Backend struct {
 	Balance string   // "" means HAProxy's own choice
 	Slots   int      // number of server-template slots, named s1, s2, …
 	Check   bool     // slots have checks; all checks of the backend ask for /healthz
+	TCP     bool     // mode tcp, in its frontend too; Check does nothing then
 	Extra   []string // further lines of the backend
 }
 
@@ -53,13 +57,16 @@ type HAProxy struct {
 	binary string
 	addrs  map[string]string
 	state  bool
+	master bool
+	worker int // process id of the one that answers
 	child  *child
 }
 
-// child is one process and the news of its end.
+// child is one process, or a master with its workers, and the news of its end.
 type child struct {
-	cmd  *exec.Cmd
-	done chan struct{} // closed when the process has been waited for
+	cmd   *exec.Cmd
+	group bool          // it leads a process group of its own
+	done  chan struct{} // closed when the process has been waited for
 }
 
 func (c *child) pid() int { return c.cmd.Process.Pid }
@@ -93,6 +100,7 @@ func Start(tb testing.TB, o Options) *HAProxy {
 		binary:     binary,
 		addrs:      make(map[string]string, len(o.Backends)),
 		state:      o.StateFile,
+		master:     o.MasterWorker,
 	}
 	for _, b := range o.Backends {
 		h.addrs[b.Name] = freeAddr(tb)
@@ -134,15 +142,21 @@ func (h *HAProxy) config(o Options) []byte {
 		line("  load-server-state-from-file global")
 	}
 	for _, be := range o.Backends {
+		mode := "http"
+		if be.TCP {
+			mode = "tcp"
+		}
 		line("frontend fe_%s", be.Name)
+		line("  mode %s", mode)
 		line("  bind %s", h.addrs[be.Name])
 		line("  default_backend %s", be.Name)
 		line("backend %s", be.Name)
+		line("  mode %s", mode)
 		if be.Balance != "" {
 			line("  balance %s", be.Balance)
 		}
 		check := ""
-		if be.Check {
+		if be.Check && !be.TCP {
 			line("  option httpchk GET /healthz")
 			check = "check "
 		}
@@ -164,35 +178,65 @@ func (h *HAProxy) run(tb testing.TB, args ...string) {
 		tb.Fatal(err)
 	}
 	defer output.Close()
+	if h.master {
+		args = append(args, "-W")
+	}
 	cmd := exec.Command(h.binary, append([]string{"-db", "-f", h.path("haproxy.cfg")}, args...)...)
 	cmd.Stdout, cmd.Stderr = output, output
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: h.master}
 	if err := cmd.Start(); err != nil {
 		tb.Fatal(err)
 	}
-	c := &child{cmd: cmd, done: make(chan struct{})}
+	c := &child{cmd: cmd, group: h.master, done: make(chan struct{})}
 	go func() {
 		_ = cmd.Wait() // how it ended does not matter: it is killed
 		close(c.done)
 	}()
 	h.child = c
 	tb.Cleanup(func() { c.kill() })
+	h.await(tb)
+}
+
+// await waits until another process than the last one answers: the child, or a
+// new worker of it.
+func (h *HAProxy) await(tb testing.TB) {
+	tb.Helper()
+	before := h.worker
 	Poll(tb, "haproxy answers", func() error {
 		select {
-		case <-c.done:
+		case <-h.child.done:
 			logged, _ := os.ReadFile(h.path("log"))
-			tb.Fatalf("haproxy ended: %v\n%s", cmd.ProcessState, logged)
+			tb.Fatalf("haproxy ended: %v\n%s", h.child.cmd.ProcessState, logged)
 		default:
 		}
 		text, err := command(h.Socket, "show info")
-		if err == nil && !strings.Contains(text, "\nPid: "+strconv.Itoa(c.pid())+"\n") {
-			err = errors.New("another process answers")
+		if err != nil {
+			return err
 		}
+		pid := 0
+		for line := range strings.Lines(text) {
+			if n, ok := strings.CutPrefix(line, "Pid: "); ok {
+				pid, err = strconv.Atoi(strings.TrimSpace(n))
+			}
+		}
+		if pid == 0 || pid == before || !h.master && pid != h.child.pid() {
+			return fmt.Errorf("another process answers: %d, %w", pid, err)
+		}
+		h.worker = pid
 		return err
 	})
 }
 
 // kill ends the process, stopped or not, and waits for its end.
 func (c *child) kill() {
+	select {
+	case <-c.done: // its number may be another's by now
+		return
+	default:
+	}
+	if c.group {
+		_ = syscall.Kill(-c.pid(), syscall.SIGKILL) // workers outlive a master that is killed
+	}
 	_ = c.cmd.Process.Kill() // fails only if it has ended
 	<-c.done
 }
@@ -200,8 +244,9 @@ func (c *child) kill() {
 // Addr returns where the frontend of a backend listens, as "127.1.2.3:8080".
 func (h *HAProxy) Addr(backend string) string { return h.addrs[backend] }
 
-// PID returns the process id of the newest process.
-func (h *HAProxy) PID() int { return h.child.pid() }
+// PID returns the process id of the newest process that answers: never a
+// master's.
+func (h *HAProxy) PID() int { return h.worker }
 
 // ConfigSum returns a checksum of the configuration file as it is now.
 func (h *HAProxy) ConfigSum(tb testing.TB) string {
@@ -230,6 +275,13 @@ func (h *HAProxy) saveState(tb testing.TB) {
 func (h *HAProxy) Reload(tb testing.TB) {
 	tb.Helper()
 	h.saveState(tb)
+	if h.master {
+		if err := h.child.cmd.Process.Signal(syscall.SIGUSR2); err != nil {
+			tb.Fatal(err)
+		}
+		h.await(tb)
+		return
+	}
 	h.run(tb, "-sf", strconv.Itoa(h.PID()), "-x", h.Socket)
 }
 
@@ -279,7 +331,11 @@ func (h *HAProxy) Cont(tb testing.TB) { tb.Helper(); h.signal(tb, syscall.SIGCON
 
 func (h *HAProxy) signal(tb testing.TB, s syscall.Signal) {
 	tb.Helper()
-	if err := h.child.cmd.Process.Signal(s); err != nil {
+	err := h.child.cmd.Process.Signal(s)
+	if h.master {
+		err = syscall.Kill(h.worker, s)
+	}
+	if err != nil {
 		tb.Fatal(err)
 	}
 }

@@ -2,12 +2,15 @@ package haproxytest
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/http"
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 )
 
 // Instance is a small HTTP server that answers with its own address, in the
@@ -17,12 +20,17 @@ import (
 // is released or closed, and not before: a request that stays in flight.
 type Instance struct {
 	addr      netip.AddrPort
-	server    http.Server
+	handler   http.Handler
 	served    atomic.Int64
 	held      atomic.Int64
+	checked   atomic.Int64
 	unhealthy atomic.Bool
+	pause     atomic.Int64
 	release   func()
-	close     func()
+
+	mu      sync.Mutex
+	server  *http.Server // the last one started
+	serving sync.WaitGroup
 }
 
 // NewInstance starts an Instance on an IPv4 loopback address of its own.
@@ -49,6 +57,7 @@ func newInstance(tb testing.TB, addr string) *Instance {
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("/healthz", func(w http.ResponseWriter, _ *http.Request) {
+		i.checked.Add(1)
 		if i.unhealthy.Load() {
 			w.WriteHeader(http.StatusServiceUnavailable)
 		}
@@ -62,18 +71,22 @@ func newInstance(tb testing.TB, addr string) *Instance {
 		}
 		i.answer(w)
 	})
-	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { i.answer(w) })
-	i.server.Handler = mux
-
-	var wg sync.WaitGroup
-	wg.Go(func() { _ = i.server.Serve(l) }) // returns when closed
-	i.close = sync.OnceFunc(func() {
-		release()
-		_ = i.server.Close()
-		wg.Wait()
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
+		if d := time.Duration(i.pause.Load()); d > 0 {
+			time.Sleep(d)
+		}
+		i.answer(w)
 	})
-	tb.Cleanup(i.close)
+	i.handler = mux
+	i.serve(l)
+	tb.Cleanup(i.Close)
 	return i
+}
+
+func (i *Instance) serve(l net.Listener) {
+	s := &http.Server{Handler: i.handler}
+	i.server = s
+	i.serving.Go(func() { _ = s.Serve(l) }) // returns when closed
 }
 
 func (i *Instance) answer(w http.ResponseWriter) {
@@ -97,5 +110,46 @@ func (i *Instance) Release() { i.release() }
 // SetHealthy chooses the answer of /healthz. An Instance starts healthy.
 func (i *Instance) SetHealthy(healthy bool) { i.unhealthy.Store(!healthy) }
 
+// Checked returns the number of health checks answered, well or not.
+func (i *Instance) Checked() int64 { return i.checked.Load() }
+
+// SetPause makes every request to other paths than /healthz and /hold take d.
+func (i *Instance) SetPause(d time.Duration) { i.pause.Store(int64(d)) }
+
 // Close cuts all connections and stops listening. It can be called again.
-func (i *Instance) Close() { i.close() }
+func (i *Instance) Close() {
+	i.release()
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	_ = i.server.Close()
+	i.serving.Wait()
+}
+
+// Shutdown ends as a service does on SIGTERM: it stops listening and returns
+// when the requests under way have been answered, or with ctx's error.
+func (i *Instance) Shutdown(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	err := i.server.Shutdown(ctx)
+	i.serving.Wait()
+	return err
+}
+
+// Listen starts again at the same address, after Shutdown. A process that is
+// being started holds this one's sockets for a moment, so it tries for a second.
+func (i *Instance) Listen() error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for begun := time.Now(); ; <-tick.C {
+		l, err := net.Listen("tcp", i.addr.String())
+		if err == nil {
+			i.serve(l)
+			return nil
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) || time.Since(begun) > time.Second {
+			return err
+		}
+	}
+}
