@@ -11,20 +11,23 @@ import (
 // imports is the map of the project: each package, and the others that it may
 // import. A package or an arrow that is not here is a decision to make.
 var imports = map[string][]string{
-	"registrar":                  {},
-	"registrar/redistest":        {},
-	"reaper":                     {"registrar"},
-	"notifier":                   {"registrar"},
-	"lbsync":                     {"notifier", "registrar"},
-	"lbsync/haproxy":             {"lbsync", "registrar"},
-	"lbsync/haproxy/haproxytest": {},
-	"cmd/rollcall":               {"lbsync", "lbsync/haproxy", "notifier", "reaper", "registrar"},
-	"scripts/benchmark":          {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
+	"registrar":                      {},
+	"registrar/redistest":            {},
+	"reaper":                         {"registrar"},
+	"notifier":                       {"registrar"},
+	"lbsync":                         {"notifier", "registrar"},
+	"lbsync/haproxy":                 {"lbsync", "registrar"},
+	"lbsync/balancertest":            {"lbsync", "lbsync/haproxy/haproxytest"},
+	"lbsync/dataplane":               {"lbsync"},
+	"lbsync/dataplane/dataplanetest": {},
+	"lbsync/haproxy/haproxytest":     {},
+	"cmd/rollcall":                   {"lbsync", "lbsync/haproxy", "notifier", "reaper", "registrar"},
+	"scripts/benchmark":              {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
 }
 
 // only lists who alone may import what.
 var only = map[string][]string{
-	"github.com/haproxytech/client-native/v5": {"lbsync/haproxy"},
+	"github.com/haproxytech/client-native/v5": {"lbsync/dataplane", "lbsync/dataplane/dataplanetest", "lbsync/haproxy"},
 	"github.com/urfave/cli/v2":                {"cmd/rollcall"},
 }
 
