@@ -29,14 +29,27 @@ type BeaterConfig struct {
 	DrainWait time.Duration
 	// Hurry, when closed, ends that wait. It may be nil.
 	Hurry <-chan struct{}
+	// Tell, if not nil, hears in a few words how the instance stands with the
+	// register, each time that this changes. Run calls it and waits for it.
+	Tell func(status string)
 }
+
+// The causes for which a Run can be cancelled other than in order. Both make it
+// leave at once: nobody is there to answer what a drain would wait for.
+var (
+	// ErrUnhealthy makes the register say that the instance is unhealthy.
+	ErrUnhealthy = errors.New("unhealthy")
+	// ErrEnded says that the app has ended by itself.
+	ErrEnded = errors.New("the app has ended")
+)
 
 // DefaultDrainWait is long enough for a balancer that found out by its poll of
 // the versions only when the message was lost half of the time; a balancer that
 // is alive and has heard acknowledges within milliseconds.
 const DefaultDrainWait = 3 * time.Second
 
-// Beater answers the roll call for one instance. Run may be called once.
+// Beater answers the roll call for one instance. Each Run is a registration of
+// its own, with a token of its own; one may follow another.
 type Beater struct {
 	cfg   BeaterConfig
 	store *Store
@@ -47,7 +60,9 @@ type Beater struct {
 	draining string // the same metadata, draining
 	interval time.Duration
 	answered bool // Redis has answered a beat, so the claim is settled
-	accepted bool // a beat was
+	accepted bool // a beat of this registration was
+	known    bool // a beat of any registration was
+	ended    bool // the registration, by a Run that has ended
 	loser    bool // another holds the address, and that was said
 	failures int  // in a row
 }
@@ -68,45 +83,70 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 	if cfg.Interval < 0 || cfg.Interval > 0 && cfg.Interval < time.Millisecond {
 		return nil, fmt.Errorf("interval %v: want at least 1ms, or 0 for the registry's own", cfg.Interval)
 	}
-	token := rand.Text()
-	m := Meta{ID: token, Weight: cfg.Weight, Zone: cfg.Zone, Tags: cfg.Tags, Registered: time.Now().UnixMilli()}
+	b := &Beater{
+		cfg: cfg, store: store, interval: cfg.Interval,
+		log: log.With().Str("component", "beater").Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Logger(),
+	}
+	if b.interval == 0 {
+		b.interval = DefaultInterval
+	}
+	if err := b.register(); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// register makes a new registration: a token that has not left. The claim on
+// the address stays settled: who comes back does not take it from another.
+func (b *Beater) register() error {
+	b.token = rand.Text()
+	m := Meta{ID: b.token, Weight: b.cfg.Weight, Zone: b.cfg.Zone, Tags: b.cfg.Tags, Registered: time.Now().UnixMilli()}
 	meta, err := json.Marshal(m)
 	if err != nil {
-		return nil, fmt.Errorf("metadata: %w", err)
+		return fmt.Errorf("metadata: %w", err)
 	}
 	m.Draining = true
 	draining, err := json.Marshal(m)
 	if err != nil {
-		return nil, fmt.Errorf("metadata: %w", err)
+		return fmt.Errorf("metadata: %w", err)
 	}
 	if len(draining) > MaxMeta {
-		return nil, fmt.Errorf("metadata of %d bytes, at most %d; use fewer tags", len(draining), MaxMeta)
+		return fmt.Errorf("metadata of %d bytes, at most %d; use fewer tags", len(draining), MaxMeta)
 	}
-	interval := cfg.Interval
-	if interval == 0 {
-		interval = DefaultInterval
-	}
-	return &Beater{
-		cfg: cfg, store: store, token: token, meta: string(meta), draining: string(draining), interval: interval,
-		log: log.With().Str("component", "beater").Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Logger(),
-	}, nil
+	b.meta, b.draining = string(meta), string(draining)
+	b.accepted, b.loser, b.ended, b.failures = false, false, false, 0
+	return nil
 }
 
 // Run beats until ctx ends. Then, with a live context of its own, it says that it
 // is draining, waits until every live balancer has seen to that, and leaves with
-// its own token. It returns nil then, also if the leave found Redis away:
+// its own token; if ctx's cause is ErrUnhealthy or ErrEnded it leaves at once. It
+// returns nil then, also if the leave found Redis away:
 // the reaper takes out who stopped. It returns an error that wraps ErrInterval
 // if the registry does not accept the first beat's interval, and ErrLeft if somebody left
 // with this token.
 func (b *Beater) Run(ctx context.Context) error {
+	if b.ended {
+		if err := b.register(); err != nil {
+			return err
+		}
+	}
+	defer func() { b.ended = true }()
 	wait := time.NewTimer(0)
 	defer wait.Stop()
 	for {
 		select {
 		case <-ctx.Done():
+			why, cause := Left, context.Cause(ctx)
 			ctx := context.WithoutCancel(ctx)
-			b.drain(ctx)
-			b.leave(ctx)
+			switch {
+			case errors.Is(cause, ErrUnhealthy):
+				why = Unhealthy
+			case errors.Is(cause, ErrEnded):
+			default:
+				b.drain(ctx)
+			}
+			b.leave(ctx, why)
 			return nil
 		case <-wait.C:
 		}
@@ -144,13 +184,17 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		if reply.Status != BeatOK {
 			b.log.Info().Str("status", string(reply.Status)).Int64("version", reply.Version).Dur("interval", b.interval).Msg("registered")
 		}
-		b.failures, b.loser, b.accepted = 0, false, true
+		if b.failures > 0 || b.loser || !b.accepted {
+			b.tell("registered")
+		}
+		b.failures, b.loser, b.accepted, b.known = 0, false, true, true
 	case errors.Is(err, ErrNotOwner):
 		if !b.loser {
 			b.log.Warn().Msg("another registration holds this address; trying again at every interval")
+			b.tell("not registered: another registration holds the address")
 		}
 		b.failures, b.loser = 0, true
-	case errors.Is(err, ErrInterval) && b.accepted:
+	case errors.Is(err, ErrInterval) && b.known:
 		// An operator shortened the TTL under a running sidecar: its instance
 		// is healthy, and must not go for that.
 		b.log.Warn().Dur("interval", b.cfg.Interval).Dur("ttl", reply.TTL).Msg("the registry's TTL is shorter now; beating at its own interval")
@@ -162,6 +206,7 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		if ctx.Err() == nil {
 			if b.failures == 0 {
 				b.log.Warn().Err(err).Msg("beat failed; retrying for ever")
+				b.tell("redis does not answer as it should; retrying for ever")
 			}
 			b.failures++
 		}
@@ -176,6 +221,7 @@ func (b *Beater) drain(ctx context.Context) {
 	if b.cfg.DrainWait <= 0 || !b.accepted || b.loser {
 		return
 	}
+	b.tell("draining")
 	begun := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, b.cfg.DrainWait)
 	var hurrying sync.WaitGroup
@@ -214,7 +260,7 @@ func (b *Beater) drain(ctx context.Context) {
 
 // leave tells the register. It tries again while its deadline lasts: a crash
 // between two connections must not cost the peers a whole TTL.
-func (b *Beater) leave(ctx context.Context) {
+func (b *Beater) leave(ctx context.Context, why Reason) {
 	ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
 	defer cancel()
 	wait := time.NewTimer(0)
@@ -227,16 +273,22 @@ func (b *Beater) leave(ctx context.Context) {
 		case <-wait.C:
 		}
 		tctx, done := WithTimeout(ctx)
-		version, err := b.store.Leave(tctx, b.cfg.Service, b.cfg.Addr, b.token, Left)
+		version, err := b.store.Leave(tctx, b.cfg.Service, b.cfg.Addr, b.token, why)
 		done()
 		switch {
 		case err == nil:
-			b.log.Info().Int64("version", version).Msg("left")
+			b.log.Info().Int64("version", version).Str("reason", string(why)).Msg("left")
 			return
 		case errors.Is(err, ErrNotOwner):
 			b.log.Info().Msg("nothing to leave: another registration holds this address")
 			return
 		}
 		wait.Reset(Backoff(failures+1, time.Second))
+	}
+}
+
+func (b *Beater) tell(status string) {
+	if b.cfg.Tell != nil {
+		b.cfg.Tell(status)
 	}
 }

@@ -523,3 +523,85 @@ func TestBeatSurvivesShorterTTL(t *testing.T) {
 		t.Errorf("next in %v, %v; want at most the registry's second", next, err)
 	}
 }
+
+// TestRunLeavesAtOnce checks that who cannot answer does not drain, and what the
+// register says of it.
+func TestRunLeavesAtOnce(t *testing.T) {
+	srv := redistest.Start(t)
+	for _, c := range []struct {
+		name  string
+		cause error
+		want  Reason
+	}{
+		{"unhealthy", ErrUnhealthy, Unhealthy},
+		{"the app has ended", ErrEnded, Left},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := fresh(t, srv)
+			b, log := newBeater(t, s, 0)
+			b.cfg.DrainWait = time.Minute
+			ctx, cancel := context.WithCancelCause(t.Context())
+			ended := make(chan error, 1)
+			go func() { ended <- b.Run(ctx) }()
+			registered(t, s, b)
+			must(t, s.Ack(t.Context(), "lb", web, token(t, s))) // a drain would wait for it
+			cancel(c.cause)
+			select {
+			case err := <-ended:
+				must(t, err)
+			case <-time.After(10 * time.Second):
+				t.Fatalf("Run waits; said %q", log.said(t))
+			}
+			if g, ok := parseGone(gone(t, s, host(1))); !ok || g.Reason != c.want || g.Token != b.token {
+				t.Errorf("left a note %+v, want %s", g, c.want)
+			}
+		})
+	}
+}
+
+// TestRunAgain checks that who comes back is a new registration, which takes the
+// address from nobody.
+func TestRunAgain(t *testing.T) {
+	s, _ := newStore(t)
+	b, log := newBeater(t, s, 20*time.Millisecond)
+	var told []string
+	b.cfg.Tell = func(status string) { told = append(told, status) }
+	first := b.token
+	for range 2 {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- b.Run(ctx) }()
+		eventually(t, func() error {
+			if !present(t, s, host(1)) {
+				return errors.New("absent")
+			}
+			return nil
+		})
+		cancel(ErrUnhealthy)
+		must(t, <-ended)
+	}
+	if b.token == first || gone(t, s, host(1)) == "" {
+		t.Errorf("token %s again", first)
+	}
+	if want := []string{"registered", "registered"}; !slices.Equal(told, want) {
+		t.Errorf("told %q, want %q", told, want)
+	}
+	join(t, s, host(1), "other")
+	r := start(t, b)
+	log.hears(t, saidLoser)
+	must(t, r.stop(t))
+	if !present(t, s, host(1)) {
+		t.Error("who came back took the other out")
+	}
+	// A TTL that was shortened meanwhile does not end a sidecar that was welcome.
+	leave(t, s, host(1), "other")
+	do(t, s, "HSET", s.keys.Config(), "ttl_ms", 30, "interval_ms", 10)
+	r = start(t, b)
+	eventually(t, func() error {
+		if !present(t, s, host(1)) {
+			return errors.New("absent")
+		}
+		return nil
+	})
+	must(t, r.stop(t))
+}
