@@ -458,6 +458,18 @@ func TestBadInput(t *testing.T) {
 		{"interval 0", register("--service", "web", "--addr", "127.0.0.1:80", "--interval", "0s")},
 		{"tag", register("--service", "web", "--addr", "127.0.0.1:80", "--tag", "x")},
 		{"too many tags", register("--service", "web", "--addr", "127.0.0.1:80", "--tag", "x="+strings.Repeat("y", 5000))},
+		{"check", register("--service", "web", "--addr", "127.0.0.1:80", "--check", "ftp://127.0.0.1/")},
+		{"check command", register("--service", "web", "--addr", "127.0.0.1:80", "--check", "exec:no-such-program")},
+		{"check interval", register("--service", "web", "--addr", "127.0.0.1:80", "--check", "tcp://127.0.0.1:80", "--check-interval", "0s")},
+		{"fall 0", register("--service", "web", "--addr", "127.0.0.1:80", "--check", "tcp://127.0.0.1:80", "--fall", "0")},
+		{"check twice", register("--service", "web", "--addr", "127.0.0.1:80", "--check", "tcp://127.0.0.1:80", "--ready-file", "/x")},
+		{"beat-file age", register("--service", "web", "--addr", "127.0.0.1:80", "--beat-file", "/x", "--beat-file-age", "0s")},
+		{"no command", register("--service", "web", "--addr", "127.0.0.1:80", "--")},
+		{"unknown command to run", register("--service", "web", "--addr", "127.0.0.1:80", "--", "no-such-program")},
+		{"no such interface", register("--service", "web", "--addr", ":80", "--interface", "nope0")},
+		{"interface of an address", register("--service", "web", "--addr", "127.0.0.1:80", "--interface", "lo")},
+		{"chosen port 0", register("--service", "web", "--addr", ":0")},
+		{"advertise without a port", register("--service", "web", "--advertise", "127.0.0.1")},
 		{"argument", register("--service", "web", "--addr", "127.0.0.1:80", "more")},
 		{"namespace", register("--service", "web", "--addr", "127.0.0.1:80", "--namespace", "a:{b}")},
 		{"redis URL", register("--service", "web", "--addr", "127.0.0.1:80", "--redis", "http://u:secret@h")},
@@ -482,7 +494,7 @@ func TestBadInput(t *testing.T) {
 		{"wait for how many", []string{"wait", "web", "--for", "ready=-1"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			stdout, stderr, code := s.rollcall(t, append(tt.args, flagUnless(tt.name, "log level")...)...)
+			stdout, stderr, code := s.rollcall(t, append(tt.args[:1:1], append(flagUnless(tt.name, "log level"), tt.args[1:]...)...)...)
 			lines := strings.Count(strings.TrimSpace(stderr), "\n") + 1
 			if code != exitUsage || lines != 1 || !strings.HasPrefix(stderr, "rollcall: ") || stdout != "" {
 				t.Errorf("exit %d, %q, %q", code, stdout, stderr)

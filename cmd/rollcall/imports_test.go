@@ -12,6 +12,8 @@ import (
 // import. A package or an arrow that is not here is a decision to make.
 var imports = map[string][]string{
 	"registrar":                      {},
+	"registrar/child":                {},
+	"registrar/health":               {"registrar", "registrar/child"},
 	"registrar/redistest":            {},
 	"reaper":                         {"registrar"},
 	"notifier":                       {"registrar"},
@@ -21,7 +23,7 @@ var imports = map[string][]string{
 	"lbsync/dataplane":               {"lbsync"},
 	"lbsync/dataplane/dataplanetest": {},
 	"lbsync/haproxy/haproxytest":     {},
-	"cmd/rollcall":                   {"lbsync", "lbsync/haproxy", "notifier", "reaper", "registrar"},
+	"cmd/rollcall":                   {"lbsync", "lbsync/haproxy", "notifier", "reaper", "registrar", "registrar/child", "registrar/health"},
 	"scripts/benchmark":              {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
 }
 

@@ -30,6 +30,11 @@ type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
 
+// appError is the exit code of the app that register was around.
+type appError int
+
+func (e appError) Error() string { return fmt.Sprintf("the app has ended with %d", int(e)) }
+
 func usage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
 func main() {
@@ -46,6 +51,10 @@ func run(args []string, stdout, stderr io.Writer) int {
 	err := app.RunContext(ctx, flagsFirst(app, args))
 	if err == nil {
 		return 0
+	}
+	var ended appError
+	if errors.As(err, &ended) {
+		return int(ended) // the log has said it
 	}
 	fmt.Fprintf(stderr, "rollcall: %v\n", err)
 	var u usageError
@@ -97,7 +106,8 @@ func onUsageError(_ *cli.Context, err error, _ bool) error { return usageError{e
 
 // flagsFirst moves a command's flags before its arguments, so that both
 // `rollcall drain web ADDR --reason x` and the other order work: the library
-// stops reading flags at the first argument. What follows "--" stays.
+// stops reading flags at the first argument. What follows "--" stays. The library
+// drops the "--" itself; register, which runs what follows it, gets a second one.
 func flagsFirst(app *cli.App, args []string) []string {
 	if len(args) < 3 {
 		return args
@@ -118,6 +128,9 @@ func flagsFirst(app *cli.App, args []string) []string {
 	for i := 2; i < len(args); i++ {
 		a := args[i]
 		if a == "--" {
+			if cmd.Name == "register" {
+				rest = append(rest, a)
+			}
 			rest = append(rest, args[i:]...)
 			break
 		}

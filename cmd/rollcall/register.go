@@ -2,25 +2,29 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
-	"os/signal"
 	"strings"
-	"sync"
-	"syscall"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"rollcall/registrar"
+	"rollcall/registrar/child"
+	"rollcall/registrar/health"
 )
 
 func registerCommand() *cli.Command {
 	return &cli.Command{
-		Name:  "register",
-		Usage: "beat for one instance until SIGTERM, and then leave",
+		Name:      "register",
+		Usage:     "beat for one instance until SIGTERM, and then leave; or for a command, around which it runs",
+		ArgsUsage: "[-- COMMAND ARG...]",
 		Flags: redisFlags(
 			&cli.StringFlag{Name: "service", EnvVars: env("service"), Usage: "`NAME` of the service"},
-			&cli.StringFlag{Name: "addr", EnvVars: env("addr"), Usage: "`HOST:PORT` that balancers can reach; a name is resolved once"},
+			&cli.StringFlag{Name: "addr", EnvVars: env("addr"), Usage: "`HOST:PORT` that balancers can reach; a name is resolved once; of :PORT the host is chosen and printed"},
+			&cli.StringFlag{Name: "advertise", EnvVars: env("advertise"), Usage: "`HOST[:PORT]` in the place of --addr's own, as behind a port mapping"},
+			&cli.StringFlag{Name: "interface", EnvVars: env("interface"), Usage: "`NAME` of the network interface whose address is the host of --addr :PORT"},
 			&cli.IntFlag{Name: "weight", Value: registrar.DefaultWeight, EnvVars: env("weight"), Usage: "share of the traffic, 0 to 256"},
 			&cli.StringSliceFlag{Name: "tag", EnvVars: env("tag"), Usage: "`KEY=VALUE` kept with the instance; repeatable"},
 			&cli.StringFlag{Name: "zone", EnvVars: env("zone"), Usage: "`NAME` of where it runs"},
@@ -28,10 +32,29 @@ func registerCommand() *cli.Command {
 				Usage: "between two heartbeats; at most a third of the registry's TTL"},
 			&cli.DurationFlag{Name: "drain-wait", Value: registrar.DefaultDrainWait, EnvVars: env("drain-wait"),
 				Usage: "longest wait, on SIGTERM, until every live balancer sends no more requests; a second SIGTERM ends it"},
+			&cli.DurationFlag{Name: "stop-timeout", Value: 10 * time.Second, EnvVars: env("stop-timeout"),
+				Usage: "longest wait for the command after its SIGTERM; then, or at a further SIGTERM, it is killed"},
+			&cli.StringFlag{Name: "check", EnvVars: env("check"), Usage: "registered while the `URL` answers: " + health.Forms},
+			&cli.DurationFlag{Name: "check-interval", Value: health.DefaultInterval, EnvVars: env("check-interval"), Usage: "between two checks"},
+			&cli.DurationFlag{Name: "check-timeout", Value: health.DefaultTimeout, EnvVars: env("check-timeout"), Usage: "of one check"},
+			&cli.IntFlag{Name: "rise", Value: health.DefaultRise, EnvVars: env("rise"), Usage: "successes in a row that bring an unhealthy instance back; the first time one is enough"},
+			&cli.IntFlag{Name: "fall", Value: health.DefaultFall, EnvVars: env("fall"), Usage: "misses in a row that take it out"},
+			&cli.StringFlag{Name: "ready-file", EnvVars: env("ready-file"), Usage: "registered while the file `PATH` exists"},
+			&cli.StringFlag{Name: "beat-file", EnvVars: env("beat-file"), Usage: "registered while the app touches the file `PATH`"},
+			&cli.DurationFlag{Name: "beat-file-age", Value: 10 * time.Second, EnvVars: env("beat-file-age"), Usage: "how long a touch of --beat-file counts"},
 		),
 		Action: func(c *cli.Context) error {
 			cfg, err := beaterConfig(c)
 			if err != nil {
+				return usageError{err}
+			}
+			children := child.New()
+			defer children.Close()
+			side := &sidecar{children: children, stopTimeout: c.Duration("stop-timeout"), hurry: make(chan struct{})}
+			if side.command, err = command(c); err != nil {
+				return usageError{err}
+			}
+			if side.prober, err = prober(c, children, len(side.command) > 0); err != nil {
 				return usageError{err}
 			}
 			s, err := begin(c, 1)
@@ -39,15 +62,21 @@ func registerCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			hurry, stop := secondSignal()
-			defer stop()
-			cfg.Hurry = hurry
-			b, err := registrar.NewBeater(cfg, s.store, s.log)
-			if err != nil {
+			side.log = s.log
+			side.notify = newSystemd(s.log)
+			defer side.notify.close()
+			// Neither is the app's business, nor that of a command that checks it.
+			for _, name := range []string{"ROLLCALL_REDIS_PASSWORD", "NOTIFY_SOCKET"} {
+				if err := os.Unsetenv(name); err != nil {
+					return err
+				}
+			}
+			cfg.Hurry, cfg.Tell = side.hurry, side.notify.registered
+			if side.beater, err = registrar.NewBeater(cfg, s.store, s.log); err != nil {
 				return usageError{err}
 			}
 			s.log.Info().Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Str("given", c.String("addr")).Msg("registering")
-			err = b.Run(c.Context)
+			err = side.run(c.Context)
 			if errors.Is(err, registrar.ErrInterval) {
 				return usageError{err}
 			}
@@ -56,36 +85,70 @@ func registerCommand() *cli.Command {
 	}
 }
 
-// secondSignal returns a channel that is closed at the second SIGINT or SIGTERM:
-// the first one ends the command's context, and the third one the process. stop
-// gives the signals back.
-func secondSignal() (second <-chan struct{}, stop func()) {
-	signals, closed, done := make(chan os.Signal, 2), make(chan struct{}), make(chan struct{})
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
-	var waiting sync.WaitGroup
-	waiting.Go(func() {
-		defer signal.Stop(signals)
-		for range 2 {
-			select {
-			case <-signals:
-			case <-done:
-				return
-			}
-		}
-		close(closed)
-	})
-	return closed, func() { close(done); waiting.Wait() }
+// command returns what follows "--", nil if there is none.
+func command(c *cli.Context) ([]string, error) {
+	if !c.Args().Present() {
+		return nil, nil
+	}
+	if c.Args().First() != "--" {
+		return nil, usage("unexpected argument %q; a command comes after --", c.Args().First())
+	}
+	argv := c.Args().Tail()
+	_, err := child.Look(argv)
+	return argv, err
 }
 
-func beaterConfig(c *cli.Context) (registrar.BeaterConfig, error) {
-	if c.Args().Present() {
-		return registrar.BeaterConfig{}, usage("unexpected argument %q", c.Args().First())
+// prober makes what looks after the app's health; nil if nothing shall.
+func prober(c *cli.Context, children *child.Reaper, around bool) (*health.Prober, error) {
+	cfg := health.Config{Interval: c.Duration("check-interval"), Timeout: c.Duration("check-timeout"), Rise: c.Int("rise"), Fall: c.Int("fall")}
+	ways := 0
+	for _, name := range []string{"check", "ready-file", "beat-file"} {
+		if c.String(name) != "" {
+			ways++
+		}
 	}
+	if ways > 1 {
+		return nil, usage("want one of --check, --ready-file and --beat-file")
+	}
+	var check health.Check
+	var err error
+	switch ready, beat := c.String("ready-file"), c.String("beat-file"); {
+	case c.String("check") != "":
+		if check, err = health.Parse(c.String("check"), children); err != nil {
+			return nil, err
+		}
+	case ready != "":
+		// The app's own word: once is enough.
+		cfg = health.Config{Interval: fileInterval, Timeout: cfg.Timeout, Rise: 1, Fall: 1}
+		var before os.FileInfo
+		if around {
+			if before, err = os.Stat(ready); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return nil, fmt.Errorf("--ready-file: %w", err)
+			}
+		}
+		check = health.ReadyFile(ready, before)
+	case beat != "":
+		age := c.Duration("beat-file-age")
+		if age < 2*fileInterval {
+			return nil, usage("--beat-file-age %v: want %v or more", age, 2*fileInterval)
+		}
+		cfg = health.Config{Interval: fileInterval, Timeout: cfg.Timeout, Rise: 1, Fall: 1}
+		check = health.BeatFile(beat, age)
+	default:
+		return nil, nil
+	}
+	return health.New(cfg, check)
+}
+
+// fileInterval paces the looks at a file, which cost next to nothing.
+const fileInterval = 250 * time.Millisecond
+
+func beaterConfig(c *cli.Context) (registrar.BeaterConfig, error) {
 	svc, err := registrar.ParseService(c.String("service"))
 	if err != nil {
 		return registrar.BeaterConfig{}, err
 	}
-	addr, err := registrar.ResolveAddr(c.Context, c.String("addr"))
+	addr, err := chooseAddr(c)
 	if err != nil {
 		return registrar.BeaterConfig{}, err
 	}

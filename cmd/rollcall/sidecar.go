@@ -1,0 +1,193 @@
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"rollcall/registrar"
+	"rollcall/registrar/child"
+	"rollcall/registrar/health"
+)
+
+// sidecar is one register command at work: the Beater, what looks after the
+// app's health, and the app itself, if it is around one.
+type sidecar struct {
+	command     []string       // nil: it is beside the app
+	prober      *health.Prober // nil: the instance counts as healthy
+	stopTimeout time.Duration
+	beater      *registrar.Beater
+	hurry       chan struct{} // the Beater's; closed at most once, by hasten
+	notify      *systemd
+	children    *child.Reaper
+	log         zerolog.Logger
+
+	// Of run's goroutine alone.
+	app     *child.Process
+	ended   <-chan struct{} // when the app ends; nil, which is never, without one
+	signals chan os.Signal
+	stops   int // SIGINTs and SIGTERMs so far
+	hasty   bool
+	left    chan error // a Run's end; nil while none runs
+	cancel  context.CancelCauseFunc
+}
+
+// forwarded go to the app as they come. SIGINT and SIGTERM do not: they make the
+// sidecar leave first, and then send the app a SIGTERM.
+var forwarded = []os.Signal{syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGWINCH}
+
+// run beats, while the app is healthy, until a signal or until ctx ends, and then
+// leaves and stops the app. It returns an appError if it was around one, unless
+// the register refused the instance.
+func (s *sidecar) run(ctx context.Context) error {
+	s.signals = make(chan os.Signal, 16)
+	signal.Notify(s.signals, syscall.SIGINT, syscall.SIGTERM)
+	defer signal.Stop(s.signals)
+	if s.command != nil {
+		signal.Notify(s.signals, forwarded...)
+		var err error
+		if s.app, err = s.children.Start(s.command, os.Environ(), [3]*os.File{os.Stdin, os.Stdout, os.Stderr}); err != nil {
+			return err
+		}
+		s.ended = s.app.Done()
+		s.log.Info().Str("command", s.command[0]).Int("pid", s.app.PID()).Msg("app started")
+	}
+	// What follows ends when this goroutine says so.
+	stopped := ctx.Done()
+	ctx = context.WithoutCancel(ctx)
+	var changes chan health.Change // nil, which never says anything, without a check
+	if s.prober == nil {
+		s.beat(ctx)
+	} else {
+		changes = make(chan health.Change)
+		ctx, cancel := context.WithCancel(ctx)
+		var probing sync.WaitGroup
+		defer probing.Wait()
+		defer cancel()
+		probing.Go(func() { s.prober.Run(ctx, changes) })
+		s.notify.status("waiting for the first successful check")
+	}
+	for s.stops == 0 {
+		select {
+		case c := <-changes:
+			if c.Healthy {
+				s.log.Info().Msg("healthy")
+				s.beat(ctx)
+				break
+			}
+			s.log.Warn().Err(c.Cause).Msg("unhealthy")
+			s.leave(registrar.ErrUnhealthy)
+			s.notify.status("not registered: unhealthy: " + c.Cause.Error())
+		case err := <-s.left: // the register does not want it
+			s.left = nil
+			s.stopApp()
+			return err
+		case <-s.ended:
+			return s.appEnded()
+		case sig := <-s.signals:
+			s.hear(sig)
+		case <-stopped:
+			s.stops = 1
+			// This signal is on its way here too.
+			if sig := <-s.signals; sig != syscall.SIGINT && sig != syscall.SIGTERM {
+				s.hear(sig)
+			}
+		}
+	}
+	s.notify.send("STOPPING=1")
+	s.leave(nil)
+	if s.app == nil {
+		return nil
+	}
+	s.stopApp()
+	return s.appEnded()
+}
+
+// beat registers.
+func (s *sidecar) beat(ctx context.Context) {
+	ctx, s.cancel = context.WithCancelCause(ctx)
+	left := make(chan error, 1)
+	s.left = left
+	go func() { left <- s.beater.Run(ctx) }() // leave waits for it
+}
+
+// leave ends what beat began, if anything, and waits until it has left. Who
+// waits hears signals, and an app that ends makes waiting pointless.
+func (s *sidecar) leave(cause error) {
+	if s.left == nil {
+		return
+	}
+	s.cancel(cause)
+	ended := s.ended
+	for {
+		select {
+		case err := <-s.left:
+			s.left = nil
+			if err != nil {
+				s.log.Warn().Err(err).Msg("left already")
+			}
+			return
+		case <-ended:
+			ended = nil
+			s.hasten()
+		case sig := <-s.signals:
+			s.hear(sig)
+			if s.stops > 1 {
+				s.hasten()
+			}
+		}
+	}
+}
+
+// hasten ends the Beater's wait.
+func (s *sidecar) hasten() {
+	if !s.hasty {
+		s.hasty = true
+		close(s.hurry)
+	}
+}
+
+func (s *sidecar) hear(sig os.Signal) {
+	switch {
+	case sig == syscall.SIGINT || sig == syscall.SIGTERM:
+		s.stops++
+	case s.app != nil:
+		s.app.Signal(sig.(syscall.Signal))
+	}
+}
+
+// stopApp has the app end, and kills it when it takes too long or when one more
+// signal comes.
+func (s *sidecar) stopApp() {
+	if s.app == nil {
+		return
+	}
+	s.app.Signal(syscall.SIGTERM)
+	timeout := time.NewTimer(s.stopTimeout)
+	defer timeout.Stop()
+	for stops := s.stops; ; {
+		select {
+		case <-s.ended:
+			return
+		case <-timeout.C:
+			s.log.Warn().Dur("timeout", s.stopTimeout).Msg("the app does not end; killing it")
+			s.app.Kill()
+		case sig := <-s.signals:
+			if s.hear(sig); s.stops > stops {
+				s.app.Kill()
+			}
+		}
+	}
+}
+
+// appEnded leaves, if that is still to be done, and returns the app's code.
+func (s *sidecar) appEnded() error {
+	s.log.Info().Stringer("how", s.app).Int("code", s.app.Code()).Msg("app ended")
+	s.leave(registrar.ErrEnded)
+	return appError(s.app.Code())
+}
