@@ -44,6 +44,7 @@ func registerCommand() *cli.Command {
 			&cli.DurationFlag{Name: "beat-file-age", Value: 10 * time.Second, EnvVars: env("beat-file-age"), Usage: "how long a touch of --beat-file counts"},
 		),
 		Action: func(c *cli.Context) error {
+			trim()
 			cfg, err := beaterConfig(c)
 			if err != nil {
 				return usageError{err}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"runtime"
+	"runtime/debug"
 	"sync"
 	"syscall"
 	"time"
@@ -14,6 +16,18 @@ import (
 	"rollcall/registrar/child"
 	"rollcall/registrar/health"
 )
+
+// trim makes the process small: one of it is beside every container. A sidecar
+// has one thing to do at a time, and no hurry to grow its heap to Go's first 4 MB.
+// The environment has the last word, as always in Go.
+func trim() {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(1)
+	}
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(25)
+	}
+}
 
 // sidecar is one register command at work: the Beater, what looks after the
 // app's health, and the app itself, if it is around one.
@@ -31,7 +45,8 @@ type sidecar struct {
 	app     *child.Process
 	ended   <-chan struct{} // when the app ends; nil, which is never, without one
 	signals chan os.Signal
-	stops   int // SIGINTs and SIGTERMs so far
+	stops   int  // SIGINTs and SIGTERMs so far
+	owed    bool // the last of them has ended run's context, and not come here yet
 	hasty   bool
 	left    chan error // a Run's end; nil while none runs
 	cancel  context.CancelCauseFunc
@@ -92,11 +107,7 @@ func (s *sidecar) run(ctx context.Context) error {
 		case sig := <-s.signals:
 			s.hear(sig)
 		case <-stopped:
-			s.stops = 1
-			// This signal is on its way here too.
-			if sig := <-s.signals; sig != syscall.SIGINT && sig != syscall.SIGTERM {
-				s.hear(sig)
-			}
+			s.stops, s.owed = 1, true
 		}
 	}
 	s.notify.send("STOPPING=1")
@@ -154,10 +165,14 @@ func (s *sidecar) hasten() {
 
 func (s *sidecar) hear(sig os.Signal) {
 	switch {
-	case sig == syscall.SIGINT || sig == syscall.SIGTERM:
+	case sig != syscall.SIGINT && sig != syscall.SIGTERM:
+		if s.app != nil {
+			s.app.Signal(sig.(syscall.Signal))
+		}
+	case s.owed:
+		s.owed = false
+	default:
 		s.stops++
-	case s.app != nil:
-		s.app.Signal(sig.(syscall.Signal))
 	}
 }
 
