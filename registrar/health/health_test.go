@@ -167,7 +167,7 @@ func TestExec(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	// Whom a check leaves behind holds nothing up, and is killed; so is a check
-	// that hangs, with all that it started. The lock says when.
+	// that hangs, with all that it started.
 	for name, body := range map[string]string{"leaves a child": "", "hangs": "sleep 60"} {
 		pidFile := filepath.Join(t.TempDir(), "pid")
 		begun := time.Now()
