@@ -35,6 +35,21 @@ type Process struct {
 // Same tells whether p and q are one and the same worker.
 func (p Process) Same(q Process) bool { return p.PID == q.PID && p.Started == q.Started }
 
+// AtLeast tells whether p is HAProxy major.minor or a later one. A version that
+// cannot be read counts as the latest: what is done for one is right for all.
+func (p Process) AtLeast(major, minor int) bool {
+	var ma, mi int
+	if n, _ := fmt.Sscanf(p.Version, "%d.%d", &ma, &mi); n < 2 { // the count says it all
+		return true
+	}
+	return ma > major || ma == major && mi >= minor
+}
+
+// DefersAddr tells whether a server gets a new address only some time after the
+// command that asked for it, so that no later command of the same line may count
+// on it (HAProxy 3.0 and later; run on 2.6, 2.8, 2.9, 3.0, 3.2, 3.3 and 3.5-dev5).
+func (p Process) DefersAddr() bool { return p.AtLeast(3, 0) }
+
 // Admin is a server's administrative state.
 type Admin int
 

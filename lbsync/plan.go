@@ -64,8 +64,9 @@ type freeSlot struct {
 const SlotHost = "slot.invalid"
 
 // placeholder tells whether a slot has never been given an instance since the
-// process started: it has the template's port, which is no instance's.
-func placeholder(s *Server) bool { return s.Addr.Port() == 1 && s.Addr.Addr().IsLoopback() }
+// process started: it has the template's port, which is no instance's. 3.5-dev5
+// loses that port where there is a default-server line, and says 0.
+func placeholder(s *Server) bool { return s.Addr.Port() <= 1 && s.Addr.Addr().IsLoopback() }
 
 // NewInventory indexes a whole state. wanted tells whether the register wants an
 // address served: a slot in maint that holds any other is free.
@@ -218,8 +219,9 @@ func (inv *Inventory) Free() int { return len(inv.free) }
 // and an empty plan means that nothing is left to do but to wait. It changes
 // only inv's list of free slots.
 //
-// A slot that never held an instance costs two steps: it must be seen to have
-// the right address before it may be made ready.
+// A slot that never held an instance costs two steps, and so does every slot of
+// a Process that DefersAddr: it must be seen to have the right address before it
+// may be made ready.
 func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration) (ops []Op, unplaced []netip.AddrPort) {
 	for _, s := range inv.extra {
 		ops = append(ops, inv.weigh(s, 0), op(SetMaint, s))
@@ -260,15 +262,17 @@ func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration)
 			unplaced = append(unplaced, w.Addr)
 			continue
 		}
-		fresh := placeholder(s)
+		look := placeholder(s) || inv.Process.DefersAddr()
 		if s.Weight != 0 {
 			ops = append(ops, inv.weigh(s, 0))
 		}
 		ops = append(ops, Op{Kind: SetAddr, Name: s.Name, ID: s.ID, Addr: w.Addr})
-		if !fresh {
+		if !look {
 			// What HAProxy can refuse of an address, it would have refused the
 			// one before: the kind of the slot's address, or a port that is
-			// mapped. A slot that never had one is looked at first.
+			// mapped. A slot that never had one is looked at first, and so is
+			// every slot where the address comes later than its command: made
+			// ready meanwhile, it would send requests to the instance before.
 			s := *s
 			s.Addr, s.Weight = w.Addr, 0
 			ops = inv.serve(ops, w, &s)

@@ -18,7 +18,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -45,6 +47,10 @@ const (
 	// thousands of changes raise the latency of HAProxy's own traffic.
 	manyOps = 1000
 	pause   = 5 * time.Millisecond
+	// settleFirst and settleLast are the pauses between the looks for an
+	// address that comes late: in all 31 ms.
+	settleFirst = time.Millisecond
+	settleLast  = 16 * time.Millisecond
 
 	maxOptionWords = 40   // with ours below the 64 words HAProxy reads of a command
 	maxOptionBytes = 2000 // one `add server` must leave room for the frame
@@ -103,8 +109,9 @@ type Client struct {
 	log     zerolog.Logger
 	native  *runtime.SingleRuntime
 
-	turn  chan struct{} // holds one token; who took it may exchange
-	stuck <-chan answer // the call given up on, nil if none; guarded by turn
+	turn  chan struct{}  // holds one token; who took it may exchange
+	stuck <-chan answer  // the call given up on, nil if none; guarded by turn
+	last  lbsync.Process // that answered; guarded by turn
 }
 
 var _ lbsync.Balancer = (*Client)(nil)
@@ -221,7 +228,7 @@ func (c *Client) Apply(ctx context.Context, backend string, ops []lbsync.Op) (lb
 			touched = append(touched, s)
 		}
 	}
-	applied, err := c.apply(ctx, backend, batch(ops, commands), touched)
+	applied, err := c.apply(ctx, backend, batch(ops, commands), touched, moves(ops))
 	if err != nil {
 		return lbsync.Applied{}, fmt.Errorf("apply %d ops to backend %s: %w", len(ops), backend, err)
 	}
@@ -239,7 +246,7 @@ func (c *Client) Peek(ctx context.Context, backend string, servers []lbsync.Serv
 			return lbsync.Applied{}, err
 		}
 	}
-	applied, err := c.apply(ctx, backend, nil, servers)
+	applied, err := c.apply(ctx, backend, nil, servers, nil)
 	if err != nil {
 		return lbsync.Applied{}, fmt.Errorf("peek at backend %s: %w", backend, err)
 	}
@@ -252,14 +259,61 @@ type target struct {
 	id   int
 }
 
-// apply sends lines and then reads back servers: one by one where that is
-// cheap and certain, else from a reading of the whole backend.
-func (c *Client) apply(ctx context.Context, backend string, lines [][]string, servers []lbsync.Server) (lbsync.Applied, error) {
+// moves returns the addresses that ops ask for, the last of each server.
+func moves(ops []lbsync.Op) map[target]netip.AddrPort {
+	var m map[target]netip.AddrPort
+	for _, op := range ops {
+		if op.Kind == lbsync.SetAddr {
+			if m == nil {
+				m = map[target]netip.AddrPort{}
+			}
+			m[target{op.Name, op.ID}] = op.Addr
+		}
+	}
+	return m
+}
+
+// apply sends lines and then reads back servers. An address that HAProxy gives
+// later than it says so is waited for, a moment: what is late beyond that is
+// for the next plan to find.
+func (c *Client) apply(ctx context.Context, backend string, lines [][]string, servers []lbsync.Server, moves map[target]netip.AddrPort) (lbsync.Applied, error) {
 	if err := c.take(ctx); err != nil {
 		return lbsync.Applied{}, err
 	}
 	defer c.release()
+	if len(moves) == 0 || c.last.PID == 0 || !c.last.DefersAddr() {
+		return c.send(ctx, backend, lines, servers)
+	}
+	applied, err := c.send(ctx, backend, lines, nil)
+	if err != nil {
+		return applied, err
+	}
+	for wait := settleFirst; ; wait *= 2 {
+		seen, err := c.send(ctx, backend, nil, servers)
+		if err != nil {
+			return seen, err
+		}
+		if !seen.Process.Same(applied.Process) {
+			return lbsync.Applied{}, fmt.Errorf("%w between two lines", lbsync.ErrReplaced)
+		}
+		applied.Servers, applied.Active = seen.Servers, seen.Active
+		late := len(applied.Refused) == 0 && slices.ContainsFunc(seen.Servers, func(s lbsync.Server) bool {
+			want, moved := moves[target{s.Name, s.ID}]
+			return moved && s.Addr != want
+		})
+		if !late || wait > settleLast {
+			return applied, nil
+		}
+		if err := sleep(ctx, wait); err != nil {
+			return lbsync.Applied{}, err
+		}
+	}
+}
 
+// send sends lines and then reads back servers, if any: one by one where that is
+// cheap and certain, else from a reading of the whole backend. The caller has
+// the turn.
+func (c *Client) send(ctx context.Context, backend string, lines [][]string, servers []lbsync.Server) (lbsync.Applied, error) {
 	single := len(servers) <= maxPeek
 	if single {
 		peeks := make([]string, len(servers))
@@ -408,7 +462,9 @@ func (c *Client) exchange(ctx context.Context, commands []string) (reply, error)
 		}
 		c.log.Debug().Int("commands", len(commands)).Int("sent", len(line)).Int("received", len(a.text)).
 			Dur("took", time.Since(start)).Msg("exchange")
-		return parseReply(a.text)
+		r, err := parseReply(a.text)
+		c.last = r.process
+		return r, err
 	case <-ctx.Done():
 		c.stuck = done
 		return reply{}, fmt.Errorf("%w: %s did not answer within %s: %w",

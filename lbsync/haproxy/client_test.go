@@ -534,7 +534,7 @@ func TestRefused(t *testing.T) {
 		{"no check", c, lbsync.Op{Kind: lbsync.EnableHealth, Name: "rc_a", ID: 50}, "Health check was not configured on this server, cannot enable."},
 		{"option", odd, lbsync.Op{Kind: lbsync.Add, Name: "rc_b", ID: 51, Addr: addr}, "unknown keyword 'bogus'."},
 		{"address of a socket", c, lbsync.Op{Kind: lbsync.SetAddr, Name: "unix", ID: 1, Addr: addr},
-			"Update for the current server address family is only supported through configuration file by 'stats socket command'"},
+			"Update for the current server address family is only supported through configuration file"},
 		{"level", user, lbsync.Op{Kind: lbsync.SetReady, Name: "s1", ID: 2}, "Permission denied"},
 	}
 	ready := lbsync.Op{Kind: lbsync.SetReady, Name: "rc_a", ID: 50}
@@ -548,7 +548,8 @@ func TestRefused(t *testing.T) {
 				want = []string{tt.want, tt.want, tt.want}
 				weight.Weight--
 			}
-			if err != nil || !slices.Equal(got.Refused, want) {
+			begins := func(got, want string) bool { return strings.HasPrefix(got, want) }
+			if err != nil || !slices.EqualFunc(got.Refused, want, begins) {
 				t.Errorf("got %q, %v; want %q", got.Refused, err, want)
 			}
 			// The op after the refused one was carried out.

@@ -131,6 +131,8 @@ func TestOrphans(t *testing.T) {
 	}
 	orphan := strings.TrimSpace(string(buf[:n]))
 	deadline := time.Now().Add(10 * time.Second)
+	look := time.NewTicker(time.Millisecond)
+	defer look.Stop()
 	mine := false
 	for {
 		stat, err := os.ReadFile("/proc/" + orphan + "/stat")
@@ -142,7 +144,7 @@ func TestOrphans(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatalf("the orphan is still there, state %s", f[0])
 		}
-		time.Sleep(time.Millisecond)
+		<-look.C
 	}
 	if !mine {
 		t.Error("the orphan was never this process's")
