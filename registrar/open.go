@@ -2,7 +2,15 @@ package registrar
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -15,16 +23,67 @@ const (
 	Timeout     = time.Second
 )
 
-// Open returns a client for url (redis:// or rediss://, as go-redis'
-// ParseURL has it) that never retries by itself and never waits for more than
-// Timeout. pool is the most connections it keeps. It does no I/O; the caller
-// closes it.
-func Open(url string, pool int) (redis.UniversalClient, error) {
-	o, err := redis.ParseURL(url)
-	if err != nil {
-		// ParseURL's errors can quote the URL, and with it a password.
-		return nil, fmt.Errorf("redis URL: want redis://[user:password@]host:port/db or rediss://…")
+// sentinelPort is where a Sentinel listens if the URL names no port.
+const sentinelPort = "26379"
+
+// Access is what a URL does not say of how to reach Redis. The zero value is
+// plain access with what the URL has.
+type Access struct {
+	// Password, if not nil, is asked for at every new connection to a data node
+	// and comes before the URL's; "" = the URL's own.
+	Password func() (string, error)
+	// SentinelUser and SentinelPassword are for the Sentinels themselves.
+	SentinelUser, SentinelPassword string
+	// CA is a file of the certificates that vouch for the servers; "" = the
+	// system's. Cert and Key are files of this client's own certificate, read at
+	// every new connection; "" = none.
+	CA, Cert, Key string
+}
+
+// Open is Access.Open with plain access.
+func Open(url string, pool int) (redis.UniversalClient, error) { return Access{}.Open(url, pool) }
+
+// Open returns a client for one server or for the primary that Sentinels name,
+// which never retries by itself and never waits for more than Timeout:
+//
+//	redis://[user[:password]@]host[:port][/db]
+//	redis+sentinel://[user[:password]@]host[:port],host[:port]…/primary[/db]
+//
+// The user is the data node's. With rediss in the place of redis every
+// connection is TLS. pool is the most connections it keeps. It does no I/O but to read a.CA; the
+// caller closes the client.
+func (a Access) Open(rawURL string, pool int) (redis.UniversalClient, error) {
+	scheme, rest, _ := strings.Cut(rawURL, "://")
+	base, form, _ := strings.Cut(scheme, "+")
+	if base != "redis" && base != "rediss" {
+		return nil, errURL
 	}
+	secure, err := a.tls(base == "rediss")
+	if err != nil {
+		return nil, err
+	}
+	switch form {
+	case "":
+		return a.server(rawURL, secure, pool)
+	case "sentinel":
+		return a.sentinel(base, rest, secure, pool)
+	}
+	return nil, errURL
+}
+
+// A parser's own errors can quote the URL, and with it a password.
+var errURL = errors.New("redis URL: want redis://[user:password@]host:port/db, redis+sentinel://[user:password@]host:port,…/primary/db, or either with rediss")
+
+func (a Access) server(rawURL string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
+	o, err := redis.ParseURL(rawURL)
+	if err != nil {
+		return nil, errURL
+	}
+	if secure != nil {
+		secure.ServerName, secure.InsecureSkipVerify = o.TLSConfig.ServerName, o.TLSConfig.InsecureSkipVerify
+		o.TLSConfig = secure
+	}
+	o.CredentialsProviderContext = a.credentials(o.Username, o.Password)
 	o.DialTimeout = DialTimeout
 	o.DialerRetries = 1
 	o.ReadTimeout = Timeout
@@ -36,6 +95,100 @@ func Open(url string, pool int) (redis.UniversalClient, error) {
 	o.MinIdleConns = 0 // a URL that asks for some would make NewClient dial
 	o.DisableIdentity = true
 	return redis.NewClient(o), nil
+}
+
+func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
+	authority, path, _ := strings.Cut(rest, "/")
+	at := strings.LastIndexByte(authority, '@') + 1
+	// net/url knows no lists of hosts, so it sees all but them.
+	u, err := url.Parse(base + "://" + authority[:at] + "host/" + path)
+	if err != nil || u.RawQuery != "" || u.Fragment != "" {
+		return nil, errURL
+	}
+	primary, dbText, hasDB := strings.Cut(strings.TrimPrefix(u.Path, "/"), "/")
+	db := 0
+	if hasDB {
+		if db, err = strconv.Atoi(dbText); err != nil || db < 0 {
+			return nil, errURL
+		}
+	}
+	var addrs []string
+	for _, h := range strings.Split(authority[at:], ",") {
+		if _, _, err := net.SplitHostPort(h); err != nil {
+			h = net.JoinHostPort(strings.Trim(h, "[]"), sentinelPort)
+		}
+		host, port, err := net.SplitHostPort(h)
+		if _, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || host == "" {
+			return nil, errURL
+		}
+		addrs = append(addrs, h)
+	}
+	if primary == "" {
+		return nil, errURL
+	}
+	password, _ := u.User.Password()
+	return redis.NewFailoverClient(&redis.FailoverOptions{
+		MasterName: primary, SentinelAddrs: addrs, DB: db,
+		SentinelUsername: a.SentinelUser, SentinelPassword: a.SentinelPassword,
+		CredentialsProviderContext: a.credentials(u.User.Username(), password),
+		TLSConfig:                  secure,
+		DialTimeout:                DialTimeout, DialerRetries: 1,
+		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
+		MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
+	}), nil
+}
+
+// credentials are asked for at every new connection, so a password that was
+// changed in its file is in use without a restart.
+func (a Access) credentials(user, password string) func(context.Context) (string, string, error) {
+	return func(context.Context) (string, string, error) {
+		if a.Password == nil {
+			return user, password, nil
+		}
+		p, err := a.Password()
+		if err != nil {
+			return "", "", fmt.Errorf("redis password: %w", err)
+		}
+		if p == "" {
+			p = password
+		}
+		return user, p, nil
+	}
+}
+
+// tls returns nil for plain connections.
+func (a Access) tls(secure bool) (*tls.Config, error) {
+	if !secure {
+		if a.CA != "" || a.Cert != "" || a.Key != "" {
+			return nil, errors.New("certificates go with a rediss URL")
+		}
+		return nil, nil
+	}
+	if (a.Cert == "") != (a.Key == "") {
+		return nil, errors.New("a client certificate and its key go together")
+	}
+	c := &tls.Config{MinVersion: tls.VersionTLS12}
+	if a.CA != "" {
+		pem, err := os.ReadFile(a.CA)
+		if err != nil {
+			return nil, fmt.Errorf("redis CA: %w", err)
+		}
+		c.RootCAs = x509.NewCertPool()
+		if !c.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("redis CA: %s holds no certificate", a.CA)
+		}
+	}
+	if a.Cert != "" {
+		own := func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			pair, err := tls.LoadX509KeyPair(a.Cert, a.Key)
+			return &pair, err
+		}
+		if _, err := own(nil); err != nil {
+			return nil, fmt.Errorf("redis client certificate: %w", err)
+		}
+		c.GetClientCertificate = own
+	}
+	return c, nil
 }
 
 // WithTimeout bounds one exchange with Redis.

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/url"
 	"os"
 	"runtime/debug"
 	"strings"
@@ -29,7 +28,10 @@ func env(flag string) []string {
 func redisFlags(more ...cli.Flag) []cli.Flag {
 	return append([]cli.Flag{
 		&cli.StringFlag{Name: "redis", Value: defaultRedis, EnvVars: env("redis"),
-			Usage: "the registry, redis:// or rediss:// `URL`; its password comes from ROLLCALL_REDIS_PASSWORD or the file named by ROLLCALL_REDIS_PASSWORD_FILE"},
+			Usage: "the registry's `URL`: redis://HOST:PORT/DB or redis+sentinel://HOST:PORT,…/PRIMARY/DB, with rediss for TLS; its password comes from ROLLCALL_REDIS_PASSWORD or the file named by ROLLCALL_REDIS_PASSWORD_FILE"},
+		&cli.StringFlag{Name: "redis-ca", EnvVars: env("redis-ca"), Usage: "`FILE` of the certificates that vouch for Redis; without it the system's"},
+		&cli.StringFlag{Name: "redis-cert", EnvVars: env("redis-cert"), Usage: "`FILE` of this client's certificate"},
+		&cli.StringFlag{Name: "redis-key", EnvVars: env("redis-key"), Usage: "`FILE` of that certificate's key"},
 		&cli.StringFlag{Name: "namespace", Value: registrar.DefaultNamespace, EnvVars: env("namespace"), Usage: "`NAME` that every key begins with"},
 	}, append(logFlags(), more...)...)
 }
@@ -91,19 +93,19 @@ func begin(c *cli.Context, pool int) (*session, error) {
 	if s.log, err = logger(c); err != nil {
 		return nil, err
 	}
-	u, err := url.Parse(c.String("redis"))
-	if err != nil {
-		// The error would quote the URL, and with it a password.
-		return nil, usage("--redis: not a URL")
+	access := registrar.Access{
+		Password:     func() (string, error) { return secret("ROLLCALL_REDIS_PASSWORD") },
+		SentinelUser: os.Getenv("ROLLCALL_SENTINEL_USER"),
+		CA:           c.String("redis-ca"), Cert: c.String("redis-cert"), Key: c.String("redis-key"),
 	}
-	password, err := secret("ROLLCALL_REDIS_PASSWORD")
-	if err != nil {
+	// A file that is not there is a mistake now, and an outage later.
+	if _, err := access.Password(); err != nil {
 		return nil, usageError{err}
 	}
-	if password != "" {
-		u.User = url.UserPassword(u.User.Username(), password)
+	if access.SentinelPassword, err = secret("ROLLCALL_SENTINEL_PASSWORD"); err != nil {
+		return nil, usageError{err}
 	}
-	rdb, err := registrar.Open(u.String(), pool)
+	rdb, err := access.Open(c.String("redis"), pool)
 	if err != nil {
 		return nil, usageError{err}
 	}

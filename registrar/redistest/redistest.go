@@ -29,6 +29,7 @@ type Server struct {
 	Addr   string // host:port
 	Socket string // path of its unix socket
 	Dir    string // its working directory
+	file   string // its configuration, or empty
 	args   []string
 	cmd    *exec.Cmd
 }
@@ -37,6 +38,41 @@ type Server struct {
 // such as "--appendonly", "yes". Without a redis-server the test is skipped, or
 // fails where ROLLCALL_REQUIRE_SERVERS or CI is set.
 func Start(tb testing.TB, args ...string) *Server {
+	tb.Helper()
+	s := prepare(tb, args...)
+	s.Launch(tb)
+	tb.Cleanup(func() { s.Kill(tb) })
+	return s
+}
+
+// StartReplica runs a replica of s.
+func (s *Server) StartReplica(tb testing.TB, args ...string) *Server {
+	tb.Helper()
+	r := prepare(tb, args...)
+	r.args = append(r.args, "--replicaof", s.Host+" 6379", "--replica-announce-ip", r.Host, "--repl-diskless-sync-delay", "0")
+	r.Launch(tb)
+	tb.Cleanup(func() { r.Kill(tb) })
+	return r
+}
+
+// StartSentinel runs a Sentinel that watches s as name, takes it for down after
+// a second without an answer, and needs another's consent.
+func (s *Server) StartSentinel(tb testing.TB, name string) *Server {
+	tb.Helper()
+	n := prepare(tb)
+	n.file = filepath.Join(n.Dir, "sentinel.conf")
+	conf := fmt.Sprintf("sentinel announce-ip %s\nsentinel monitor %s %s 6379 2\nsentinel down-after-milliseconds %s 1000\nsentinel failover-timeout %s 5000\n",
+		n.Host, name, s.Host, name, name)
+	if err := os.WriteFile(n.file, []byte(conf), 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	n.args = append(n.args, "--sentinel")
+	n.Launch(tb)
+	tb.Cleanup(func() { n.Kill(tb) })
+	return n
+}
+
+func prepare(tb testing.TB, args ...string) *Server {
 	tb.Helper()
 	if _, err := exec.LookPath("redis-server"); err != nil {
 		if os.Getenv("CI") != "" || os.Getenv("ROLLCALL_REQUIRE_SERVERS") != "" {
@@ -55,10 +91,7 @@ func Start(tb testing.TB, args ...string) *Server {
 	})
 	n, pid := started.Add(1), os.Getpid()
 	host := fmt.Sprintf("127.%d.%d.%d", 64+pid>>8&63, pid&255, n%250+1)
-	s := &Server{Host: host, Addr: host + ":6379", Socket: filepath.Join(dir, "redis.sock"), Dir: dir, args: args}
-	s.Launch(tb)
-	tb.Cleanup(func() { s.Kill(tb) })
-	return s
+	return &Server{Host: host, Addr: host + ":6379", Socket: filepath.Join(dir, "redis.sock"), Dir: dir, args: args}
 }
 
 // URL is the server's address as --redis takes it.
@@ -86,6 +119,9 @@ func (s *Server) Launch(tb testing.TB) {
 		"--bind", s.Host, "--port", "6379", "--unixsocket", s.Socket, "--dir", s.Dir,
 		"--save", "", "--appendonly", "no", "--protected-mode", "no", "--daemonize", "no",
 	}, s.args...)
+	if s.file != "" {
+		args = append([]string{s.file}, args...)
+	}
 	log, err := os.OpenFile(filepath.Join(s.Dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		tb.Fatal(err)
