@@ -51,7 +51,7 @@ type Store interface {
 	Pulse(ctx context.Context, id, token string, expiry time.Duration) (registrar.Pulse, error)
 	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
 	Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error)
-	Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (removed []string, left int64, err error)
+	Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (registrar.Reaped, error)
 }
 
 // Config is one reaper.

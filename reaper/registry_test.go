@@ -290,7 +290,7 @@ func (o *outage) Pulse(ctx context.Context, id, token string, expiry time.Durati
 	return o.Store.Pulse(ctx, id, token, expiry)
 }
 
-func (o *outage) Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) ([]string, int64, error) {
+func (o *outage) Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (registrar.Reaped, error) {
 	if o.reap != nil {
 		o.reap(&w)
 	}
