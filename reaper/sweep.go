@@ -168,7 +168,7 @@ func shown(svc registrar.Service) string {
 func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sweep, resets int) (addrs []string, err error) {
 	for {
 		if r.elapsed()-r.proof.recv > r.proof.period {
-			if err := r.Pulse(ctx); err != nil {
+			if err := r.pulse(ctx); err != nil {
 				return addrs, err
 			}
 			if r.proof.resets != resets {

@@ -91,12 +91,27 @@ func begin(c *cli.Context, pool int) (*session, error) {
 	if s.log, err = logger(c); err != nil {
 		return nil, err
 	}
-	u, err := url.Parse(c.String("redis"))
+	rdb, err := open(c, "redis", pool)
+	if err != nil {
+		return nil, err
+	}
+	if s.store, err = registrar.NewStore(rdb, c.String("namespace")); err != nil {
+		_ = rdb.Close()
+		return nil, usageError{err}
+	}
+	s.close = func() { _ = rdb.Close() } // it has been used for the last time
+	return s, nil
+}
+
+// open makes a client of the URL that a flag has, with the password that the
+// flag's variables have.
+func open(c *cli.Context, flag string, pool int) (redis.UniversalClient, error) {
+	u, err := url.Parse(c.String(flag))
 	if err != nil {
 		// The error would quote the URL, and with it a password.
-		return nil, usage("--redis: not a URL")
+		return nil, usage("--%s: not a URL", flag)
 	}
-	password, err := secret("ROLLCALL_REDIS_PASSWORD")
+	password, err := secret(env(flag)[0] + "_PASSWORD")
 	if err != nil {
 		return nil, usageError{err}
 	}
@@ -107,12 +122,7 @@ func begin(c *cli.Context, pool int) (*session, error) {
 	if err != nil {
 		return nil, usageError{err}
 	}
-	if s.store, err = registrar.NewStore(rdb, c.String("namespace")); err != nil {
-		_ = rdb.Close()
-		return nil, usageError{err}
-	}
-	s.close = func() { _ = rdb.Close() } // it has been used for the last time
-	return s, nil
+	return rdb, nil
 }
 
 // secret reads the variable name, or the file that the variable name_FILE names.
