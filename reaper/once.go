@@ -53,7 +53,7 @@ func (r *Reaper) arm(ctx context.Context, force bool) error {
 		}
 		began := r.elapsed()
 		err := r.Pulse(actx)
-		if err == nil && (force || r.armed) {
+		if err == nil && r.armed || force && r.proof.ok {
 			return nil
 		}
 		if actx.Err() == nil {

@@ -14,6 +14,11 @@ const (
 	// keepTokens is how many TTL a pulse's token lives in Redis, and how long
 	// one without an answer is awaited.
 	keepTokens = 4
+	// canaryEvery is how many pulses go by between two canaries. A fault that
+	// only the canary sees is found 4 P after it began, canary's deadline
+	// included; whoever beat within 2 B before it runs out TTL − 2 B, at least
+	// 5 P, after it began. So nobody whose last beat was lost goes before.
+	canaryEvery = 3
 	// maxSegments bounds the memory of healthy times. Only those longer than B
 	// are kept, so it covers 64 faults.
 	maxSegments = 64
@@ -23,6 +28,7 @@ const (
 const (
 	causeCredit = "no whole TTL of healthy time yet"
 	causePulse  = "pulse failed"
+	causeCanary = "the canary could not beat as an instance does"
 	causeSlow   = "pulse too slow"
 	causeGap    = "too long without a pulse"
 	causeReap   = "removal refused"
@@ -64,6 +70,12 @@ type proof struct {
 	open     bool      // the last segment may still grow
 	ok       bool      // the last pulse was accepted, and no removal failed since
 	resets   int       // hard faults so far
+
+	// A canary sees what a pulse cannot: that nobody new may connect. Its failure
+	// takes the credit back to the last one that sang, and nothing counts until
+	// the next one does.
+	silent bool  // the last canary failed
+	sang   int64 // the last accepted pulse's time when the last canary sang, unix ms
 
 	mine          string // the last token known to be accepted; empty before the first
 	unconfirmed   []pending
@@ -121,7 +133,7 @@ func (p *proof) feed(o outcome) fault {
 	}
 	switch {
 	case f.hard:
-		p.segments, p.open = nil, false
+		p.segments, p.open, p.sang = nil, false, 0
 		p.resets++
 		fallthrough
 	case first:
@@ -136,6 +148,9 @@ func (p *proof) feed(o outcome) fault {
 	p.now, p.recv, p.ok = o.pulse.Now, o.recv, true
 	if p.open {
 		p.segments[len(p.segments)-1].to = p.now
+		return f
+	}
+	if p.silent {
 		return f
 	}
 	if len(p.segments) == maxSegments {
@@ -175,6 +190,23 @@ func (p *proof) soft(cause string, err error) fault {
 	return fault{cause: cause, err: err}
 }
 
+// canary takes in a canary's beat and returns what it revealed.
+func (p *proof) canary(err error) fault {
+	p.silent = err != nil
+	if err == nil {
+		p.sang = p.now
+		return fault{}
+	}
+	for n := len(p.segments); n > 0 && p.segments[n-1].to > p.sang; n-- {
+		s := &p.segments[n-1]
+		if s.to = p.sang; s.to <= s.from {
+			p.segments = p.segments[:n-1]
+		}
+	}
+	p.open = false
+	return fault{cause: causeCanary, err: err}
+}
+
 // credit is what a segment is worth, ms: its first B is not, because an
 // instance may need that long to come back after the fault before it.
 func (p *proof) credit(s segment) int64 { return s.to - s.from - p.beat.Milliseconds() }
@@ -184,7 +216,7 @@ func (p *proof) credit(s segment) int64 { return s.to - s.from - p.beat.Millisec
 // whole TTL of healthy time to beat again. With one segment of TTL + B it is
 // the last pulse's time − TTL. It never depends on the time of the call.
 func (p *proof) cutoff() (ms int64, armed bool) {
-	if !p.ok {
+	if !p.ok || p.silent {
 		return 0, false
 	}
 	need := p.ttl.Milliseconds()

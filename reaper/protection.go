@@ -92,8 +92,9 @@ func (p *protection) held(svc registrar.Service) bool {
 
 // release names the held service whose oldest instance may go nevertheless:
 // after 5 min of holding, one in 10 s, oldest first, and never the last of a
-// service, so that a loss of many for good does not stay for ever. Every reaper
-// has a pace of its own.
+// service, so that a loss of many for good does not stay for ever. Here is only
+// when this reaper asks: the pace of all of them together is kept in Redis, by
+// the script that removes (registrar.Sweep.LetGo).
 func (p *protection) release(now time.Duration, counts []registrar.Count) (registrar.Count, bool) {
 	var oldest registrar.Count
 	if now-p.letGo < letGoEvery {

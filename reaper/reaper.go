@@ -51,8 +51,12 @@ type Store interface {
 	Pulse(ctx context.Context, id, token string, expiry time.Duration) (registrar.Pulse, error)
 	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
 	Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error)
-	Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (removed []string, left int64, err error)
+	Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (registrar.Reaped, error)
 }
+
+// Canary sends one heartbeat as an instance would: on a new connection, with an
+// instance's rights and its script.
+type Canary func(ctx context.Context) error
 
 // Config is one reaper.
 type Config struct {
@@ -95,29 +99,31 @@ func (c Config) validate() error {
 // Reaper takes out who stopped answering. Its methods are for one goroutine,
 // except Status.
 type Reaper struct {
-	cfg   Config
-	store Store
-	log   zerolog.Logger
-	begin time.Time // the zero of all durations here, monotonic
+	cfg    Config
+	store  Store
+	canary Canary
+	log    zerolog.Logger
+	begin  time.Time // the zero of all durations here, monotonic
 
 	proof      proof
 	protection protection
 	armed      bool
 	cause      string // of not being armed, as last logged
 	complaint  string // the last sweep's error, as last logged
+	pulses     int    // accepted ones until the next canary
 
 	mu     sync.Mutex
 	status Status // guarded by mu
 }
 
 // New checks cfg. It does no I/O.
-func New(cfg Config, store Store, log zerolog.Logger) (*Reaper, error) {
+func New(cfg Config, store Store, canary Canary, log zerolog.Logger) (*Reaper, error) {
 	cfg = cfg.withDefaults()
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
 	r := &Reaper{
-		cfg: cfg, store: store, begin: time.Now(),
+		cfg: cfg, store: store, canary: canary, begin: time.Now(),
 		log:   log.With().Str("component", "reaper").Str("id", cfg.ID).Logger(),
 		proof: newProof(cfg.TTL, cfg.Interval), protection: newProtection(cfg.Interval),
 		cause: causeCredit,
@@ -260,8 +266,36 @@ func (r *Reaper) config(ctx context.Context, overwrite bool) error {
 }
 
 // Pulse proves by a small write, within a 15th of the TTL, that Redis accepts
-// beats now. Its error says that it was not accepted.
+// beats now, and by the canary, with each third pulse, that an instance can send
+// them. Its error says which of them failed; a canary that did is sent again
+// with the next pulse.
 func (r *Reaper) Pulse(ctx context.Context) error {
+	if err := r.pulse(ctx); err != nil {
+		return err
+	}
+	if r.pulses > 0 {
+		r.pulses--
+		return nil
+	}
+	tctx, cancel := context.WithTimeout(ctx, r.proof.deadline())
+	defer cancel()
+	err := r.canary(tctx)
+	if ctx.Err() != nil {
+		return ctx.Err() // nothing is known of the canary
+	}
+	f := r.proof.canary(err)
+	if err == nil {
+		r.pulses = canaryEvery - 1
+	}
+	r.note(f)
+	if err != nil {
+		return fmt.Errorf("canary: %w", err)
+	}
+	return nil
+}
+
+// pulse is a pulse without the canary.
+func (r *Reaper) pulse(ctx context.Context) error {
 	tctx, cancel := context.WithTimeout(ctx, r.proof.deadline())
 	defer cancel()
 	o := outcome{token: rand.Text(), send: r.elapsed()}

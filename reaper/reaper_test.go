@@ -31,7 +31,7 @@ func TestNewRefuses(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := New(tt.cfg, nil, zerolog.Nop())
+			_, err := New(tt.cfg, nil, nil, zerolog.Nop())
 			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
 				t.Errorf("got %v, want %q", err, tt.want)
 			}
@@ -80,7 +80,7 @@ func TestRunTakesOutTheDead(t *testing.T) {
 	if err := end(); err != nil {
 		t.Errorf("run: %v", err)
 	}
-	if lines := log.lines("took out"); len(lines) != 2 || !strings.Contains(lines[0], `"service":"lone0","count":1,"addrs":["10.1.0.0:80"]`) {
+	if lines := log.lines("took out"); len(lines) != 2 || !strings.Contains(lines[0], `"service":"lone0","version":1,"count":1,"addrs":["10.1.0.0:80"]`) {
 		t.Errorf("removals in the log: %q", lines)
 	}
 }

@@ -71,11 +71,28 @@ func newReaper(tb testing.TB, cfg Config, store Store, log zerolog.Logger) *Reap
 		// Pulses 2 s apart, so that a busy machine disturbs no step-by-step test.
 		cfg.TTL, cfg.Interval = 30*time.Second, 10*time.Second
 	}
-	r, err := New(cfg, store, log)
+	r, err := New(cfg, store, func(context.Context) error { return nil }, log)
 	if err != nil {
 		tb.Fatal(err)
 	}
 	return r
+}
+
+// sing gives r a canary that beats on a new connection each time, as the
+// command does, as user of that password; without user as the default one.
+func sing(tb testing.TB, r *Reaper, srv *redistest.Server, user string) {
+	r.canary = func(ctx context.Context) error {
+		rdb, err := registrar.Open("redis://"+user+srv.Addr+"/0", 1)
+		if err != nil {
+			return err
+		}
+		defer rdb.Close()
+		s, err := registrar.NewStore(rdb, registrar.DefaultNamespace)
+		if err != nil {
+			return err
+		}
+		return s.Canary(ctx)
+	}
 }
 
 // arm pulses once and then gives r a healthy past, as if that long had gone by.
@@ -290,7 +307,7 @@ func (o *outage) Pulse(ctx context.Context, id, token string, expiry time.Durati
 	return o.Store.Pulse(ctx, id, token, expiry)
 }
 
-func (o *outage) Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) ([]string, int64, error) {
+func (o *outage) Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (registrar.Reaped, error) {
 	if o.reap != nil {
 		o.reap(&w)
 	}

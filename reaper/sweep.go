@@ -96,9 +96,7 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 		}
 	}
 	if c, ok := r.protection.release(now, counts); ok {
-		// The cut-off spares everybody but the oldest that was counted, so that
-		// two reapers that let go at once do not empty the service.
-		addrs, err := r.reap(ctx, c.Service, registrar.Sweep{Cutoff: c.Oldest + 1, Limit: 1}, resets)
+		addrs, err := r.reap(ctx, c.Service, registrar.Sweep{Cutoff: cutoff, LetGo: letGoEvery}, resets)
 		if len(addrs) > 0 {
 			report.Removed = append(report.Removed, Removal{c.Service, addrs})
 		}
@@ -170,7 +168,7 @@ func shown(svc registrar.Service) string {
 func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sweep, resets int) (addrs []string, err error) {
 	for {
 		if r.elapsed()-r.proof.recv > r.proof.period {
-			if err := r.Pulse(ctx); err != nil {
+			if err := r.pulse(ctx); err != nil {
 				return addrs, err
 			}
 			if r.proof.resets != resets {
@@ -182,7 +180,7 @@ func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sw
 		}
 		w.ID, w.Token, w.Last, w.MaxAge = r.cfg.ID, r.proof.mine, r.proof.now, r.proof.maxAge()
 		tctx, cancel := registrar.WithTimeout(ctx)
-		removed, left, err := r.store.Reap(tctx, svc, w)
+		out, err := r.store.Reap(tctx, svc, w)
 		cancel()
 		switch {
 		case errors.Is(err, registrar.ErrBroken):
@@ -194,12 +192,12 @@ func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sw
 			}
 			return addrs, err
 		}
-		if len(removed) > 0 {
-			r.log.Info().Str("service", string(svc)).Int("count", len(removed)).
-				Strs("addrs", removed[:min(len(removed), shownAddrs)]).Int64("left", left).Msg("took out who stopped answering")
+		if n := len(out.Addrs); n > 0 {
+			r.log.Info().Str("service", string(svc)).Int64("version", out.Version).Int("count", n).
+				Strs("addrs", out.Addrs[:min(n, shownAddrs)]).Int64("left", out.Left).Msg("took out who stopped answering")
 		}
-		addrs = append(addrs, removed...)
-		if left == 0 || len(removed) == 0 || w.Limit > 0 {
+		addrs = append(addrs, out.Addrs...)
+		if out.Left == 0 || len(out.Addrs) == 0 || w.LetGo > 0 {
 			return addrs, nil
 		}
 	}

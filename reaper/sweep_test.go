@@ -200,25 +200,38 @@ func TestProtectionLetsGo(t *testing.T) {
 		r.proof.recv = r.elapsed()
 	}
 	later(letGoAfter)
-	// Another reaper lets go of the same one at the same moment.
+	// Another reaper lets go at the same moment, out of any service.
+	g.put(t, "any", "10.0.0.5:80", 1)
+	g.put(t, "any", "10.0.0.6:80", r.proof.now)
 	r.store = &outage{Store: g.store, reap: func(*registrar.Sweep) {
 		r.store = g.store
-		if _, _, err := g.store.Reap(t.Context(), "web", registrar.Sweep{ID: "r1", Token: r.proof.mine, Last: r.proof.now, MaxAge: time.Minute, Cutoff: 1001, Limit: 1}); err != nil {
-			t.Error(err)
+		out, err := g.store.Reap(t.Context(), "any", registrar.Sweep{ID: "r1", Token: r.proof.mine, Last: r.proof.now, MaxAge: time.Minute, Cutoff: 2000, LetGo: letGoEvery})
+		if err != nil || len(out.Addrs) != 1 {
+			t.Errorf("the other reaper: %+v, %v", out, err)
 		}
 	}}
 	if report := mustSweep(t, r); len(report.Removed) > 0 {
+		t.Errorf("two reapers let go at once: %+v", report)
+	}
+	g.wantMembers(t, "web", "10.0.0.0:80", "10.0.0.1:80", "10.0.0.2:80")
+	pass := func() { // the registry's 10 s, and this reaper's
+		later(letGoEvery)
+		if n, err := g.rdb.Del(t.Context(), g.keys.LetGo()).Result(); n != 1 || err != nil {
+			t.Errorf("%d keys of the pace, %v", n, err)
+		}
+	}
+	pass()
+	if report := mustSweep(t, r); fmt.Sprint(report.Removed) != "[{web [10.0.0.0:80]}]" {
 		t.Errorf("got %+v", report)
 	}
-	g.wantMembers(t, "web", "10.0.0.1:80", "10.0.0.2:80")
 	if report := mustSweep(t, r); len(report.Removed) > 0 {
 		t.Errorf("before 10 s are over: %+v", report)
 	}
-	later(letGoEvery)
+	pass()
 	if report := mustSweep(t, r); fmt.Sprint(report.Removed) != "[{web [10.0.0.1:80]}]" {
 		t.Errorf("got %+v", report)
 	}
-	later(letGoEvery)
+	pass()
 	if report := mustSweep(t, r); len(report.Removed) > 0 { // the last of both services
 		t.Errorf("got %+v", report)
 	}

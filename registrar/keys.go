@@ -42,6 +42,9 @@ func (k Keys) ServiceVersion(s Service) string {
 	return k.of(s, "version") // STRING, never deleted
 }
 
+// LetGo is a STRING: while it is there, no held instance is let go. It expires.
+func (k Keys) LetGo() string { return k.ns + ":let-go" }
+
 // Reaper is a STRING, the last pulse token of one reaper; it expires.
 func (k Keys) Reaper(id string) string { return k.ns + ":reaper:" + id }
 

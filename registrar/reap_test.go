@@ -132,23 +132,48 @@ func TestReapManyCalls(t *testing.T) {
 	}
 }
 
-func TestReapLimit(t *testing.T) {
+// TestReapLetsGo checks that all reapers together let go of one at the pace,
+// oldest first, and never of the last of a service.
+func TestReapLetsGo(t *testing.T) {
 	srv := redistest.Start(t)
-	for _, c := range []struct{ limit, out, left int }{
-		{0, reapLimit, 1}, {1, 1, reapLimit}, {reapLimit + 1, reapLimit, 1}, {-1, reapLimit, 1},
-	} {
-		t.Run(fmt.Sprint(c.limit), func(t *testing.T) {
-			s := fresh(t, srv)
-			for i := range reapLimit + 1 {
-				do(t, s, "ZADD", s.keys.Instances(web), 1, host(i).String())
-			}
-			p, err := s.Pulse(t.Context(), "r1", "pulse", time.Minute)
-			must(t, err)
-			out, left, err := s.Reap(t.Context(), web, Sweep{ID: "r1", Token: "pulse", Last: p.Now, MaxAge: time.Second, Cutoff: 2, Limit: c.limit})
-			if err != nil || len(out) != c.out || left != int64(c.left) {
-				t.Errorf("%d out, %d left, %v; want %d and %d", len(out), left, err, c.out, c.left)
+	s := fresh(t, srv)
+	ctx := t.Context()
+	const pace = time.Minute
+	letGo := func(reaper string, svc Service) Reaped {
+		t.Helper()
+		p, err := s.Pulse(ctx, reaper, "pulse", time.Minute)
+		must(t, err)
+		got, err := s.Reap(ctx, svc, Sweep{ID: reaper, Token: "pulse", Last: p.Now, MaxAge: time.Second, Cutoff: 10, LetGo: pace})
+		must(t, err)
+		return got
+	}
+	for n := range 3 {
+		do(t, s, "ZADD", s.keys.Instances(web), 3-n, host(n).String())
+		do(t, s, "ZADD", s.keys.Instances("other"), 3-n, host(n).String())
+	}
+	do(t, s, "ZADD", s.keys.Instances("lone"), 1, host(0).String())
+	if got := letGo("r1", "lone"); len(got.Addrs) > 0 || got.Left != 1 {
+		t.Errorf("the last of a service: %+v", got)
+	}
+	if got := letGo("r1", web); !slices.Equal(got.Addrs, []string{host(2).String()}) || got.Left != 2 || got.Version != 1 {
+		t.Errorf("got %+v, want the oldest", got)
+	}
+	if left := s.rdb.PTTL(ctx, s.keys.LetGo()).Val(); left <= pace-10*time.Second || left > pace {
+		t.Errorf("the next may go in %v, want %v", left, pace)
+	}
+	for _, svc := range []Service{web, "other"} {
+		e := observe(t, s, func() {
+			if got := letGo("r2", svc); len(got.Addrs) > 0 || got.Left < 2 {
+				t.Errorf("%s, before the pace allows it: %+v", svc, got)
 			}
 		})
+		if e.local != 0 || e.global != 0 || len(e.messages) > 0 {
+			t.Errorf("%s: a call that took nobody out moved versions by %d and %d, said %q", svc, e.global, e.local, e.messages)
+		}
+	}
+	do(t, s, "DEL", s.keys.LetGo()) // the pace has passed
+	if got := letGo("r2", "other"); !slices.Equal(got.Addrs, []string{host(2).String()}) {
+		t.Errorf("got %+v, want the oldest", got)
 	}
 }
 
@@ -178,11 +203,11 @@ func TestReapLicence(t *testing.T) {
 				must(t, err)
 			}
 			w := Sweep{ID: "r1", Token: "pulse", Last: s.clock() - c.last, MaxAge: time.Second, Cutoff: s.clock() - ttlMS}
-			var out []string
+			var out Reaped
 			var err error
-			e := observe(t, s, func() { out, _, err = s.Reap(t.Context(), web, w) })
-			if !errors.Is(err, c.want) || int64(len(out)) != c.stale || present(t, s, host(1)) != (c.remain == 1) {
-				t.Errorf("got %q %v, present %v, want %v", out, err, present(t, s, host(1)), c.want)
+			e := observe(t, s, func() { out, err = s.Reap(t.Context(), web, w) })
+			if !errors.Is(err, c.want) || int64(len(out.Addrs)) != c.stale || present(t, s, host(1)) != (c.remain == 1) {
+				t.Errorf("got %+v %v, present %v, want %v", out, err, present(t, s, host(1)), c.want)
 			}
 			if c.want != nil {
 				e.nothing(t)

@@ -337,43 +337,49 @@ type Sweep struct {
 	Last   int64         // time of that pulse, unix ms by Redis' clock
 	MaxAge time.Duration // of that pulse
 	Cutoff int64         // who beat before it is out, unix ms
-	Limit  int           // most instances a call; 0 = 250
+	// LetGo, if not 0, takes out only the oldest, never the last of the service,
+	// and nobody of any service if a reaper has let go within so long before.
+	LetGo time.Duration
+}
+
+// Reaped is what one call of Reap did.
+type Reaped struct {
+	Addrs   []string
+	Version int64 // of the service, after the call; 0 if nobody went
+	Left    int64 // how many more are before the cut-off
 }
 
 // Reap takes out of svc at most 250 instances that beat before the cut-off. An
-// address is in exactly one answer, whatever number of reapers run. left is how
-// many more there are. It returns ErrFenced or ErrLate if the licence is void,
-// and ErrBroken if another service may still be reaped.
-func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (removed []string, left int64, err error) {
-	limit := reapLimit
-	if w.Limit > 0 {
-		limit = min(w.Limit, reapLimit)
-	}
-	argv := []any{s.keys.Changes(), string(svc), s.now, rand.Text(), w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, limit}
-	keys := append(s.keys.change(svc), s.keys.Reaper(w.ID))
+// address is in exactly one answer, whatever number of reapers run. It returns
+// ErrFenced or ErrLate if the licence is void, and ErrBroken if another service
+// may still be reaped.
+func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) {
+	argv := []any{s.keys.Changes(), string(svc), s.now, rand.Text(), w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds()}
+	keys := append(s.keys.change(svc), s.keys.Reaper(w.ID), s.keys.LetGo())
 	r, err := s.reap.Run(ctx, s.rdb, keys, argv...).Slice()
 	if err != nil {
 		if broken(err) {
 			err = fmt.Errorf("%w: %w", ErrBroken, err)
 		}
-		return nil, 0, fmt.Errorf("reap %s: %w", svc, err)
+		return Reaped{}, fmt.Errorf("reap %s: %w", svc, err)
 	}
 	if len(r) < 3 {
-		return nil, 0, fmt.Errorf("reap %s: answer of %d parts", svc, len(r))
+		return Reaped{}, fmt.Errorf("reap %s: answer of %d parts", svc, len(r))
 	}
 	switch status := text(r[0]); status {
 	case "OK":
 	case "FENCED":
-		return nil, 0, fmt.Errorf("reap %s: %w", svc, ErrFenced)
+		return Reaped{}, fmt.Errorf("reap %s: %w", svc, ErrFenced)
 	case "LATE":
-		return nil, 0, fmt.Errorf("reap %s: %w", svc, ErrLate)
+		return Reaped{}, fmt.Errorf("reap %s: %w", svc, ErrLate)
 	default:
-		return nil, 0, fmt.Errorf("reap %s: unknown answer %q", svc, status)
+		return Reaped{}, fmt.Errorf("reap %s: unknown answer %q", svc, status)
 	}
+	out := Reaped{Version: integer(r[1]), Left: integer(r[2])}
 	for _, a := range r[3:] {
-		removed = append(removed, text(a))
+		out.Addrs = append(out.Addrs, text(a))
 	}
-	return removed, integer(r[2]), nil
+	return out, nil
 }
 
 // Config makes sure that the registry has a TTL and a heartbeat interval, and

@@ -124,7 +124,8 @@ func sweep(tb testing.TB, s *Store, cutoff int64) ([]string, int64, error) {
 	tb.Helper()
 	p, err := s.Pulse(tb.Context(), "r1", "pulse", time.Minute)
 	must(tb, err)
-	return s.Reap(tb.Context(), web, Sweep{ID: "r1", Token: "pulse", Last: p.Now, MaxAge: time.Second, Cutoff: cutoff})
+	out, err := s.Reap(tb.Context(), web, Sweep{ID: "r1", Token: "pulse", Last: p.Now, MaxAge: time.Second, Cutoff: cutoff})
+	return out.Addrs, out.Left, err
 }
 
 // expire takes out addr, which must be the only one to have missed the TTL.

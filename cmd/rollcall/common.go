@@ -93,21 +93,9 @@ func begin(c *cli.Context, pool int) (*session, error) {
 	if s.log, err = logger(c); err != nil {
 		return nil, err
 	}
-	access := registrar.Access{
-		Password:     func() (string, error) { return secret("ROLLCALL_REDIS_PASSWORD") },
-		SentinelUser: os.Getenv("ROLLCALL_SENTINEL_USER"),
-		CA:           c.String("redis-ca"), Cert: c.String("redis-cert"), Key: c.String("redis-key"),
-	}
-	// A file that is not there is a mistake now, and an outage later.
-	if _, err := access.Password(); err != nil {
-		return nil, usageError{err}
-	}
-	if access.SentinelPassword, err = secret("ROLLCALL_SENTINEL_PASSWORD"); err != nil {
-		return nil, usageError{err}
-	}
-	rdb, err := access.Open(c.String("redis"), pool)
+	rdb, err := open(c, "redis", pool)
 	if err != nil {
-		return nil, usageError{err}
+		return nil, err
 	}
 	if s.store, err = registrar.NewStore(rdb, c.String("namespace")); err != nil {
 		_ = rdb.Close()
@@ -115,6 +103,29 @@ func begin(c *cli.Context, pool int) (*session, error) {
 	}
 	s.close = func() { _ = rdb.Close() } // it has been used for the last time
 	return s, nil
+}
+
+// open makes a client of the URL that a flag has, with the password that the
+// flag's variables have.
+func open(c *cli.Context, flag string, pool int) (redis.UniversalClient, error) {
+	access := registrar.Access{
+		Password:     func() (string, error) { return secret(env(flag)[0] + "_PASSWORD") },
+		SentinelUser: os.Getenv("ROLLCALL_SENTINEL_USER"),
+		CA:           c.String("redis-ca"), Cert: c.String("redis-cert"), Key: c.String("redis-key"),
+	}
+	// A file that is not there is a mistake now, and an outage later.
+	_, err := access.Password()
+	if err != nil {
+		return nil, usageError{err}
+	}
+	if access.SentinelPassword, err = secret("ROLLCALL_SENTINEL_PASSWORD"); err != nil {
+		return nil, usageError{err}
+	}
+	rdb, err := access.Open(c.String(flag), pool)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	return rdb, nil
 }
 
 // secret reads the variable name, or the file that the variable name_FILE names.

@@ -490,6 +490,7 @@ func TestBadInput(t *testing.T) {
 		{"ttl", []string{"reap", "--ttl", "-1s"}},
 		{"ttl that differs", []string{"reap", "--ttl", "16s"}},
 		{"force alone", []string{"reap", "--force"}},
+		{"canary URL", []string{"reap", "--canary-redis", "http://u:secret@h"}},
 		{"wait for what", []string{"wait", "web", "--for", "happiness"}},
 		{"wait for how many", []string{"wait", "web", "--for", "ready=-1"}},
 	} {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -23,6 +24,8 @@ func reapCommand() *cli.Command {
 			&cli.DurationFlag{Name: "ttl", Value: registrar.DefaultTTL, EnvVars: env("ttl"), Usage: "after which a silent instance is dead; the same for every reaper"},
 			&cli.DurationFlag{Name: "heartbeat", EnvVars: env("heartbeat"), DefaultText: "a third of the TTL", Usage: "what instances without --interval beat at; the same for every reaper"},
 			&cli.DurationFlag{Name: "interval", Value: reaper.DefaultSweep, EnvVars: env("interval"), Usage: "longest time between two sweeps"},
+			&cli.StringFlag{Name: "canary-redis", EnvVars: env("canary-redis"), DefaultText: "the same as --redis",
+				Usage: "`URL` by which the reaper beats as an instance would, on a new connection each time; with an instance's user, password from ROLLCALL_CANARY_REDIS_PASSWORD or its _FILE"},
 			&cli.BoolFlag{Name: "set-ttl", Usage: "write this TTL and heartbeat to the registry instead of refusing to start if it has others"},
 			&cli.BoolFlag{Name: "once", Usage: "wait for proof that Redis is healthy, sweep once, print what went, and end"},
 			&cli.BoolFlag{Name: "force", Usage: "with --once: sweep without proof and without protection"},
@@ -45,7 +48,11 @@ func reapCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			r, err := reaper.New(cfg, s.store, s.log)
+			canary, err := newCanary(c)
+			if err != nil {
+				return err
+			}
+			r, err := reaper.New(cfg, s.store, canary, s.log)
 			if err != nil {
 				return usageError{err}
 			}
@@ -60,6 +67,32 @@ func reapCommand() *cli.Command {
 			return err
 		},
 	}
+}
+
+// newCanary returns the reaper's canary. A URL that is none is an error now and
+// not at the first beat.
+func newCanary(c *cli.Context) (reaper.Canary, error) {
+	flag := "redis"
+	if c.String("canary-redis") != "" {
+		flag = "canary-redis"
+	}
+	rdb, err := open(c, flag, 1)
+	if err != nil {
+		return nil, err
+	}
+	_ = rdb.Close() // it was never used
+	return func(ctx context.Context) error {
+		rdb, err := open(c, flag, 1)
+		if err != nil {
+			return err
+		}
+		defer rdb.Close()
+		store, err := registrar.NewStore(rdb, c.String("namespace"))
+		if err != nil {
+			return err
+		}
+		return store.Canary(ctx)
+	}, nil
 }
 
 func reapOnce(c *cli.Context, r *reaper.Reaper, p printer) error {

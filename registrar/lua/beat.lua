@@ -57,7 +57,7 @@ end
 
 local g, v = bump()
 if not g then return v end
-redis.call('SADD', KEYS[8], ARGV[2])
+if ARGV[2] ~= '_canary' then redis.call('SADD', KEYS[8], ARGV[2]) end -- it is no service; see Store.Canary
 redis.call('HSET', KEYS[2], addr, meta)
 redis.call('ZADD', KEYS[1], now, addr)
 redis.call('ZADD', KEYS[6], v, addr)

@@ -2,10 +2,12 @@
 -- Takes out instances of one service whose last beat is older than the
 -- cut-off. No flag: a Redis that would refuse a beat must refuse this too.
 --
--- KEYS  1 to 11 as in lib.lua   12 this reaper's pulse STRING
+-- KEYS  1 to 11 as in lib.lua   12 this reaper's pulse STRING   13 let-go STRING
 -- ARGV  1 to 4 as in lib.lua
 --       5 token of the last pulse   6 time of the last pulse, ms   7 its greatest age, ms
 --       8 cut-off, ms: out is who beat before it, not at it   9 most addresses a call
+--       10 let go, ms: above 0, only one is out, never the last of the service,
+--          and none of any service within so long after the one before
 -- Returns {status, service version, stale ones left, addr…}
 --   OK      each addr is out by this very call
 --   FENCED  Redis does not hold the pulse: other data, or it expired; nothing written
@@ -28,6 +30,13 @@ end
 
 local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. cut, 'LIMIT', 0, ARGV[9])
 if #stale == 0 then return {'OK', 0, 0} end
+local pace = tonumber(ARGV[10])
+if pace > 0 then
+  local left = redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. cut)
+  if redis.call('ZCARD', KEYS[1]) < 2 then return {'OK', 0, left} end
+  if not redis.call('SET', KEYS[13], token, 'NX', 'PX', pace) then return {'OK', 0, left} end
+  stale = {stale[1]}
+end
 local g, v = bump()
 if not g then return v end
 for _, a in ipairs(stale) do take_out(a, 'expired', now, v) end
