@@ -47,8 +47,8 @@ func (p Process) AtLeast(major, minor int) bool {
 
 // DefersAddr tells whether a server gets a new address only some time after the
 // command that asked for it, so that no later command of the same line may count
-// on it (HAProxy 3.0 and later; run on 2.6, 2.8, 2.9, 3.0, 3.2, 3.3 and 3.5-dev5).
-func (p Process) DefersAddr() bool { return p.AtLeast(3, 0) }
+// on it (HAProxy 2.9 and later; run on 2.6, 2.8, 2.9, 3.0, 3.2, 3.3 and 3.5-dev5).
+func (p Process) DefersAddr() bool { return p.AtLeast(2, 9) }
 
 // Admin is a server's administrative state.
 type Admin int

@@ -1,6 +1,7 @@
 package lbsync
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -39,6 +40,8 @@ var (
 	unset = netip.MustParseAddrPort("127.0.0.1:1")
 )
 
+var debian12 = Process{PID: 10, Started: 100, Version: "2.6.12-1+deb12u4"}
+
 func slot(n int, addr netip.AddrPort, admin Admin, weight int) Server {
 	return Server{Name: fmt.Sprint("s", n), ID: n, Addr: addr, Slot: true, Admin: admin, Weight: weight, Up: admin != Maint}
 }
@@ -61,6 +64,7 @@ func TestPlan(t *testing.T) {
 		name    string
 		have    []Server
 		want    Want
+		process Process
 		dynamic bool
 		checks  bool
 		static  bool
@@ -107,11 +111,14 @@ func TestPlan(t *testing.T) {
 			ops: "drain rc_10.0.0.1:80; maint rc_10.0.0.1:80; del rc_10.0.0.1:80"},
 		{name: "back before its slot was given away", have: []Server{slot(1, addrA, Maint, 0), slot(2, unset, Maint, 1)}, want: serveA, ops: "ready s1; weight s1 100"},
 		{name: "another's server with the address is not ours", have: []Server{{Name: "static", ID: 3, Addr: addrA, Up: true, Weight: 1}}, want: leaveA},
+		{name: "a used slot of HAProxy 2.9 is looked at first", process: Process{Version: "2.9.0-fddb8c13b"}, have: []Server{slot(1, addrB, Maint, 0)}, want: serveA, ops: "addr s1 10.0.0.1:80"},
+		{name: "and so where the version is unknown", process: Process{Version: "new"}, have: []Server{slot(1, addrB, Maint, 0)}, want: serveA, ops: "addr s1 10.0.0.1:80"},
+		{name: "2.8 gives the address at once", process: Process{Version: "2.8.0"}, have: []Server{slot(1, addrB, Maint, 0)}, want: serveA, ops: "addr s1 10.0.0.1:80; ready s1; weight s1 100"},
 		{name: "a slot without an address is no slot", have: []Server{slot(1, netip.AddrPort{}, Maint, 1)}, want: serveA, without: true},
 		{name: "of two with one address one goes", have: []Server{slot(1, addrA, Drain, 100), slot(2, addrA, Ready, 100)}, want: serveA, ops: "weight s1 0; maint s1"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			inv := NewInventory(State{Servers: tt.have}, func(a netip.AddrPort) bool { return tt.want.Goal == Serve && a == tt.want.Addr })
+			inv := NewInventory(State{cmp.Or(tt.process, debian12), tt.have}, func(a netip.AddrPort) bool { return tt.want.Goal == Serve && a == tt.want.Addr })
 			inv.Dynamic, inv.Checks, inv.Static = tt.dynamic, tt.checks, tt.static
 			ops, unplaced := Plan([]Want{tt.want}, inv, now, time.Second)
 			if got := words(ops); got != tt.ops {
@@ -126,7 +133,7 @@ func TestPlan(t *testing.T) {
 
 func TestSlotsAreUsedAgainAfterQuarantine(t *testing.T) {
 	now := time.Now()
-	inv := NewInventory(State{Servers: []Server{slot(1, addrA, Maint, 0)}}, func(netip.AddrPort) bool { return true })
+	inv := NewInventory(State{debian12, []Server{slot(1, addrA, Maint, 0)}}, func(netip.AddrPort) bool { return true })
 	if !inv.Release(addrA, now) {
 		t.Fatal("not released")
 	}

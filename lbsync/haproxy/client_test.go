@@ -204,6 +204,9 @@ func TestDynamicServer(t *testing.T) {
 
 func TestSlot(t *testing.T) {
 	h, c := start(t, haproxytest.Backend{Slots: 2, Check: true}, Config{})
+	if _, err := c.Probe(t.Context()); err != nil { // an address may come late
+		t.Fatal(err)
+	}
 	inst := haproxytest.NewInstance(t)
 	op := func(kind lbsync.Kind) lbsync.Op {
 		return lbsync.Op{Kind: kind, Name: "s2", ID: 2, Addr: inst.Addr(), Weight: 5}
