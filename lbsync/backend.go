@@ -19,6 +19,9 @@ const (
 	// maxSteps bounds the plans of one pass. A new server takes two, a leaving
 	// one three.
 	maxSteps = 6
+	// maxOps bounds one exchange of many: a whole plan for 10,000 servers would
+	// keep every other backend of the balancer waiting for seconds.
+	maxOps = 1000
 	// firstPoll and lastPoll pace the look at connections in use while a
 	// server drains.
 	firstPoll = 25 * time.Millisecond
@@ -62,6 +65,8 @@ type backend struct {
 	seen       time.Time  // last complete answer
 	readAt     time.Time  // last whole read
 	nextFull   time.Duration
+	rising     int                          // who waited for its check at the last whole read, or since
+	riseIn     time.Duration                // from that read to the next look at them
 	fast       map[netip.AddrPort]time.Time // up in the process before, and when it was last known
 	leaving    map[netip.AddrPort]*leaving  // being drained
 	held       map[netip.AddrPort]time.Time // due to leave, but kept; since when
@@ -205,7 +210,8 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	var addrs []netip.AddrPort
 	// What waits for other servers to be up, or for its own check to fail, must
 	// see all of them: HAProxy's checks tell nobody.
-	waits := len(b.held)+len(b.postponed) > 0 && now.Sub(b.readAt) >= waitPoll
+	waits := len(b.held)+len(b.postponed) > 0 && now.Sub(b.readAt) >= waitPoll ||
+		b.have != nil && b.have.Rising > 0 && now.Sub(b.readAt) >= b.riseIn
 	if b.have == nil || waits || now.Sub(b.readAt) >= b.nextFull {
 		if addrs, err = b.readWhole(ctx); err != nil {
 			return 0, err
@@ -267,6 +273,13 @@ func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
 	if b.mode == Slots && inv.Slots == 0 {
 		return nil, fmt.Errorf("backend %s has no server-template slots of host %s", b.name, SlotHost)
 	}
+	// Who has risen must be known to be up when HAProxy starts anew, long before
+	// the next full read.
+	b.riseIn = min(2*b.riseIn, waitPoll)
+	if inv.Rising != b.rising {
+		b.riseIn = lastPoll
+	}
+	b.rising = inv.Rising
 	b.have, b.readAt, b.seen = inv, time.Now(), time.Now()
 	b.nextFull = registrar.Shorten(b.cfg.Full)
 	all := map[netip.AddrPort]bool{}
@@ -376,22 +389,47 @@ func (b *backend) pursue(ctx context.Context, heard map[netip.AddrPort]time.Time
 		if slices.Equal(ops, last) {
 			return false, nil
 		}
-		got, err := b.balancer.Apply(ctx, b.name, ops)
-		if err != nil {
-			return false, err
-		}
-		if err := b.enter(ops, got); err != nil {
-			return false, err
-		}
-		b.tell(ops, got, heard)
-		b.overflow(ops)
-		if got.Static && !b.static {
-			b.log.Warn().Msg("the balance algorithm is static: every instance has the weight of the configuration")
-			b.static, b.have.Static = true, true
+		for _, part := range parts(ops) {
+			if err := b.apply(ctx, part, heard); err != nil {
+				return false, err
+			}
 		}
 		last = ops
 	}
 	return false, nil
+}
+
+// parts cuts a long plan, so that other backends have their turn in between.
+// The ops of one server stay together.
+func parts(ops []Op) [][]Op {
+	var out [][]Op
+	for len(ops) > maxOps {
+		n := maxOps
+		for n < len(ops) && ops[n].Name == ops[n-1].Name {
+			n++
+		}
+		out = append(out, ops[:n:n])
+		ops = ops[n:]
+	}
+	return append(out, ops)
+}
+
+// apply has the balancer carry out ops and takes in what became of them.
+func (b *backend) apply(ctx context.Context, ops []Op, heard map[netip.AddrPort]time.Time) error {
+	got, err := b.balancer.Apply(ctx, b.name, ops)
+	if err != nil {
+		return err
+	}
+	if err := b.enter(ops, got); err != nil {
+		return err
+	}
+	b.tell(ops, got, heard)
+	b.overflow(ops)
+	if got.Static && !b.static {
+		b.log.Warn().Msg("the balance algorithm is static: every instance has the weight of the configuration")
+		b.static, b.have.Static = true, true
+	}
+	return nil
 }
 
 // serveCold fills an empty backend with the last list, while Redis is away. A
@@ -438,6 +476,7 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 	defer b.mu.Unlock()
 	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, interrupted: b.broken, empty: b.have.Serving == 0}
 	serving := b.have.Serving
+	floor := sync.OnceValue(b.share)
 	wants := make([]Want, 0, len(addrs))
 	for _, addr := range addrs {
 		e := b.view.Lookup(addr)
@@ -467,7 +506,7 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 					l.Stringer("addr", addr).Str("server", s.Name).Msg("in maint by a human's hand; left alone")
 				})
 			}
-			if b.isLast(addr, w.State, s, serving) {
+			if b.isLast(addr, w.State, s, serving, floor) {
 				w.State = Ready
 			} else if w.State != Ready {
 				serving -= serves(&s)
@@ -475,7 +514,7 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 			wants = append(wants, w)
 			continue
 		}
-		if !v.word && b.leaving[addr] == nil && b.mustStay(addr, v, serves(&s) == 1, serving, now) {
+		if !v.word && b.leaving[addr] == nil && b.mustStay(addr, v, serves(&s) == 1, serving, floor, now) {
 			continue
 		}
 		if b.leaving[addr] == nil {
@@ -494,15 +533,30 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 	return wants
 }
 
-// isLast tells whether a drain must wait because nobody else is up. maint does
-// not wait: who says maint means it.
-func (b *backend) isLast(addr netip.AddrPort, state Admin, s Server, serving int) bool {
-	if state != Drain || serves(&s) == 0 || serving > 1 {
+// share is how many servers must be up of those that the register wants ready,
+// by MinShare, rounded up. The caller has mu.
+func (b *backend) share() int {
+	if b.cfg.MinShare == 0 {
+		return 0
+	}
+	ready := 0
+	b.view.Each(func(e registrar.Entry) {
+		if e.Present && admin(e.Instance.State()) == Ready && b.rules.allowed(e.Addr.Addr()) {
+			ready++
+		}
+	})
+	return (ready*b.cfg.MinShare + 99) / 100
+}
+
+// isLast tells whether a drain must wait because nobody else is up, or too few
+// of those who shall be. maint does not wait: who says maint means it.
+func (b *backend) isLast(addr netip.AddrPort, state Admin, s Server, serving int, floor func() int) bool {
+	if state != Drain || serves(&s) == 0 || serving > max(1, floor()) {
 		delete(b.postponed, addr)
 		return false
 	}
 	if !b.postponed[addr] {
-		b.log.Warn().Stringer("addr", addr).Msg("drain waits: no other server is up")
+		b.log.Warn().Stringer("addr", addr).Int("up", serving).Int("at_least", max(1, floor())).Msg("drain waits: too few other servers are up")
 	}
 	b.postponed[addr] = true
 	return true
@@ -510,14 +564,14 @@ func (b *backend) isLast(addr netip.AddrPort, state Admin, s Server, serving int
 
 // mustStay tells whether a server that is due to leave by absence alone is kept
 // for now: while its hold lasts, and while it is among the last that are up.
-func (b *backend) mustStay(addr netip.AddrPort, v verdict, up bool, serving int, now time.Time) bool {
+func (b *backend) mustStay(addr netip.AddrPort, v verdict, up bool, serving int, floor func() int, now time.Time) bool {
 	since, held := b.held[addr]
 	if !held {
 		since = now
 	}
 	why := v.why
 	stay := now.Sub(since) < v.hold
-	if !stay && up && serving <= b.cfg.MinServers {
+	if !stay && up && serving <= max(b.cfg.MinServers, floor()) {
 		stay, why = true, fmt.Sprintf("only %d servers are up", serving)
 	}
 	if !stay {
@@ -642,6 +696,12 @@ func (b *backend) pause(now time.Time) time.Duration {
 	}
 	if len(b.held) > 0 || len(b.unplaced) > 0 || len(b.postponed) > 0 {
 		next = min(next, waitPoll)
+	}
+	if b.have != nil && b.have.Rising > 0 {
+		if b.have.Rising > b.rising { // somebody came
+			b.rising, b.riseIn = b.have.Rising, lastPoll
+		}
+		next = min(next, max(b.riseIn-now.Sub(b.readAt), firstPoll))
 	}
 	if b.stale {
 		b.stale = false

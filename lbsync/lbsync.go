@@ -61,6 +61,10 @@ type Config struct {
 	DrainTimeout time.Duration
 	Quarantine   time.Duration
 	MinServers   int
+	// MinShare is how many percent, 0 to 100, of the instances that shall be
+	// ready must be up before a server that is up is drained, or goes by absence:
+	// in a deployment the old set shrinks as the new one comes up. 0 = one.
+	MinShare int
 	// StateFile keeps the last lists for a start without Redis; empty = none.
 	StateFile string
 }
@@ -108,6 +112,9 @@ func (c *Config) validate() error {
 	}
 	if c.MinServers < 0 {
 		return fmt.Errorf("at least %d servers: want 0 or more", c.MinServers)
+	}
+	if c.MinShare < 0 || c.MinShare > 100 {
+		return fmt.Errorf("share of %d %%: want 0 to 100", c.MinShare)
 	}
 	return nil
 }

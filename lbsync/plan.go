@@ -44,6 +44,8 @@ type Inventory struct {
 	// Serving counts the servers, ours or not, that are ready and up with a
 	// weight.
 	Serving int
+	// Rising counts ours that wait for their health check, with a weight.
+	Rising int
 
 	byAddr map[netip.AddrPort]*Server // ours, with an address of an instance
 	byName map[string]*Server
@@ -83,7 +85,7 @@ func NewInventory(st State, wanted func(netip.AddrPort) bool) *Inventory {
 		s := &st.Servers[i]
 		inv.ids[s.ID] = true
 		inv.byName[s.Name] = s
-		inv.Serving += serves(s)
+		inv.count(s, 1)
 		if !s.Ours() {
 			continue
 		}
@@ -138,6 +140,16 @@ func (inv *Inventory) occupy(s *Server) {
 	}
 }
 
+// count enters s into the counts, n times.
+func (inv *Inventory) count(s *Server, n int) {
+	switch {
+	case s.Serving():
+		inv.Serving += n
+	case s.Ours() && s.Admin == Ready && s.Weight > 0 && s.Checked:
+		inv.Rising += n
+	}
+}
+
 func serves(s *Server) int {
 	if s.Serving() {
 		return 1
@@ -170,7 +182,7 @@ func (inv *Inventory) Update(ops []Op, servers []Server) {
 		fresh, there := read[op.Name]
 		old, known := inv.byName[op.Name]
 		if known {
-			inv.Serving -= serves(old)
+			inv.count(old, -1)
 			if inv.byAddr[old.Addr] == old {
 				delete(inv.byAddr, old.Addr)
 			}
@@ -191,7 +203,7 @@ func (inv *Inventory) Update(ops []Op, servers []Server) {
 			inv.byName[old.Name] = old
 			inv.ids[old.ID] = true
 		}
-		inv.Serving += serves(old)
+		inv.count(old, 1)
 		if old.Ours() && old.Addr.IsValid() && !placeholder(old) {
 			inv.index(old)
 		}

@@ -656,6 +656,56 @@ func TestDrainKnowsWhoIsUp(t *testing.T) {
 	}
 }
 
+// A whole new set takes over: the old one shrinks as the new one comes up.
+func TestShareStaysUp(t *testing.T) {
+	for _, mode := range modes {
+		if !strings.HasSuffix(mode.name, "-check") {
+			continue
+		}
+		t.Run(mode.name, func(t *testing.T) {
+			w := newWorld(t, mode.backend, mode.options)
+			w.cfg.MinShare = 50
+			w.run(t, w.client(t))
+			old, fresh := make([]*haproxytest.Instance, 4), make([]*haproxytest.Instance, 4)
+			for i := range old {
+				old[i], fresh[i] = haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+				fresh[i].SetHealthy(false)
+				w.beat(t, old[i].Addr(), 100)
+			}
+			w.answers(t, old...)
+			for _, i := range fresh {
+				w.beat(t, i.Addr(), 100)
+			}
+			for _, i := range old {
+				w.word(t, i.Addr(), registrar.Word{Verb: "drain"})
+			}
+			left := func(n int) {
+				t.Helper()
+				haproxytest.Poll(t, fmt.Sprintf("%d of the old are ready", n), func() error {
+					got, ready := w.servers(t, "be"), 0
+					for _, i := range old {
+						if strings.HasPrefix(got[i.Addr().String()], "ready") {
+							ready++
+						}
+					}
+					if ready != n {
+						return fmt.Errorf("%d are: %v", ready, got)
+					}
+					return nil
+				})
+			}
+			left(2) // half of the four that shall be ready
+			w.passMarker(t)
+			left(2)
+			fresh[0].SetHealthy(true)
+			left(1)
+			fresh[1].SetHealthy(true)
+			left(0)
+			w.answers(t, fresh[:2]...)
+		})
+	}
+}
+
 func TestOthersServersAreLeftAlone(t *testing.T) {
 	for _, mode := range modes {
 		t.Run(mode.name, func(t *testing.T) {

@@ -30,6 +30,7 @@ func lbsyncCommand() *cli.Command {
 				Usage: "`NETWORK` whose addresses may reach HAProxy; repeatable"},
 			&cli.StringFlag{Name: "server-options", EnvVars: env("server-options"), Usage: "`KEYWORDS` for dynamic servers, such as \"check inter 2s\""},
 			&cli.IntFlag{Name: "min-servers", Value: lbsync.DefaultMinServers, EnvVars: env("min-servers"), Usage: "that are up; absence alone takes nobody out below it"},
+			&cli.IntFlag{Name: "min-share", EnvVars: env("min-share"), Usage: "`PERCENT` of the instances that shall be ready that must be up before a drain or an absence takes one out"},
 			&cli.DurationFlag{Name: "hold", Value: lbsync.DefaultHold, EnvVars: env("hold"), Usage: "how long a silent instance stays whose health check is up"},
 			&cli.DurationFlag{Name: "drain-timeout", Value: lbsync.DefaultDrainTimeout, EnvVars: env("drain-timeout"), Usage: "how long a leaving server's requests may last"},
 			&cli.StringFlag{Name: "state-file", EnvVars: env("state-file"), Usage: "`PATH` where the last lists are kept, for a start while Redis is away"},
@@ -122,7 +123,7 @@ func dryRun(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *sessio
 
 func syncConfig(c *cli.Context) (lbsync.Config, error) {
 	cfg := lbsync.Config{
-		Hold: c.Duration("hold"), DrainTimeout: c.Duration("drain-timeout"), MinServers: c.Int("min-servers"), StateFile: c.String("state-file"), Allow: lbsync.DefaultAllow(),
+		Hold: c.Duration("hold"), DrainTimeout: c.Duration("drain-timeout"), MinServers: c.Int("min-servers"), MinShare: c.Int("min-share"), StateFile: c.String("state-file"), Allow: lbsync.DefaultAllow(),
 	}
 	if c.Args().Present() {
 		return cfg, usage("unexpected argument %q", c.Args().First())

@@ -45,8 +45,8 @@ const (
 	maxPeek = 16
 	// manyOps is from where on pause is kept between lines: without it,
 	// thousands of changes raise the latency of HAProxy's own traffic.
-	manyOps = 1000
-	pause   = 5 * time.Millisecond
+	manyOps = 200
+	pause   = 2 * time.Millisecond
 	// settleFirst and settleLast are the pauses between the looks for an
 	// address that comes late: in all 31 ms.
 	settleFirst = time.Millisecond
