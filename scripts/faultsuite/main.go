@@ -10,6 +10,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -180,13 +181,23 @@ func perform(w *world, f fault) row {
 		}
 		f.play(w)
 		w.ended()
-		bound := time.Duration(f.bound * float64(w.ttl))
-		w.until("all is right", bound, w.cast.right)
-		r.Right = time.Since(w.over).Seconds()
-		w.sleep(w.beat / 2) // what comes late is seen
-		if err := w.cast.right(); err != nil {
-			w.Errorf("right once, but then: %v", err)
-		}
+		// Right is what stays right: a reaper's next pulses may still find that
+		// nothing from before counts.
+		var since time.Time
+		w.until("all is right", time.Duration(f.bound*float64(w.ttl))+w.beat/2, func() error {
+			if err := w.cast.right(); err != nil {
+				since = time.Time{}
+				return err
+			}
+			if since.IsZero() {
+				since = time.Now()
+			}
+			if time.Since(since) < w.beat/2 {
+				return errors.New("it is, but not for long")
+			}
+			return nil
+		})
+		r.Right = since.Sub(w.over).Seconds()
 		if f.check != nil {
 			if err := f.check(w); err != nil {
 				w.Error(err)

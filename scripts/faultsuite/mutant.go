@@ -34,25 +34,22 @@ var (
 	noClause     = edit{"reaper/protection.go", "note(c, c.Suspects >= serviceSuspect && c.Suspects*2 >= c.Members)", "note(c, c.Stale >= serviceSuspect && c.Stale*2 >= c.Members)"}
 	noWitness    = edit{"lbsync/want.go", "vouched := s.Checked && s.Up && s.Passed", "vouched := false"}
 	noHold       = edit{"lbsync/want.go", "hold: rd.ttl + 2*rd.interval, why:", "why:"}
-	noOwner      = edit{"registrar/lua/leave.lua", "~= ARGV[6]", "== ''"}
 	reapFull     = edit{"registrar/lua/reap.lua", "#!lua\n", "#!lua flags=allow-oom\n"}
 	pulseFull    = edit{"registrar/lua/pulse.lua", "#!lua\n", "#!lua flags=allow-oom\n"}
 	beatRefused  = edit{"registrar/lua/beat.lua", "#!lua flags=allow-oom\n", "#!lua\n"}
 )
 
 var mutants = []mutant{
-	{name: "proof-stop", fault: "stop", guard: "a whole TTL of proven writes (and protection)", edits: []edit{noProtection, noProof}},
 	{name: "proof-old", fault: "old-snapshot", guard: "a whole TTL of proven writes (and protection)", edits: []edit{noProtection, noProof}},
 	{name: "proof-down", fault: "down", guard: "a whole TTL of proven writes (and protection)", edits: []edit{noProtection, noProof}},
 	{name: "proof-lag", fault: "failover-lag", guard: "a whole TTL of proven writes (and protection)", edits: []edit{noProtection, noProof}},
-	{name: "control-stop", fault: "stop", edits: []edit{noProtection}},
 	{name: "control-old", fault: "old-snapshot", edits: []edit{noProtection}},
 	{name: "control-down", fault: "down", edits: []edit{noProtection}},
 	{name: "control-lag", fault: "failover-lag", edits: []edit{noProtection}},
-	{name: "clock", fault: "clock-forward", guard: "the clock against an anchor (and protection)", edits: []edit{noProtection, noClock}},
-	{name: "control-clock", fault: "clock-forward", edits: []edit{noProtection}},
-	{name: "refused", fault: "readonly", guard: "a refused pulse ends the healthy time (and protection)", edits: []edit{noProtection, noSoft}},
-	{name: "control-refused", fault: "readonly", edits: []edit{noProtection}},
+	{name: "clock", fault: "clock-steps", guard: "the clock against an anchor (and protection)", edits: []edit{noProtection, noClock}},
+	{name: "control-clock", fault: "clock-steps", edits: []edit{noProtection}},
+	{name: "refused", fault: "noreplicas", guard: "a refused pulse ends the healthy time (and protection)", edits: []edit{noProtection, noSoft}},
+	{name: "control-refused", fault: "noreplicas", edits: []edit{noProtection}},
 	{name: "full", fault: "oom", guard: "what refuses beats refuses pulse and reap (and protection)", edits: []edit{noProtection, beatRefused, pulseFull, reapFull}},
 	{name: "control-full", fault: "oom", edits: []edit{noProtection, beatRefused}},
 	{name: "protection", fault: "half-cut", guard: "protection", edits: []edit{noProtection}},

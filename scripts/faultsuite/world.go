@@ -63,8 +63,14 @@ func (w *world) sleep(d time.Duration) {
 	}
 }
 
-// ended notes the fault's end, from where the time to the right state counts.
+// ended notes the fault's end, from where the time to the right state counts,
+// and forgets what was seen before it.
 func (w *world) ended() {
+	for _, c := range w.casts() {
+		c.mu.Lock()
+		c.seen.known, c.seen.rotation = false, nil
+		c.mu.Unlock()
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.over = time.Now()
