@@ -49,7 +49,7 @@ var faults = []fault{
 					w.sleep(w.ttl / 8)
 				}
 				w.restart(w.aged(data, w.scaled(age)))
-				w.sleep(w.beat * 3 / 2)
+				w.sleep(w.beat * 11 / 10)
 			}
 		}},
 	{name: "down", worst: true, bound: 3, redis: []string{"--appendonly", "yes"}, what: "Redis is down for 60 s (1:5: 12 s) and keeps its data",
@@ -123,9 +123,9 @@ repeat t = redis.call('TIME') until t[1] * 1000 + t[2] / 1000 >= e`, nil, (w.ttl
 			w.sleep(2 * w.ttl)
 			w.config("maxclients", "10000")
 		}},
-	{name: "script-flush", worst: true, bound: 2, what: "SCRIPT FLUSH every 10 ms for a TTL: no beat fails",
+	{name: "script-flush", worst: true, bound: 2, what: "SCRIPT FLUSH every 10 ms for half a TTL: no beat fails",
 		play: func(w *world) {
-			for begun := time.Now(); time.Since(begun) < w.ttl; w.sleep(10 * time.Millisecond) {
+			for begun := time.Now(); time.Since(begun) < w.ttl/2; w.sleep(10 * time.Millisecond) {
 				w.must(w.rdb.ScriptFlush(w.ctx).Err())
 			}
 		},

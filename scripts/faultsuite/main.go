@@ -184,7 +184,7 @@ func perform(w *world, f fault) row {
 		// Right is what stays right: a reaper's next pulses may still find that
 		// nothing from before counts.
 		var since time.Time
-		w.until("all is right", time.Duration(f.bound*float64(w.ttl))+w.beat/2, func() error {
+		w.until("all is right", time.Duration(f.bound*float64(w.ttl))+w.ttl/10, func() error {
 			if err := w.cast.right(); err != nil {
 				since = time.Time{}
 				return err
@@ -192,7 +192,7 @@ func perform(w *world, f fault) row {
 			if since.IsZero() {
 				since = time.Now()
 			}
-			if time.Since(since) < w.beat/2 {
+			if time.Since(since) < w.ttl/10 {
 				return errors.New("it is, but not for long")
 			}
 			return nil
