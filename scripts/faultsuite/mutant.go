@@ -34,6 +34,7 @@ var (
 	noClause     = edit{"reaper/protection.go", "note(c, c.Suspects >= serviceSuspect && c.Suspects*2 >= c.Members)", "note(c, c.Stale >= serviceSuspect && c.Stale*2 >= c.Members)"}
 	noWitness    = edit{"lbsync/want.go", "vouched := s.Checked && s.Up && s.Passed", "vouched := false"}
 	noHold       = edit{"lbsync/want.go", "hold: rd.ttl + 2*rd.interval, why:", "why:"}
+	noCanary     = edit{"reaper/reaper.go", "\terr := r.canary(tctx)\n", "\t_ = tctx\n\tvar err error\n"}
 	reapFull     = edit{"registrar/lua/reap.lua", "#!lua\n", "#!lua flags=allow-oom\n"}
 	pulseFull    = edit{"registrar/lua/pulse.lua", "#!lua\n", "#!lua flags=allow-oom\n"}
 	beatRefused  = edit{"registrar/lua/beat.lua", "#!lua flags=allow-oom\n", "#!lua\n"}
@@ -50,8 +51,10 @@ var mutants = []mutant{
 	{name: "control-clock", fault: "clock-steps", edits: []edit{noProtection}},
 	{name: "refused", fault: "noreplicas", guard: "a refused pulse ends the healthy time (and protection)", edits: []edit{noProtection, noSoft}},
 	{name: "control-refused", fault: "noreplicas", edits: []edit{noProtection}},
-	{name: "full", fault: "oom", guard: "what refuses beats refuses pulse and reap (and protection)", edits: []edit{noProtection, beatRefused, pulseFull, reapFull}},
-	{name: "control-full", fault: "oom", edits: []edit{noProtection, beatRefused}},
+	{name: "full", fault: "oom", guard: "what refuses beats refuses pulse and reap (and protection, canary)", edits: []edit{noProtection, noCanary, beatRefused, pulseFull, reapFull}},
+	{name: "control-full", fault: "oom", edits: []edit{noProtection, noCanary, beatRefused}},
+	{name: "canary", fault: "maxclients", guard: "the canary (and protection)", edits: []edit{noProtection, noCanary}},
+	{name: "control-canary", fault: "maxclients", edits: []edit{noProtection}},
 	{name: "protection", fault: "half-cut", guard: "protection", edits: []edit{noProtection}},
 	{name: "suspects", fault: "half-cut", guard: "protection counts suspects, not the stale", edits: []edit{noSuspects, noClause}},
 	{name: "stale", fault: "all-stale", guard: "protection", edits: []edit{noProtection}},
