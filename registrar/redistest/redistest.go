@@ -25,11 +25,12 @@ var started atomic.Uint32
 
 // Server is one running redis-server.
 type Server struct {
-	Host   string // a loopback address of this server alone
-	Addr   string // host:port
-	Socket string // path of its unix socket
-	Dir    string // its working directory
-	file   string // its configuration, or empty
+	Host   string   // a loopback address of this server alone
+	Addr   string   // host:port
+	Socket string   // path of its unix socket
+	Dir    string   // its working directory
+	file   string   // its configuration, or empty
+	Env    []string // of the next Launch, besides this process's own
 	args   []string
 	cmd    *exec.Cmd
 }
@@ -128,6 +129,7 @@ func (s *Server) Launch(tb testing.TB) {
 	}
 	defer log.Close()
 	s.cmd = exec.Command("redis-server", args...)
+	s.cmd.Env = append(s.cmd.Environ(), s.Env...)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	// A test binary that is killed must not leave a server behind.
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

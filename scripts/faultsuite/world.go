@@ -1,0 +1,227 @@
+package main
+
+import (
+	"context"
+	_ "embed"
+	"encoding/binary"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"rollcall/lbsync/haproxy/haproxytest"
+	"rollcall/registrar/redistest"
+)
+
+// size is how many instances a cast has, the one that dies included.
+const size = 10
+
+//go:embed clock/clock.c
+var clockSource []byte
+
+// world is where one fault is played: a Redis, and on it a cast of rollcall's
+// and one of each mutant.
+type world struct {
+	*play
+	ttl, beat time.Duration
+	srv       *redistest.Server
+	rdb       *redis.Client
+	cast      *cast
+	mutants   []*cast
+	traffic   *traffic
+	clock     string // the file that shifts Redis' clock, if the fault needs one
+
+	watching sync.WaitGroup
+	mu       sync.Mutex
+	front    string    // the address of the Redis that counts
+	over     time.Time // the fault's end
+}
+
+// scaled makes a time of the real scale, with its TTL of 15 s, one of this.
+func (w *world) scaled(d time.Duration) time.Duration {
+	return time.Duration(float64(d) * float64(w.ttl) / float64(15*time.Second))
+}
+
+func (w *world) primary() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.front
+}
+
+func (w *world) casts() []*cast { return append([]*cast{w.cast}, w.mutants...) }
+
+// sleep lets the fault last: for a time that is its own, not for a condition.
+func (w *world) sleep(d time.Duration) {
+	select {
+	case <-w.ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+// ended notes the fault's end, from where the time to the right state counts,
+// and forgets what was seen before it.
+func (w *world) ended() {
+	for _, c := range w.casts() {
+		c.mu.Lock()
+		c.seen.known, c.seen.rotation = false, nil
+		c.mu.Unlock()
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.over = time.Now()
+}
+
+// until polls fn.
+func (w *world) until(what string, bound time.Duration, fn func() error) {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for begun := time.Now(); ; <-tick.C {
+		err := fn()
+		if err == nil {
+			return
+		}
+		if time.Since(begun) > bound {
+			w.Fatalf("waiting %v until %s: %v", bound, what, err)
+		}
+	}
+}
+
+// setup starts everything and returns when all is well.
+func (w *world) setup(f fault, binary string, mutants map[string]string) {
+	w.srv = redistest.Start(w, f.redis...)
+	if f.clock {
+		w.shiftable()
+	}
+	w.rdb = w.srv.Client(w)
+	w.front = w.srv.Addr
+	w.cast = w.newCast("rollcall", binary, f)
+	for name, path := range mutants {
+		w.mutants = append(w.mutants, w.newCast(name, path, f))
+	}
+	for _, c := range w.casts() {
+		w.until(c.namespace+" is ready", 30*time.Second, func() error {
+			return c.right()
+		})
+	}
+	w.traffic = startTraffic(w.play, w.cast.ha.Addr("be"))
+}
+
+func (w *world) newCast(namespace, binary string, f fault) *cast {
+	c := &cast{w: w, namespace: namespace, binary: binary}
+	c.seen = sighting{expired: map[string]string{}, unserved: map[string]int{}}
+	c.even, c.odd = newRelay(w.play, w.srv.Addr), newRelay(w.play, w.srv.Addr)
+	c.toReap, c.toSync = newRelay(w.play, w.srv.Addr), newRelay(w.play, w.srv.Addr)
+	c.reap()
+	w.until("the reaper has written the times", 10*time.Second, func() error {
+		return w.rdb.HGet(w.ctx, c.key("config"), "ttl_ms").Err()
+	})
+	c.ha = haproxytest.Start(w, haproxytest.Options{
+		Backends:  []haproxytest.Backend{{Name: "be", Balance: "roundrobin", Slots: size + 3, Check: true}},
+		StateFile: true,
+	})
+	for range size {
+		c.join()
+	}
+	if f.again {
+		c.reap()
+	}
+	c.syncing = []string{"lbsync", "--socket", c.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8", "--state-file", filepath.Join(w.srv.Dir, namespace+".state")}
+	c.balance()
+	ctx, cancel := context.WithCancel(w.ctx)
+	w.Cleanup(func() { cancel(); w.watching.Wait() })
+	w.watching.Go(func() { c.watchRedis(ctx) })
+	w.watching.Go(func() { c.watchHAProxy(ctx) })
+	return c
+}
+
+// shiftable starts Redis again with a clock that shift moves.
+func (w *world) shiftable() {
+	w.clock = filepath.Join(w.srv.Dir, "clock")
+	source, library := filepath.Join(w.srv.Dir, "clock.c"), filepath.Join(w.srv.Dir, "clock.so")
+	err := errors.Join(os.WriteFile(w.clock, make([]byte, 8), 0o600), os.WriteFile(source, clockSource, 0o600))
+	if err != nil {
+		w.Fatal(err)
+	}
+	if out, err := exec.Command("gcc", "-shared", "-fPIC", "-O1", "-o", library, source).CombinedOutput(); err != nil {
+		w.Fatalf("build the clock: %v\n%s", err, out)
+	}
+	w.srv.Kill(w)
+	w.srv.Env = []string{"LD_PRELOAD=" + library, "CLOCK_SHIFT=" + w.clock}
+	w.srv.Launch(w)
+}
+
+// shift moves Redis' wall clock to d beside the machine's.
+func (w *world) shift(d time.Duration) {
+	f, err := os.OpenFile(w.clock, os.O_WRONLY, 0)
+	if err == nil {
+		b := binary.NativeEndian.AppendUint64(nil, uint64(d.Microseconds()))
+		_, err = f.Write(b) // in place: it is mapped
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		w.Fatal(err)
+	}
+	now, err := w.rdb.Time(w.ctx).Result()
+	if off := time.Until(now) - d; err != nil || off.Abs() > time.Second {
+		w.Fatalf("redis' clock is %v beside where it was put: %v", off, err)
+	}
+}
+
+// snapshot returns Redis' data as it is now.
+func (w *world) snapshot() []byte {
+	if err := w.rdb.Save(w.ctx).Err(); err != nil {
+		w.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(w.srv.Dir, "dump.rdb"))
+	if err != nil {
+		w.Fatal(err)
+	}
+	return b
+}
+
+// restart kills Redis and starts it with this data; nil is none.
+func (w *world) restart(data []byte) {
+	w.srv.Kill(w)
+	file := filepath.Join(w.srv.Dir, "dump.rdb")
+	err := os.Remove(file)
+	if data != nil {
+		err = os.WriteFile(file, data, 0o600)
+	} else if errors.Is(err, os.ErrNotExist) {
+		err = nil
+	}
+	if err != nil {
+		w.Fatal(err)
+	}
+	w.srv.Launch(w)
+}
+
+// config sets one of Redis' settings.
+func (w *world) config(name, value string) {
+	if err := w.rdb.ConfigSet(w.ctx, name, value).Err(); err != nil {
+		w.Fatal(err)
+	}
+}
+
+// stopped holds Redis for d.
+func (w *world) stopped(d time.Duration) {
+	w.srv.Signal(w, syscall.SIGSTOP)
+	w.sleep(d)
+	w.srv.Signal(w, syscall.SIGCONT)
+}
+
+// moved has everybody find another Redis.
+func (w *world) moved(to string) {
+	w.mu.Lock()
+	w.front = to
+	w.mu.Unlock()
+	for _, c := range w.casts() {
+		for _, r := range []*relay{c.even, c.odd, c.toReap, c.toSync} {
+			r.move(to)
+		}
+	}
+}
