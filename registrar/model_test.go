@@ -1,0 +1,307 @@
+package registrar
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strconv"
+)
+
+// model is the register in plain Go: what DESIGN says of each change, without
+// keys, indexes or scripts. It is exact: TestHistories demands of Redis the same
+// answer, word for word.
+type model struct {
+	now           int64 // unix ms
+	ttl, interval int64 // ms
+	epoch         string
+	global        int64
+	services      map[Service]*serviceModel
+	pulses        map[string]string // by reaper
+	letGo         bool              // a reaper has let one go of late
+	messages      []string          // announced since the last look
+}
+
+type serviceModel struct {
+	version int64
+	here    map[netip.AddrPort]*instanceModel
+	words   map[netip.AddrPort]wordModel
+	gone    map[netip.AddrPort]Gone
+	// noted is when an absent address was last noted, changed the version of an
+	// address's last change, pruned the highest that was dropped with a note.
+	noted, changed map[netip.AddrPort]int64
+	pruned         int64
+}
+
+type instanceModel struct {
+	token, meta string
+	weight      int
+	draining    bool
+	beat        int64
+}
+
+// wordModel is an operator's word; weight is -1 where there is none.
+type wordModel struct {
+	state  AdminState
+	weight int
+	reason string
+}
+
+func (s *serviceModel) word(addr netip.AddrPort) wordModel {
+	if w, ok := s.words[addr]; ok {
+		return w
+	}
+	return wordModel{weight: -1}
+}
+
+func newModel(svcs ...Service) *model {
+	m := &model{now: t0, ttl: ttlMS, interval: intervalMS, services: map[Service]*serviceModel{}, pulses: map[string]string{}}
+	for _, svc := range svcs {
+		m.services[svc] = &serviceModel{
+			here: map[netip.AddrPort]*instanceModel{}, words: map[netip.AddrPort]wordModel{}, gone: map[netip.AddrPort]Gone{},
+			noted: map[netip.AddrPort]int64{}, changed: map[netip.AddrPort]int64{},
+		}
+	}
+	return m
+}
+
+// clone is a snapshot as Redis writes one.
+func (m *model) clone() *model {
+	c := *m
+	c.messages, c.pulses, c.services = nil, maps.Clone(m.pulses), map[Service]*serviceModel{}
+	for svc, s := range m.services {
+		d := *s
+		d.words, d.gone, d.noted, d.changed = maps.Clone(s.words), maps.Clone(s.gone), maps.Clone(s.noted), maps.Clone(s.changed)
+		d.here = map[netip.AddrPort]*instanceModel{}
+		for a, i := range s.here {
+			i := *i
+			d.here[a] = &i
+		}
+		c.services[svc] = &d
+	}
+	return &c
+}
+
+// bump makes the next versions; every change begins with it.
+func (m *model) bump(svc Service, epoch string) int64 {
+	m.global++
+	m.services[svc].version++
+	m.epoch = cmp.Or(m.epoch, epoch)
+	m.messages = append(m.messages, fmt.Sprintf("%d %s %d", m.global, svc, m.services[svc].version))
+	return m.services[svc].version
+}
+
+// note says how addr went, and drops what is older than 10 min.
+func (m *model) note(svc Service, addr netip.AddrPort, why Reason, token string) {
+	s := m.services[svc]
+	delete(s.here, addr)
+	s.gone[addr] = Gone{why, m.now, token}
+	s.noted[addr], s.changed[addr] = m.now, s.version
+}
+
+func (m *model) prune(svc Service) {
+	s := m.services[svc]
+	for addr, at := range s.noted {
+		if at < m.now-pruneAfter {
+			s.pruned = max(s.pruned, s.changed[addr])
+			delete(s.gone, addr)
+			delete(s.noted, addr)
+			delete(s.changed, addr)
+		}
+	}
+}
+
+func (m *model) beat(svc Service, addr netip.AddrPort, c client, claim bool, interval int64, epoch string) []any {
+	s := m.services[svc]
+	answer := func(status string, version int64) []any { return []any{status, m.now, version, m.ttl, m.interval} }
+	if interval*3 > m.ttl {
+		return answer("INTERVAL", 0)
+	}
+	i := s.here[addr]
+	status := "NEW"
+	switch g := s.gone[addr]; {
+	case i != nil && i.meta == c.meta():
+		i.beat = m.now
+		return answer("OK", 0)
+	case g.Token == c.token && (g.Reason == Left || g.Reason == Unhealthy):
+		return answer("LEFT", 0)
+	case i == nil:
+	case i.token == c.token:
+		status = "CHANGED"
+	case claim || m.now-i.beat > 2*m.interval:
+		status = "TAKEN"
+	default:
+		return answer("NOTOWNER", 0)
+	}
+	v := m.bump(svc, epoch)
+	s.here[addr] = &instanceModel{c.token, c.meta(), c.weight, c.draining, m.now}
+	s.changed[addr] = v
+	delete(s.gone, addr)
+	delete(s.noted, addr)
+	return answer(status, v)
+}
+
+func (m *model) leave(svc Service, addr netip.AddrPort, token string, why Reason, epoch string) []any {
+	s := m.services[svc]
+	g, noted := s.gone[addr]
+	switch i := s.here[addr]; {
+	case i != nil && i.token != token, i == nil && noted && g.Token != token:
+		return []any{"NOTOWNER", int64(0)}
+	case i == nil && noted && (g.Reason == Left || g.Reason == Unhealthy):
+		return []any{"SAME", s.version}
+	}
+	v := m.bump(svc, epoch)
+	m.note(svc, addr, why, token)
+	m.prune(svc)
+	return []any{"OK", v}
+}
+
+func (m *model) deregister(svc Service, addr netip.AddrPort, force bool, epoch string) []any {
+	i := m.services[svc].here[addr]
+	switch {
+	case i == nil:
+		return []any{"ABSENT", int64(0), int64(0)}
+	case !force && m.now-i.beat <= 2*m.interval:
+		return []any{"BEATS", int64(0), max(m.now-i.beat, 0)}
+	}
+	v := m.bump(svc, epoch)
+	m.note(svc, addr, Operator, i.token)
+	m.prune(svc)
+	return []any{"OK", v, m.now - i.beat}
+}
+
+func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int, reason, epoch string) []any {
+	s := m.services[svc]
+	here := int64(0)
+	if s.here[addr] != nil {
+		here = 1
+	}
+	was := s.word(addr)
+	w := was
+	switch verb {
+	case "weight":
+		w.weight = weight
+	case "ready":
+		w.state, w.reason = AdminNone, ""
+	default:
+		w.state, w.reason = AdminState(verb), reason
+	}
+	if w == was {
+		return []any{"SAME", s.version, here}
+	}
+	v := m.bump(svc, epoch)
+	s.words[addr], s.changed[addr] = w, v
+	if _, ok := s.noted[addr]; here == 0 && !ok {
+		s.noted[addr] = m.now
+	}
+	m.prune(svc)
+	return []any{"OK", v, here}
+}
+
+func (m *model) pulse(id, token, epoch string) []any {
+	before := []any{m.now, "replid", m.epoch, m.pulses[id]}
+	m.epoch = cmp.Or(m.epoch, epoch)
+	m.pulses[id] = token
+	return before
+}
+
+func (m *model) reap(svc Service, w Sweep, limit int, epoch string) []any {
+	age := m.now - w.Last
+	switch {
+	case m.pulses[w.ID] != w.Token:
+		return []any{"FENCED", int64(0), int64(0)}
+	case age < 0 || age > w.MaxAge.Milliseconds():
+		return []any{"LATE", int64(0), int64(0)}
+	}
+	s := m.services[svc]
+	var stale []netip.AddrPort
+	for addr, i := range s.here {
+		i.beat = min(i.beat, m.now)
+		if i.beat < w.Cutoff {
+			stale = append(stale, addr)
+		}
+	}
+	slices.SortFunc(stale, func(a, b netip.AddrPort) int {
+		return cmp.Or(cmp.Compare(s.here[a].beat, s.here[b].beat), cmp.Compare(a.String(), b.String()))
+	})
+	if len(stale) == 0 {
+		return []any{"OK", int64(0), int64(0)}
+	}
+	out := stale[:min(len(stale), limit)]
+	if w.LetGo > 0 {
+		if m.letGo || len(s.here) < 2 {
+			return []any{"OK", int64(0), int64(len(stale))}
+		}
+		m.letGo, out = true, stale[:1]
+	}
+	v := m.bump(svc, epoch)
+	answer := []any{"OK", v, int64(len(stale) - len(out))}
+	for _, addr := range out {
+		m.note(svc, addr, Expired, s.here[addr].token)
+		answer = append(answer, addr.String())
+	}
+	m.prune(svc)
+	return answer
+}
+
+// seen is what a reader knows of one address. Its zero value: it is not there.
+type seen struct {
+	here     bool
+	token    string
+	weight   int
+	draining bool
+	word     wordModel
+	gone     Gone
+}
+
+type view map[netip.AddrPort]seen
+
+// view is what a whole read must show now.
+func (s *serviceModel) view() view {
+	v := view{}
+	for addr, g := range s.gone {
+		v[addr] = seen{gone: g}
+	}
+	for addr, i := range s.here {
+		v[addr] = seen{here: true, token: i.token, weight: i.weight, draining: i.draining, word: s.word(addr)}
+	}
+	return v
+}
+
+// fold applies a read to an earlier view.
+func (v view) fold(snap Snapshot) (view, error) {
+	n := view{}
+	if !snap.Full {
+		n = maps.Clone(v)
+	}
+	for _, e := range snap.Entries {
+		if e.Garbage != "" {
+			return nil, fmt.Errorf("%v is garbage: %s", e.Addr, e.Garbage)
+		}
+		x := seen{here: e.Present}
+		if e.Gone != nil {
+			x.gone = *e.Gone
+		}
+		if i := e.Instance; e.Present {
+			x.token, x.weight, x.draining = i.Meta.ID, i.Meta.Weight, i.Meta.Draining
+			x.word = wordModel{i.Admin.State, -1, i.Admin.Reason}
+			if i.Admin.Weight != nil {
+				x.word.weight = *i.Admin.Weight
+			}
+		}
+		n[e.Addr] = x
+	}
+	return n, nil
+}
+
+// client is one registration of one address, as its sidecar knows it.
+type client struct {
+	token    string
+	weight   int
+	draining bool
+}
+
+func (c client) meta() string {
+	return `{"id":"` + c.token + `","weight":` + strconv.Itoa(c.weight) + `,"draining":` + strconv.FormatBool(c.draining) + `}`
+}
