@@ -3,6 +3,7 @@ package registrar
 import (
 	"fmt"
 	"regexp"
+	"strings"
 )
 
 // DefaultNamespace begins every key unless the operator says otherwise.
@@ -49,6 +50,41 @@ func (k Keys) LetGo() string { return k.ns + ":let-go" }
 func (k Keys) Reaper(id string) string { return k.ns + ":reaper:" + id }
 
 func (k Keys) of(s Service, what string) string { return k.ns + ":{" + string(s) + "}:" + what }
+
+// kind returns the Redis type that key must have and the service that it is of,
+// if it is of one. The type is empty for a key that nothing of rollcall owns.
+func (k Keys) kind(key string) (svc Service, typ string) {
+	switch key {
+	case k.Services():
+		return "", "set"
+	case k.Version(), k.Epoch():
+		return "", "string"
+	case k.Config(), k.ns + ":reapers":
+		return "", "hash"
+	case k.Balancers():
+		return "", "zset"
+	}
+	if strings.HasPrefix(key, k.Reaper("")) {
+		return "", "string"
+	}
+	name, what, ok := strings.Cut(strings.TrimPrefix(key, k.ns+":{"), "}:")
+	svc = Service(name)
+	if !ok || key != k.of(svc, what) {
+		return "", ""
+	}
+	switch key {
+	case k.Instances(svc), k.GoneAt(svc), k.Changed(svc):
+		return svc, "zset"
+	case k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Applied(svc):
+		return svc, "hash"
+	case k.ServiceVersion(svc):
+		return svc, "string"
+	}
+	if strings.HasPrefix(what, "fence:") {
+		return svc, "string"
+	}
+	return "", ""
+}
 
 // change lists the keys of every script that changes one service, in the order
 // that lua/lib.lua names them.

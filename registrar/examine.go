@@ -1,0 +1,402 @@
+package registrar
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// This file gathers facts for `rollcall doctor`. It judges nothing and writes
+// nothing.
+
+// Unknown is the value of a number that Redis did not tell.
+const Unknown = -1
+
+// Server is what a Redis says of itself. Numbers are Unknown, and strings empty,
+// where it does not say.
+type Server struct {
+	Version     string
+	Role        string // master or slave
+	Policy      string // maxmemory-policy
+	Persistent  string // yes, no, or empty: unknown
+	WriteFault  string // why it refuses writes for its disk's sake; empty if it does not
+	Memory      int64  // bytes in use
+	MaxMemory   int64  // bytes; 0 = no limit
+	Clients     int64
+	MaxClients  int64
+	Replicas    int64 // connected
+	MinReplicas int64 // min-replicas-to-write
+	Good        int64 // replicas that count for it
+	PubSubLimit int64 // hard limit of a subscriber's output buffer, bytes; 0 = none
+	// Redis' clock less this host's is within these two: the bounds are one
+	// round trip apart.
+	ClockMin, ClockMax time.Duration
+}
+
+// Examine asks Redis what it is and how it is set up.
+func (s *Store) Examine(ctx context.Context) (Server, error) {
+	sent := time.Now()
+	now, err := s.rdb.Time(ctx).Result()
+	received := time.Now()
+	if err != nil {
+		return Server{}, fmt.Errorf("read redis' clock: %w", err)
+	}
+	text, err := s.rdb.Info(ctx).Result()
+	if err != nil {
+		return Server{}, fmt.Errorf("read redis' INFO: %w", err)
+	}
+	info := map[string]string{}
+	for line := range strings.Lines(text) {
+		if k, v, ok := strings.Cut(strings.TrimSpace(line), ":"); ok {
+			info[k] = v
+		}
+	}
+	settings := map[string]string{}
+	for _, name := range []string{"save", "min-replicas-to-write", "client-output-buffer-limit"} {
+		// Many users may not read the configuration: then it is unknown.
+		got, err := s.rdb.ConfigGet(ctx, name).Result()
+		var refused redis.Error
+		switch {
+		case err == nil:
+			for k, v := range got {
+				settings[k] = v
+			}
+		case !errors.As(err, &refused):
+			return Server{}, fmt.Errorf("read redis' setting %s: %w", name, err)
+		}
+	}
+	o := Server{
+		Version: info["redis_version"], Role: info["role"], Policy: info["maxmemory_policy"],
+		Memory: field(info, "used_memory"), MaxMemory: field(info, "maxmemory"),
+		Clients: field(info, "connected_clients"), MaxClients: field(info, "maxclients"),
+		Replicas: field(info, "connected_slaves"), MinReplicas: field(settings, "min-replicas-to-write"),
+		Good: field(info, "min_slaves_good_slaves"), PubSubLimit: Unknown,
+		ClockMin: now.Sub(received.Round(0)), ClockMax: now.Sub(sent.Round(0)),
+	}
+	save, known := settings["save"]
+	switch {
+	case info["aof_enabled"] == "1" || save != "":
+		o.Persistent = "yes"
+	case known && info["aof_enabled"] == "0":
+		o.Persistent = "no"
+	}
+	for _, f := range []string{"rdb_last_bgsave_status", "aof_last_write_status"} {
+		if v := info[f]; v != "" && v != "ok" {
+			o.WriteFault = f + " is " + v
+		}
+	}
+	f := strings.Fields(settings["client-output-buffer-limit"])
+	if i := slices.Index(f, "pubsub"); i >= 0 && i+1 < len(f) {
+		if n, err := strconv.ParseInt(f[i+1], 10, 64); err == nil {
+			o.PubSubLimit = n
+		}
+	}
+	return o, nil
+}
+
+func field(m map[string]string, key string) int64 {
+	n, err := strconv.ParseInt(m[key], 10, 64)
+	if err != nil {
+		return Unknown
+	}
+	return n
+}
+
+// The roles whose rights Rights tries.
+const (
+	RoleSidecar = "register"
+	RoleReaper  = "reap"
+	RoleSync    = "lbsync"
+	RoleAdmin   = "operator" // drain, maint, ready, weight, deregister
+)
+
+// Roles lists them all.
+var Roles = []string{RoleSidecar, RoleReaper, RoleSync, RoleAdmin}
+
+// right is one command, with a key or a channel where it takes one.
+type right struct {
+	roles string // the roles that need it; empty for all
+	args  []any
+}
+
+// rights lists every command that the store and its scripts send, once with a
+// key of each kind that it is used on.
+func (s *Store) rights(svc Service) []right {
+	k := s.keys
+	const changers = RoleSidecar + " " + RoleReaper + " " + RoleAdmin
+	const writers = changers + " " + RoleSync
+	z, h, str := k.Instances(svc), k.Meta(svc), k.ServiceVersion(svc)
+	return []right{
+		{"", []any{"ping"}}, {"", []any{"time"}}, {"", []any{"info"}}, {"", []any{"eval_ro", "return 1", 0}},
+		{"", []any{"evalsha_ro", "-", 0}}, {"", []any{"get", str}}, {"", []any{"get", k.Epoch()}}, {"", []any{"get", k.Version()}},
+		{"", []any{"hget", h, "-"}}, {"", []any{"hmget", k.Config(), "-"}}, {"", []any{"hgetall", h}}, {"", []any{"hgetall", k.Applied(svc)}},
+		{"", []any{"zscore", k.Balancers(), "-"}}, {"", []any{"zmscore", z, "-"}}, {"", []any{"zrange", z, 0, 0}},
+		{"", []any{"zrangebyscore", k.Changed(svc), 0, 0}}, {"", []any{"smembers", k.Services()}},
+		{writers, []any{"eval", "return 1", 0}}, {writers, []any{"evalsha", "-", 0}}, {writers, []any{"zadd", z, 0, "-"}},
+		{changers, []any{"type", z}}, {changers, []any{"incr", str}}, {changers, []any{"incr", k.Version()}},
+		{changers, []any{"setnx", k.Epoch(), "-"}}, {changers, []any{"publish", k.Changes(), "-"}},
+		{changers, []any{"hset", h, "-", "-"}}, {changers, []any{"hset", k.Gone(svc), "-", "-"}}, {changers, []any{"hdel", h, "-"}},
+		{changers, []any{"zrem", z, "-"}}, {changers, []any{"zadd", k.GoneAt(svc), 0, "-"}}, {changers, []any{"zcard", z}},
+		{changers, []any{"sadd", k.Services(), "-"}}, {changers, []any{"srem", k.Services(), "-"}},
+		{RoleAdmin, []any{"hset", k.Admin(svc), "-", "-"}},
+		{RoleReaper, []any{"set", k.Reaper("-"), "-"}}, {RoleReaper, []any{"zcount", z, 0, 0}}, {RoleReaper, []any{"hsetnx", k.Config(), "-", "-"}},
+		{RoleSync, []any{"subscribe", k.Changes()}}, {RoleSync, []any{"hkeys", k.Applied(svc)}}, {RoleSync, []any{"hset", k.Applied(svc), "-", "-"}}, {RoleSync, []any{"hdel", k.Applied(svc), "-"}},
+		{RoleSync, []any{"zadd", k.Balancers(), 0, "-"}}, {RoleSync, []any{"zremrangebyscore", k.Balancers(), 0, 0}},
+	}
+}
+
+// ErrNoTrial says that this user may not even try: MULTI and DISCARD.
+var ErrNoTrial = errors.New("the user may not use MULTI and DISCARD")
+
+// Rights tries each command that the roles need, as the store's own user, and
+// returns for each role what is refused, in Redis' words. Nothing is executed:
+// Redis checks a command's rights when it is queued after MULTI, and DISCARD
+// drops the queue. Of a role that lacks nothing there is no entry.
+func (s *Store) Rights(ctx context.Context, svc Service) (map[string][]string, error) {
+	// Outside of a transaction the trial would be real, and without DISCARD the
+	// connection would stay in one: so first these. A DISCARD alone is an error.
+	if err := s.rdb.Do(ctx, "discard").Err(); err != nil && strings.HasPrefix(err.Error(), "NOPERM ") {
+		return nil, ErrNoTrial
+	}
+	if _, err := s.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+		p.Do(ctx, "multi")
+		p.Do(ctx, "discard")
+		return nil
+	}); err != nil {
+		if strings.HasPrefix(err.Error(), "NOPERM ") {
+			return nil, ErrNoTrial
+		}
+		return nil, fmt.Errorf("try rights: %w", err)
+	}
+	rs := s.rights(svc)
+	cmds, err := s.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+		p.Do(ctx, "multi")
+		for _, r := range rs {
+			p.Do(ctx, r.args...)
+		}
+		p.Do(ctx, "discard")
+		return nil
+	})
+	if len(cmds) != len(rs)+2 {
+		return nil, fmt.Errorf("try rights: %d answers to %d commands: %w", len(cmds), len(rs)+2, err)
+	}
+	missing := map[string][]string{}
+	for i, r := range rs {
+		err := cmds[i+1].Err()
+		var refused redis.Error
+		switch {
+		case err == nil:
+			continue
+		case !errors.As(err, &refused):
+			return nil, fmt.Errorf("try rights: %w", err)
+		case !strings.HasPrefix(refused.Error(), "NOPERM "):
+			continue // another reason, which comes after the check of rights
+		}
+		roles := strings.Fields(r.roles)
+		if len(roles) == 0 {
+			roles = Roles
+		}
+		what := fmt.Sprint(r.args[0])
+		for _, a := range r.args[1:] {
+			if name, ok := a.(string); ok && strings.HasPrefix(name, s.keys.ns+":") {
+				what += " " + name
+			}
+		}
+		for _, role := range roles {
+			missing[role] = append(missing[role], what)
+		}
+	}
+	return missing, nil
+}
+
+// Bounds of one look through the key space.
+const (
+	scanCount = 1000
+	scanCalls = 2000
+	scanPause = time.Millisecond
+)
+
+// Inventory is what the namespace holds.
+type Inventory struct {
+	Complete bool // else the look ended at its bound; what is listed is true
+	Keys     int
+	Unowned  []string // keys that nothing of rollcall writes
+	Mistyped []Mistyped
+	BadNames []string  // members of services that are no names
+	Orphans  []Service // have instances and are not in services: no reaper sees them
+	Empty    []Service // in services without instances
+	Services []Service // in services
+	Reapers  []string  // ids of reapers with a pulse that has not expired
+}
+
+// Mistyped is a key of rollcall's that holds something else.
+type Mistyped struct{ Key, Type, Want string }
+
+// Inventory looks at every key of the namespace, in small steps.
+func (s *Store) Inventory(ctx context.Context) (Inventory, error) {
+	var inv Inventory
+	seen := map[string]bool{}
+	withInstances := map[Service]bool{}
+	var cursor uint64
+	for calls := 0; ; calls++ {
+		if calls == scanCalls {
+			break
+		}
+		keys, next, err := s.rdb.Scan(ctx, cursor, s.keys.ns+":*", scanCount).Result()
+		if err != nil {
+			return inv, fmt.Errorf("scan the keys: %w", err)
+		}
+		keys = slices.DeleteFunc(keys, func(k string) bool { was := seen[k]; seen[k] = true; return was })
+		if err := s.sort(ctx, keys, &inv, withInstances); err != nil {
+			return inv, err
+		}
+		if cursor = next; cursor == 0 {
+			inv.Complete = true
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return inv, fmt.Errorf("scan the keys: %w", ctx.Err())
+		case <-time.After(Shorten(scanPause)):
+		}
+	}
+	inv.Keys = len(seen)
+	var err error
+	if inv.Services, inv.BadNames, err = s.Services(ctx); err != nil && !broken(err) {
+		return inv, err
+	}
+	doubtful := slices.Clone(inv.Services)
+	for svc := range withInstances {
+		if _, err := ParseService(string(svc)); err == nil && !slices.Contains(doubtful, svc) {
+			doubtful = append(doubtful, svc)
+		}
+	}
+	for _, svc := range doubtful {
+		listed, has, err := s.listed(ctx, svc)
+		switch {
+		case err != nil && !broken(err):
+			return inv, err
+		case err == nil && has && !listed:
+			inv.Orphans = append(inv.Orphans, svc)
+		case err == nil && listed && !has:
+			inv.Empty = append(inv.Empty, svc)
+		}
+	}
+	for _, l := range []*[]string{&inv.Unowned, &inv.BadNames, &inv.Reapers} {
+		slices.Sort(*l)
+	}
+	slices.SortFunc(inv.Mistyped, func(a, b Mistyped) int { return cmp.Compare(a.Key, b.Key) })
+	for _, l := range []*[]Service{&inv.Orphans, &inv.Empty, &inv.Services} {
+		slices.Sort(*l)
+	}
+	return inv, nil
+}
+
+// sort puts keys where they belong in inv.
+func (s *Store) sort(ctx context.Context, keys []string, inv *Inventory, withInstances map[Service]bool) error {
+	types := make([]*redis.StatusCmd, len(keys))
+	if len(keys) == 0 {
+		return nil
+	}
+	if _, err := s.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+		for i, key := range keys {
+			types[i] = p.Type(ctx, key)
+		}
+		return nil
+	}); err != nil {
+		return fmt.Errorf("read the keys' types: %w", err)
+	}
+	for i, key := range keys {
+		got := types[i].Val()
+		svc, want := s.keys.kind(key)
+		switch {
+		case got == "none": // it went meanwhile
+		case want == "":
+			inv.Unowned = append(inv.Unowned, key)
+		case got != want:
+			inv.Mistyped = append(inv.Mistyped, Mistyped{key, got, want})
+		case key == s.keys.Instances(svc):
+			withInstances[svc] = true
+		case strings.HasPrefix(key, s.keys.Reaper("")):
+			inv.Reapers = append(inv.Reapers, strings.TrimPrefix(key, s.keys.Reaper("")))
+		}
+	}
+	return nil
+}
+
+// listed tells whether svc is in services and whether it has instances, as both
+// were at one moment: each is asked twice, and only what did not change counts.
+func (s *Store) listed(ctx context.Context, svc Service) (listed, has bool, err error) {
+	var in [2]*redis.BoolCmd
+	var ex [2]*redis.IntCmd
+	if _, err := s.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+		for i := range in {
+			in[i], ex[i] = p.SIsMember(ctx, s.keys.Services(), string(svc)), p.Exists(ctx, s.keys.Instances(svc))
+		}
+		return nil
+	}); err != nil {
+		return false, false, fmt.Errorf("look at %s: %w", svc, err)
+	}
+	if in[0].Val() != in[1].Val() || ex[0].Val() != ex[1].Val() {
+		return true, true, nil // it is being used
+	}
+	return in[0].Val(), ex[0].Val() == 1, nil
+}
+
+// Registry is what the registry says of itself.
+type Registry struct {
+	Epoch         string // empty: none
+	TTL, Interval time.Duration
+	Configured    bool   // else both are the defaults
+	Fault         string // why the config key cannot be believed
+}
+
+// Registry reads the epoch and the config.
+func (s *Store) Registry(ctx context.Context) (Registry, error) {
+	r := Registry{TTL: DefaultTTL, Interval: DefaultInterval}
+	epoch, err := s.rdb.Get(ctx, s.keys.Epoch()).Result()
+	if err != nil && !errors.Is(err, redis.Nil) && !broken(err) {
+		return r, fmt.Errorf("read %s: %w", s.keys.Epoch(), err)
+	}
+	r.Epoch = epoch
+	got, err := s.rdb.HGetAll(ctx, s.keys.Config()).Result()
+	switch {
+	case err != nil && broken(err):
+		r.Fault = err.Error()
+		return r, nil
+	case err != nil:
+		return r, fmt.Errorf("read %s: %w", s.keys.Config(), err)
+	case len(got) == 0:
+		return r, nil
+	}
+	ttl, interval := field(got, "ttl_ms"), field(got, "interval_ms")
+	if ttl <= 0 || interval <= 0 {
+		r.Fault = fmt.Sprintf("ttl_ms is %q and interval_ms is %q", got["ttl_ms"], got["interval_ms"])
+		return r, nil
+	}
+	r.Configured, r.TTL, r.Interval = true, millis(ttl), millis(interval)
+	if err := CheckInterval(r.Interval, r.TTL); err != nil {
+		r.Fault = err.Error()
+	}
+	return r, nil
+}
+
+// LastPulse returns how long ago the reaper id pulsed, if its pulses expire
+// after expiry; Unknown if there is none.
+func (s *Store) LastPulse(ctx context.Context, id string, expiry time.Duration) (time.Duration, error) {
+	left, err := s.rdb.PTTL(ctx, s.keys.Reaper(id)).Result()
+	if err != nil {
+		return Unknown, fmt.Errorf("read %s: %w", s.keys.Reaper(id), err)
+	}
+	if left <= 0 { // -1: it never expires, so it is no pulse; -2: it is gone
+		return Unknown, nil
+	}
+	return max(0, expiry-left), nil
+}

@@ -1,0 +1,137 @@
+package registrar
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"rollcall/registrar/redistest"
+)
+
+// TestRightsCoverScripts holds the list of commands to what the scripts call.
+func TestRightsCoverScripts(t *testing.T) {
+	s, err := NewStore(nil, "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tried := map[string]string{}
+	for _, r := range s.rights("web") {
+		tried[fmt.Sprint(r.args[0])] += " " + cmp.Or(r.roles, "all")
+	}
+	roles := map[string][]string{
+		"beat": {RoleSidecar}, "leave": {RoleSidecar}, "deregister": {RoleAdmin}, "admin": {RoleAdmin},
+		"reap": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "ack": {RoleSync},
+		"read": nil, "versions": nil, "applied": nil, "lib": {RoleSidecar, RoleReaper, RoleAdmin},
+	}
+	err = fs.WalkDir(sources, ".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		src, err := sources.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		name := strings.TrimSuffix(strings.TrimPrefix(path, "lua/"), ".lua")
+		needs, known := roles[name]
+		if !known {
+			t.Errorf("%s: which role runs it?", path)
+		}
+		for _, m := range regexp.MustCompile(`redis\.p?call\('(\w+)'`).FindAllStringSubmatch(string(src), -1) {
+			of, ok := tried[strings.ToLower(m[1])]
+			if !ok {
+				t.Errorf("%s calls %s, which Rights does not try", path, m[1])
+			}
+			for _, role := range needs {
+				if !slices.Contains(strings.Fields(of), "all") && !slices.Contains(strings.Fields(of), role) {
+					t.Errorf("%s calls %s, which Rights does not try for %s", path, m[1], role)
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRights tries what would change everything, and nothing is changed.
+func TestRights(t *testing.T) {
+	redis := redistest.Start(t)
+	rdb := redis.Client(t)
+	store, err := NewStore(rdb, DefaultNamespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sub := rdb.Subscribe(t.Context(), store.Keys().Changes())
+	defer sub.Close()
+	if _, err := sub.Receive(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	missing, err := store.Rights(t.Context(), "web")
+	if err != nil || len(missing) != 0 {
+		t.Errorf("%v, %v", missing, err)
+	}
+	if n := rdb.DBSize(t.Context()).Val(); n != 0 {
+		t.Errorf("%d keys", n)
+	}
+	// Its own message is the first that a subscriber gets.
+	if err := rdb.Publish(t.Context(), store.Keys().Changes(), "end").Err(); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := sub.ReceiveMessage(t.Context()); err != nil || m.Payload != "end" {
+		t.Errorf("%v, %v", m, err)
+	}
+	redis.Kill(t)
+	if _, err := store.Rights(t.Context(), "web"); err == nil || errors.Is(err, ErrNoTrial) {
+		t.Errorf("without a redis: %v", err)
+	}
+}
+
+func TestKind(t *testing.T) {
+	k, err := NewKeys("x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		key string
+		svc Service
+		typ string
+	}{
+		{k.Services(), "", "set"}, {k.Version(), "", "string"}, {k.Epoch(), "", "string"}, {k.Config(), "", "hash"},
+		{k.Balancers(), "", "zset"}, {k.Reaper("a"), "", "string"}, {"x:reapers", "", "hash"},
+		{k.Instances("web"), "web", "zset"}, {k.Meta("web"), "web", "hash"}, {k.Admin("web"), "web", "hash"}, {k.Gone("web"), "web", "hash"},
+		{k.GoneAt("web"), "web", "zset"}, {k.Changed("web"), "web", "zset"}, {k.Applied("web"), "web", "hash"}, {k.ServiceVersion("web"), "web", "string"},
+		{"x:{web}:fence:a", "web", "string"},
+		{"x:{web}:other", "", ""}, {"x:{web}", "", ""}, {"x:web:meta", "", ""}, {"x:other", "", ""}, {"y:services", "", ""}, {"y:{web}:meta", "", ""}, {"{web}:meta", "", ""},
+	} {
+		if svc, typ := k.kind(tt.key); svc != tt.svc || typ != tt.typ {
+			t.Errorf("%s: %q %q, want %q %q", tt.key, svc, typ, tt.svc, tt.typ)
+		}
+	}
+}
+
+// TestInventoryOfMany shows that a look through a large namespace is whole.
+func TestInventoryOfMany(t *testing.T) {
+	rdb := redistest.Start(t).Client(t)
+	store, err := NewStore(rdb, DefaultNamespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 20000
+	if err := rdb.Eval(t.Context(), `for i = 1, ARGV[1] do redis.call('SET', 'other:' .. i, 1); redis.call('SET', KEYS[1] .. i, 1) end return 1`,
+		[]string{"rollcall:stray"}, n).Err(); err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	inv, err := store.Inventory(t.Context())
+	if err != nil || !inv.Complete || inv.Keys != n || len(inv.Unowned) != n {
+		t.Errorf("%d keys, %d unowned, complete %v, %v", inv.Keys, len(inv.Unowned), inv.Complete, err)
+	}
+	t.Logf("%d of %d keys in %v", inv.Keys, 2*n, time.Since(start).Round(time.Millisecond))
+}
