@@ -20,6 +20,7 @@ type reply struct {
 	stats   []string // the blocks that `show stat` printed, in order
 	states  []string // those of `show servers state`
 	conns   []string // those of `show servers conn`
+	files   []string // the configuration files that HAProxy was started with
 }
 
 // The first lines of the reports. The columns of the second are relied on by
@@ -137,6 +138,9 @@ func (r *reply) parseBody(body string) error {
 		}
 		if words, ok := refusal(line); ok {
 			r.refused = append(r.refused, words)
+		}
+		if files, ok := strings.CutPrefix(line, filesVariable+"="); ok {
+			r.files = strings.Split(files, ";")
 		}
 		previous, body = line, rest
 	}

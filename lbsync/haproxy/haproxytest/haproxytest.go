@@ -52,6 +52,8 @@ type HAProxy struct {
 	Socket string
 	// UserSocket is the path of a second one, level user.
 	UserSocket string
+	// OperatorSocket is the path of a third one, level operator.
+	OperatorSocket string
 
 	dir    string
 	binary string
@@ -94,13 +96,15 @@ func Start(tb testing.TB, o Options) *HAProxy {
 	tb.Cleanup(func() { _ = os.RemoveAll(dir) })
 
 	h := &HAProxy{
-		Socket:     filepath.Join(dir, "admin"),
-		UserSocket: filepath.Join(dir, "user"),
-		dir:        dir,
-		binary:     binary,
-		addrs:      make(map[string]string, len(o.Backends)),
-		state:      o.StateFile,
-		master:     o.MasterWorker,
+		Socket:         filepath.Join(dir, "admin"),
+		UserSocket:     filepath.Join(dir, "user"),
+		OperatorSocket: filepath.Join(dir, "operator"),
+
+		dir:    dir,
+		binary: binary,
+		addrs:  make(map[string]string, len(o.Backends)),
+		state:  o.StateFile,
+		master: o.MasterWorker,
 	}
 	for _, b := range o.Backends {
 		h.addrs[b.Name] = freeAddr(tb)
@@ -126,6 +130,7 @@ func (h *HAProxy) config(o Options) []byte {
 	line("  nbthread 2")
 	line("  stats socket %s mode 600 level admin expose-fd listeners", h.Socket)
 	line("  stats socket %s mode 600 level user", h.UserSocket)
+	line("  stats socket %s mode 600 level operator", h.OperatorSocket)
 	if o.StateFile {
 		line("  server-state-file %s", h.path("state"))
 	}
