@@ -492,6 +492,12 @@ func TestBadInput(t *testing.T) {
 		{"force alone", []string{"reap", "--force"}},
 		{"canary URL", []string{"reap", "--canary-redis", "http://u:secret@h"}},
 		{"wait for what", []string{"wait", "web", "--for", "happiness"}},
+		{"doctor's socket alone", []string{"doctor", "--socket", "/nonexistent"}},
+		{"doctor's backend alone", []string{"doctor", "--backend", "web=be"}},
+		{"doctor's configuration alone", []string{"doctor", "--config", "/nonexistent"}},
+		{"doctor's backend", []string{"doctor", "--socket", "/nonexistent", "--backend", "be"}},
+		{"doctor's role", []string{"doctor", "--role", "nurse"}},
+		{"doctor with an argument", []string{"doctor", "web"}},
 		{"wait for how many", []string{"wait", "web", "--for", "ready=-1"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

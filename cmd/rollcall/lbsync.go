@@ -128,16 +128,13 @@ func syncConfig(c *cli.Context) (lbsync.Config, error) {
 	if c.Args().Present() {
 		return cfg, usage("unexpected argument %q", c.Args().First())
 	}
-	for _, b := range c.StringSlice("backend") {
-		name, backend, ok := strings.Cut(b, "=")
-		if !ok || backend == "" {
-			return cfg, usage("--backend %q: want SERVICE=BACKEND", b)
-		}
-		svc, err := registrar.ParseService(name)
-		if err != nil {
-			return cfg, usageError{err}
-		}
-		cfg.Backends = append(cfg.Backends, lbsync.BackendConfig{Service: svc, Backend: backend, Mode: lbsync.Mode(c.String("mode"))})
+	backends, err := parseBackends(c.StringSlice("backend"))
+	if err != nil {
+		return cfg, err
+	}
+	for _, b := range backends {
+		b.Mode = lbsync.Mode(c.String("mode"))
+		cfg.Backends = append(cfg.Backends, b)
 	}
 	if len(cfg.Backends) == 0 {
 		return cfg, usageError{errors.New("no backend; name at least one with --backend SERVICE=BACKEND")}
@@ -153,6 +150,23 @@ func syncConfig(c *cli.Context) (lbsync.Config, error) {
 		}
 	}
 	return cfg, nil
+}
+
+// parseBackends reads SERVICE=BACKEND.
+func parseBackends(words []string) ([]lbsync.BackendConfig, error) {
+	var backends []lbsync.BackendConfig
+	for _, b := range words {
+		name, backend, ok := strings.Cut(b, "=")
+		if !ok || backend == "" {
+			return nil, usage("--backend %q: want SERVICE=BACKEND", b)
+		}
+		svc, err := registrar.ParseService(name)
+		if err != nil {
+			return nil, usageError{err}
+		}
+		backends = append(backends, lbsync.BackendConfig{Service: svc, Backend: backend})
+	}
+	return backends, nil
 }
 
 // prefixes lets zerolog print networks.

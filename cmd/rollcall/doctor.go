@@ -1,0 +1,760 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"rollcall/lbsync"
+	"rollcall/lbsync/haproxy"
+	"rollcall/registrar"
+)
+
+// state is what a finding comes to.
+type state string
+
+// The states. Bad is what loses requests or instances, now or at the next
+// reload, restart or fail-over; warn is a margin that is gone.
+const (
+	stateOK      state = "ok"
+	stateWarn    state = "warn"
+	stateBad     state = "bad"
+	stateUnknown state = "unknown" // no right to look, or no answer
+)
+
+// finding is one line of doctor. Why and Fix are empty if it is ok.
+type finding struct {
+	Check string `json:"check"`
+	State state  `json:"state"`
+	Seen  string `json:"seen"`
+	Why   string `json:"why,omitempty"`
+	Fix   string `json:"fix,omitempty"`
+}
+
+// errBad says that a finding would lose traffic: exit code 1.
+var errBad = errors.New("traffic would be lost")
+
+const (
+	// doctorTimeout bounds the look through the key space.
+	doctorTimeout = 30 * time.Second
+	// settle is how long a balancer may take to apply what it is behind with.
+	settle = 2 * time.Second
+	// maxSkew is how far two clocks may lie apart unremarked.
+	maxSkew = time.Second
+	// fullPercent is where a margin is thin, and overPercent where it is gone.
+	fullPercent, overPercent = 80, 95
+	// pubSubFloor is less than the messages of 10,000 changes take.
+	pubSubFloor = 1 << 20
+	// pulseTTLs is how many TTL a reaper's pulse stays.
+	pulseTTLs = 4
+	// listed is the most names that a finding shows.
+	listed = 5
+)
+
+func doctorCommand() *cli.Command {
+	return &cli.Command{
+		Name: "doctor", Usage: "look whether Redis, the registry, the roles and HAProxy are set up right; exit code 1 if traffic would be lost",
+		Flags: redisFlags(outputFlag(),
+			&cli.StringSliceFlag{Name: "socket", EnvVars: env("socket"), Usage: "`PATH` of a HAProxy's stats socket, as lbsync has it; repeatable"},
+			&cli.StringSliceFlag{Name: "backend", EnvVars: env("backend"), Usage: "`SERVICE=BACKEND`, as lbsync has it; repeatable"},
+			&cli.StringSliceFlag{Name: "config", EnvVars: env("config"), Usage: "`FILE` of HAProxy's configuration, only read; repeatable, in HAProxy's order"},
+			&cli.StringSliceFlag{Name: "role", EnvVars: env("role"), DefaultText: "all",
+				Usage: "`ROLE` that the Redis user of --redis is for: " + strings.Join(registrar.Roles, ", ") + "; repeatable"},
+			&cli.DurationFlag{Name: "ttl", EnvVars: env("ttl"), DefaultText: "not compared", Usage: "that your reapers are started with"},
+			&cli.DurationFlag{Name: "heartbeat", EnvVars: env("heartbeat"), DefaultText: "not compared", Usage: "that your reapers are started with"},
+		),
+		Action: func(c *cli.Context) error {
+			if _, err := args(c, "", 0); err != nil {
+				return err
+			}
+			backends, err := parseBackends(c.StringSlice("backend"))
+			if err != nil {
+				return err
+			}
+			sockets := c.StringSlice("socket")
+			switch {
+			case (len(sockets) > 0) != (len(backends) > 0):
+				return usage("--socket and --backend go together")
+			case len(c.StringSlice("config")) > 0 && len(sockets) == 0:
+				return usage("--config goes with --socket and --backend")
+			}
+			roles := registrar.Roles
+			if c.IsSet("role") {
+				roles = c.StringSlice("role")
+			}
+			for _, r := range roles {
+				if !slices.Contains(registrar.Roles, r) {
+					return usage("--role %q: want one of %s", r, strings.Join(registrar.Roles, ", "))
+				}
+			}
+			s, err := begin(c, 1)
+			if err != nil {
+				return err
+			}
+			defer s.close()
+			clients := make([]*haproxy.Client, len(sockets))
+			for i, socket := range sockets {
+				if clients[i], err = haproxy.New(haproxy.Config{Socket: socket}, s.log); err != nil {
+					return usageError{err}
+				}
+			}
+			d := &doctor{store: s.store, backends: backends, roles: roles}
+			d.registry(c.Context, c.Duration("ttl"), c.Duration("heartbeat"))
+			for i, client := range clients {
+				d.haproxy(c.Context, sockets[i], client, c.StringSlice("config"))
+			}
+			if err := s.findings(d.findings); err != nil {
+				return err
+			}
+			bad := 0
+			for _, f := range d.findings {
+				if f.State == stateBad {
+					bad++
+				}
+			}
+			if bad > 0 {
+				return fmt.Errorf("%w: findings that are bad: %d", errBad, bad)
+			}
+			return nil
+		},
+	}
+}
+
+func (p printer) findings(fs []finding) error {
+	if p.json {
+		return p.document(fs)
+	}
+	width := 0
+	for _, f := range fs {
+		width = max(width, len(f.Check))
+	}
+	for _, f := range fs {
+		if _, err := fmt.Fprintf(p.w, "%-7s  %-*s  %s\n", f.State, width, plain(f.Check), plain(f.Seen)); err != nil {
+			return err
+		}
+		for _, more := range []struct{ name, text string }{{"why", f.Why}, {"fix", f.Fix}} {
+			if more.text == "" {
+				continue
+			}
+			if _, err := fmt.Fprintf(p.w, "         %s: %s\n", more.name, plain(more.text)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// doctor gathers findings.
+type doctor struct {
+	store    *registrar.Store
+	backends []lbsync.BackendConfig
+	roles    []string
+	findings []finding
+
+	known bool                        // the registry was read
+	sizes map[registrar.Service]int64 // instances of each service
+}
+
+func (d *doctor) add(check string, s state, why, fix, seen string, args ...any) {
+	f := finding{Check: check, State: s, Seen: fmt.Sprintf(seen, args...)}
+	if s != stateOK {
+		f.Why, f.Fix = why, fix
+	}
+	d.findings = append(d.findings, f)
+}
+
+// unknown says that err kept a check from being made.
+func (d *doctor) unknown(check string, err error, fix string) {
+	d.add(check, stateUnknown, "what was not seen may be wrong", fix, "%v", err)
+}
+
+// worst is bad, or else warn, or else ok.
+func worst(bad, warn bool) state {
+	switch {
+	case bad:
+		return stateBad
+	case warn:
+		return stateWarn
+	}
+	return stateOK
+}
+
+// registry looks at Redis, at what is in it, and at the roles that write there.
+func (d *doctor) registry(ctx context.Context, ttl, heartbeat time.Duration) {
+	tctx, cancel := registrar.WithTimeout(ctx)
+	err := d.store.Ping(tctx)
+	cancel()
+	if err != nil {
+		d.add("redis", stateBad, "without it nobody's coming or going is heard of", "check --redis and its password, and that redis-server runs", "%v", err)
+		d.unknown("registry", errors.New("not looked at"), "the finding above comes first")
+		return
+	}
+	tctx, cancel = registrar.WithTimeout(ctx)
+	server, err := d.store.Examine(tctx)
+	cancel()
+	if err != nil {
+		d.unknown("redis", err, "allow INFO and TIME to the user of --redis")
+	} else {
+		d.server(server)
+	}
+	d.rights(ctx)
+	d.namespace(ctx, ttl, heartbeat)
+}
+
+// server judges what Redis says of itself.
+func (d *doctor) server(o registrar.Server) {
+	major, _, _ := strings.Cut(o.Version, ".")
+	n, err := strconv.Atoi(major)
+	switch {
+	case err != nil:
+		d.unknown("redis version", fmt.Errorf("redis says %q", o.Version), "look at redis-cli info server")
+	default:
+		d.add("redis version", worst(n < 7, false), "rollcall's scripts need 7.0", "upgrade redis-server", "%s", o.Version)
+	}
+
+	switch o.Role {
+	case "master":
+		d.add("redis role", stateOK, "", "", "primary")
+	case "":
+		d.unknown("redis role", errors.New("redis does not say"), "look at redis-cli info replication")
+	default:
+		d.add("redis role", stateBad, "it refuses every heartbeat", "point --redis at the primary", "%s: a replica", o.Role)
+	}
+
+	const policyFix = "redis-cli config set maxmemory-policy noeviction; and in redis.conf: maxmemory-policy noeviction"
+	switch {
+	case o.Policy == "" || o.MaxMemory < 0:
+		d.unknown("redis eviction", errors.New("redis does not tell its policy"), "look at redis-cli config get maxmemory-policy")
+	default:
+		evicts := o.Policy != "noeviction"
+		d.add("redis eviction", worst(evicts && o.MaxMemory > 0, evicts), "eviction takes a whole service away at once", policyFix, "maxmemory-policy %s, maxmemory %d", o.Policy, o.MaxMemory)
+	}
+	switch {
+	case o.MaxMemory == 0:
+		d.add("redis memory", stateOK, "", "", "%d bytes, no limit", o.Memory)
+	case o.MaxMemory < 0 || o.Memory < 0:
+		d.unknown("redis memory", errors.New("redis does not tell"), "look at redis-cli info memory")
+	default:
+		p := o.Memory * 100 / o.MaxMemory
+		d.add("redis memory", worst(p >= overPercent, p >= fullPercent), "a full Redis refuses removals, so the dead stay", "raise maxmemory, or find what fills it: redis-cli --bigkeys",
+			"%d of %d bytes (%d %%)", o.Memory, o.MaxMemory, p)
+	}
+	switch {
+	case o.Clients < 0 || o.MaxClients <= 0:
+		d.unknown("redis clients", errors.New("redis does not tell"), "look at redis-cli info clients")
+	default:
+		p := o.Clients * 100 / o.MaxClients
+		d.add("redis clients", worst(p >= overPercent, p >= fullPercent), "a sidecar that cannot connect looks dead", "raise maxclients and the file limit of redis-server",
+			"%d of %d (%d %%)", o.Clients, o.MaxClients, p)
+	}
+
+	const persistFix = "redis-cli config set appendonly yes; and in redis.conf: appendonly yes"
+	switch {
+	case o.WriteFault != "":
+		d.add("redis persistence", stateBad, "with a failed save Redis refuses writes (stop-writes-on-bgsave-error)", "look at redis-server's log and at its disk", "%s", o.WriteFault)
+	case o.Persistent == "":
+		d.unknown("redis persistence", errors.New("no right to read whether it saves"), "ACL SETUSER <user> +config|get, or look at redis-cli config get save")
+	default:
+		d.add("redis persistence", worst(false, o.Persistent == "no"), "a restart forgets operators' drain and maint, and holds every removal", persistFix, "%s", o.Persistent)
+	}
+
+	const replicaFix = "redis-cli config set min-replicas-to-write 1; redis-cli config set min-replicas-max-lag 10; and both in redis.conf"
+	switch {
+	case o.Role != "master":
+	case o.Replicas < 0 || o.MinReplicas < 0:
+		d.unknown("redis replicas", errors.New("no right to read min-replicas-to-write"), "ACL SETUSER <user> +config|get")
+	case o.MinReplicas > 0 && o.Good >= 0 && o.Good < o.MinReplicas:
+		d.add("redis replicas", stateBad, "Redis refuses writes until enough replicas follow", "bring the replicas back, or lower min-replicas-to-write",
+			"%d follow, min-replicas-to-write is %d", o.Good, o.MinReplicas)
+	default:
+		d.add("redis replicas", worst(false, o.Replicas > 0 && o.MinReplicas == 0), "a primary that is cut off goes on accepting what a fail-over throws away", replicaFix,
+			"%d, min-replicas-to-write %d", o.Replicas, o.MinReplicas)
+	}
+
+	if o.PubSubLimit < 0 {
+		d.unknown("redis pub/sub buffer", errors.New("no right to read client-output-buffer-limit"), "ACL SETUSER <user> +config|get")
+	} else {
+		d.add("redis pub/sub buffer", worst(false, o.PubSubLimit > 0 && o.PubSubLimit < pubSubFloor), "a burst of changes cuts lbsync off, and it hears of them at the next poll only",
+			`redis-cli config set client-output-buffer-limit "pubsub 33554432 8388608 60"`, "%d bytes", o.PubSubLimit)
+	}
+	off := max(o.ClockMin, -o.ClockMax, 0) // what is certain
+	d.add("redis clock", worst(false, off > maxSkew), "times in logs and in metadata do not fit together; scores are by Redis' clock alone", "run an NTP client on both hosts",
+		"between %v and %v of this host's", o.ClockMin.Round(time.Microsecond), o.ClockMax.Round(time.Microsecond))
+}
+
+// rights tries what the roles do, on the keys of a service that matters.
+func (d *doctor) rights(ctx context.Context) {
+	svc := registrar.Service("web")
+	if len(d.backends) > 0 {
+		svc = d.backends[0].Service
+	}
+	ctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	missing, err := d.store.Rights(ctx, svc)
+	if err != nil {
+		d.unknown("redis rights", err, "ACL SETUSER <user> +multi +discard")
+		return
+	}
+	for _, role := range d.roles {
+		m := missing[role]
+		d.add("redis rights: "+role, worst(len(m) > 0, false), "this user cannot be used for this role", "ACL SETUSER <user> +<command> ~"+keyPattern(d.store)+" &"+d.store.Keys().Changes(),
+			"%s", cmp.Or(few(m), "all"))
+	}
+}
+
+// quote makes one word of a shell of what may have come from the registry.
+func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
+
+// keyPattern matches every key of the namespace.
+func keyPattern(s *registrar.Store) string {
+	return strings.TrimSuffix(s.Keys().Services(), "services") + "*"
+}
+
+// few shows the first of a list.
+func few[T ~string](l []T) string {
+	words := make([]string, 0, listed+1)
+	for i, s := range l {
+		if i == listed {
+			words = append(words, fmt.Sprintf("and %d more", len(l)-listed))
+			break
+		}
+		words = append(words, string(s))
+	}
+	return strings.Join(words, ", ")
+}
+
+// namespace judges what the namespace holds, and the roles by what they write.
+func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
+	defer cancel()
+	reg, err := d.store.Registry(ctx)
+	if err != nil {
+		d.unknown("registry", err, "allow GET and HGETALL to the user of --redis")
+		return
+	}
+	inv, err := d.store.Inventory(ctx)
+	if err != nil {
+		d.unknown("registry", err, "allow SCAN, TYPE, SMEMBERS, SISMEMBER and EXISTS to the user of --redis")
+		return
+	}
+	k := d.store.Keys()
+	switch {
+	case inv.Complete && inv.Keys == 0:
+		d.add("registry", stateWarn, "nobody has registered and no reaper has run", "check --redis, its database number and --namespace", "no key of the namespace")
+	case !inv.Complete:
+		d.unknown("registry", fmt.Errorf("too many keys in this database; %d of the namespace seen", inv.Keys), "give rollcall a database of its own")
+	default:
+		d.add("registry", stateOK, "", "", "%d keys, %d services", inv.Keys, len(inv.Services))
+	}
+	d.add("registry epoch", worst(false, reg.Epoch == ""), "without one nobody notices that the data was lost", "start a reaper: it sets one", "%s", cmp.Or(reg.Epoch, "none"))
+	d.config(reg, ttl, heartbeat)
+
+	del := func(key string) string { return "look at it, then: redis-cli del " + quote(key) }
+	if len(inv.Unowned) > 0 {
+		d.add("registry keys", stateWarn, "nothing of rollcall reads or removes them", del(inv.Unowned[0]), "not rollcall's: %s", few(inv.Unowned))
+	}
+	if len(inv.Mistyped) > 0 {
+		var wrong []string
+		for _, m := range inv.Mistyped {
+			wrong = append(wrong, fmt.Sprintf("%s is a %s, want a %s", m.Key, m.Type, m.Want))
+		}
+		d.add("registry types", stateBad, "every script on such a key fails", del(inv.Mistyped[0].Key), "%s", few(wrong))
+	}
+	if len(inv.BadNames) > 0 {
+		d.add("registry services", stateWarn, "nobody serves them, and reapers call every sweep incomplete", "redis-cli srem "+k.Services()+" "+quote(inv.BadNames[0]), "no service names: %s", few(inv.BadNames))
+	}
+	if len(inv.Orphans) > 0 {
+		d.add("registry services", stateBad, "no reaper looks at them, so their dead stay", "redis-cli sadd "+k.Services()+" "+string(inv.Orphans[0]), "not in %s: %s", k.Services(), few(inv.Orphans))
+	}
+	if len(inv.Empty) > 0 {
+		d.add("registry services", stateWarn, "they are looked at for nothing", "redis-cli srem "+k.Services()+" "+string(inv.Empty[0]), "without instances: %s", few(inv.Empty))
+	}
+	if len(inv.Unowned)+len(inv.Mistyped)+len(inv.BadNames)+len(inv.Orphans)+len(inv.Empty) == 0 && inv.Complete {
+		d.add("registry keys", stateOK, "", "", "all owned, all of the right type")
+	}
+	d.instances(ctx, inv, reg)
+	d.reapers(ctx, inv, reg)
+	d.balancers(ctx, inv.Services)
+}
+
+func (d *doctor) config(reg registrar.Registry, ttl, heartbeat time.Duration) {
+	seen := fmt.Sprintf("ttl %v, heartbeat %v", reg.TTL, reg.Interval)
+	switch {
+	case reg.Fault != "":
+		d.add("registry config", stateBad, "sidecars or reapers refuse to work with it", "rollcall reap --ttl 15s --heartbeat 5s --set-ttl --once", "%s", reg.Fault)
+	case !reg.Configured:
+		d.add("registry config", stateWarn, "the defaults are in force until a reaper writes it", "start a reaper", "none: %s", seen)
+	case ttl > 0 && ttl != reg.TTL || heartbeat > 0 && heartbeat != reg.Interval:
+		d.add("registry config", stateBad, "a reaper with other times refuses to start",
+			fmt.Sprintf("start the reapers with --ttl %v --heartbeat %v, or change it with --set-ttl", reg.TTL, reg.Interval),
+			"%s, your flags say ttl %v, heartbeat %v", seen, cmp.Or(ttl, reg.TTL), cmp.Or(heartbeat, reg.Interval))
+	default:
+		d.add("registry config", stateOK, "", "", "%s", seen)
+	}
+}
+
+// instances reads every service for what cannot be believed, and for who
+// should have been taken out.
+func (d *doctor) instances(ctx context.Context, inv registrar.Inventory, reg registrar.Registry) {
+	var garbage, stale []string
+	var fix string // of the first
+	d.sizes = map[registrar.Service]int64{}
+	for _, svc := range inv.Services {
+		tctx, cancel := registrar.WithTimeout(ctx)
+		snap, err := d.store.Read(tctx, svc, nil)
+		cancel()
+		if err != nil {
+			d.unknown("registry members", err, "see what else is wrong with this service's keys")
+			continue
+		}
+		for _, g := range snap.Garbage {
+			garbage = append(garbage, fmt.Sprintf("%s %s", svc, g))
+			fix = cmp.Or(fix, "redis-cli zrem "+quote(d.store.Keys().Instances(svc))+" "+quote(g))
+		}
+		for _, e := range snap.Entries {
+			switch {
+			case e.Garbage != "":
+				garbage = append(garbage, fmt.Sprintf("%s %s: %s", svc, e.Addr, e.Garbage))
+				fix = cmp.Or(fix, fmt.Sprintf("rollcall deregister --service %s --addr %s --force", svc, e.Addr))
+			case e.Present:
+				d.sizes[svc]++
+				// One second more: the reaper's own promise.
+				if snap.Now-e.Instance.Beat > (reg.TTL + time.Second).Milliseconds() {
+					stale = append(stale, fmt.Sprintf("%s %s", svc, e.Addr))
+				}
+			}
+		}
+	}
+	d.known = true
+	slices.Sort(stale)
+	d.add("registry members", worst(false, len(garbage) > 0), "what cannot be believed is not served", fix, "%s", cmp.Or(few(garbage), "all are instances"))
+	d.add("registry silence", worst(false, len(stale) > 0), "the dead are still served, if no check says otherwise", "see the reapers below; if they live, they hold back: their log says why", "%s", cmp.Or(few(stale), "nobody is silent for longer than the TTL"))
+}
+
+func (d *doctor) reapers(ctx context.Context, inv registrar.Inventory, reg registrar.Registry) {
+	var alive, silent []string
+	for _, id := range inv.Reapers {
+		age, err := d.store.LastPulse(ctx, id, pulseTTLs*reg.TTL)
+		switch {
+		case err != nil:
+			d.unknown("reapers", err, "allow PTTL to the user of --redis")
+			return
+		case age == registrar.Unknown: // it went meanwhile
+		case age <= reg.TTL/3: // it pulses five times in that
+			alive = append(alive, id)
+		default:
+			silent = append(silent, fmt.Sprintf("%s (silent for %v)", id, age.Round(time.Second)))
+		}
+	}
+	seen := fmt.Sprintf("%d alive", len(alive))
+	if len(silent) > 0 {
+		seen += "; " + few(silent)
+	}
+	why := "nobody takes the dead out"
+	if len(alive) > 0 {
+		why = "when it stops nobody takes the dead out"
+	}
+	d.add("reapers", worst(len(alive) == 0, len(alive) == 1), why, "rollcall reap, on two hosts or more", "%s", seen)
+}
+
+// balancers judges who applies what. With --backend only those services count,
+// and somebody must apply each of them.
+func (d *doctor) balancers(ctx context.Context, svcs []registrar.Service) {
+	named := len(d.backends) > 0
+	if named {
+		svcs = nil
+		for _, b := range d.backends {
+			svcs = append(svcs, b.Service)
+		}
+		slices.Sort(svcs)
+	}
+	for _, svc := range svcs {
+		check := "balancers of " + string(svc)
+		tctx, cancel := registrar.WithTimeout(ctx)
+		acks, err := d.store.Acks(tctx, svc)
+		cancel()
+		if err != nil {
+			d.unknown(check, err, "allow EVAL_RO to the user of --redis")
+			continue
+		}
+		// What is under way now may be done in a moment.
+		if behind, _ := acks.Behind(acks.Token.Version); behind > 0 {
+			tctx, cancel := context.WithTimeout(ctx, settle)
+			_, err = d.store.WaitApplied(tctx, svc, acks.Token.Version, nil)
+			cancel()
+			if now, rerr := d.store.Acks(ctx, svc); err == nil && rerr == nil {
+				acks = now
+			}
+		}
+		var live, late, dead []string
+		for _, b := range acks.Balancers {
+			switch n := acks.Token.Version - b.Applied; {
+			case !b.Live:
+				dead = append(dead, b.ID)
+			case n > 0:
+				late = append(late, fmt.Sprintf("%s is %d behind", b.ID, n))
+			default:
+				live = append(live, b.ID)
+			}
+		}
+		const fix = "rollcall lbsync --backend "
+		switch {
+		case len(live)+len(late) == 0:
+			d.add(check, worst(named, true), "no change reaches HAProxy", fix+string(svc)+"=BACKEND, beside each HAProxy", "none alive%s", also(dead, "; silent: "))
+		case len(late) > 0:
+			d.add(check, stateWarn, "it still sends requests to who has left", "look at that lbsync's log: it says what HAProxy refused or what it holds", "%s", few(late))
+		case len(dead) > 0:
+			d.add(check, stateWarn, "its HAProxy hears of no change", fix+string(svc)+"=BACKEND on that host; forgotten after an hour if it is gone for good", "alive: %s; silent: %s", few(live), few(dead))
+		default:
+			d.add(check, stateOK, "", "", "%s, at version %d", few(live), acks.Token.Version)
+		}
+	}
+}
+
+func also(l []string, before string) string {
+	if len(l) == 0 {
+		return ""
+	}
+	return before + few(l)
+}
+
+// haproxy looks at one HAProxy.
+func (d *doctor) haproxy(ctx context.Context, socket string, client *haproxy.Client, files []string) {
+	check := "haproxy " + socket
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		if err := client.Close(ctx); err != nil {
+			d.unknown(check, err, "HAProxy hangs: look at it")
+		}
+	}()
+	facts, err := client.Examine(ctx)
+	if err != nil {
+		d.add(check, stateBad, "lbsync cannot drive it", "check --socket, that HAProxy runs, and that this user may write to the socket", "%v", err)
+		return
+	}
+	fresh, err := atLeast(facts.Version, 2, 6)
+	switch {
+	case err != nil:
+		d.unknown(check, err, "look at haproxy -v")
+	default:
+		d.add(check, worst(!fresh, false), "older ones cannot change servers as lbsync needs it", "upgrade HAProxy", "version %s", facts.Version)
+	}
+	levelFix := "stats socket " + socket + " mode 660 level admin"
+	switch facts.Level {
+	case haproxy.LevelUnknown:
+		d.unknown(check+" level", errors.New("its answer to set server is not understood"), levelFix)
+	default:
+		d.add(check+" level", worst(facts.Level != haproxy.LevelAdmin, false), "it answers reads and refuses every change", levelFix, "%s", facts.Level)
+	}
+	d.own(ctx, socket)
+
+	var config *haproxy.File
+	why := errors.New("no --config given")
+	fix := "rollcall doctor … --config " + cmp.Or(strings.Join(facts.Files, " --config "), "/etc/haproxy/haproxy.cfg")
+	if len(files) > 0 {
+		if config, err = haproxy.ReadConfig(files); err != nil {
+			config, why, fix = nil, err, "give every file that HAProxy reads, readable for this user"
+		}
+	}
+	for _, b := range d.backends {
+		at := check + " " + b.Backend
+		f, err := client.ExamineBackend(ctx, b.Backend)
+		switch {
+		case errors.Is(err, lbsync.ErrNoBackend):
+			d.add(at, stateBad, "the service has nowhere to go", "backend "+b.Backend, "no such backend")
+			continue
+		case err != nil:
+			d.unknown(at, err, "try again")
+			continue
+		}
+		slots := d.backend(at, b, f, facts.Version)
+		if config == nil {
+			d.unknown(at+" configuration", why, fix)
+			continue
+		}
+		d.file(at, b.Backend, f, slots, socket, config)
+	}
+}
+
+// atLeast compares a version such as 2.6.12-1+deb12u3.
+func atLeast(version string, major, minor int) (bool, error) {
+	var a, b int
+	if _, err := fmt.Sscanf(version, "%d.%d", &a, &b); err != nil {
+		return false, fmt.Errorf("version %q is not understood", version)
+	}
+	return a > major || a == major && b >= minor, nil
+}
+
+// own looks for the lbsync of this very socket, which the registry knows by the
+// name that this host gives it.
+func (d *doctor) own(ctx context.Context, socket string) {
+	check := "haproxy " + socket + " lbsync"
+	id, err := balancerID(socket)
+	if err != nil || !d.known {
+		d.unknown(check, cmp.Or(err, errors.New("the registry was not read")), "the findings of Redis come first")
+		return
+	}
+	for _, b := range d.backends {
+		ctx, cancel := registrar.WithTimeout(ctx)
+		acks, err := d.store.Acks(ctx, b.Service)
+		cancel()
+		if err != nil {
+			d.unknown(check, err, "allow EVAL_RO to the user of --redis")
+			return
+		}
+		if !slices.ContainsFunc(acks.Balancers, func(o registrar.Balancer) bool { return o.ID == id && o.Live }) {
+			d.add(check, stateBad, "no change of the service reaches this HAProxy", fmt.Sprintf("rollcall lbsync --socket %s --backend %s=%s", socket, b.Service, b.Backend),
+				"none alive for %s (run doctor on the host of HAProxy, with the socket as lbsync has it)", b.Service)
+			return
+		}
+	}
+	d.add(check, stateOK, "", "", "alive: %s", id)
+}
+
+// backend judges what the socket tells of one backend, and returns its slots.
+func (d *doctor) backend(at string, b lbsync.BackendConfig, f haproxy.BackendFacts, version string) (slots []haproxy.ServerFacts) {
+	ours, unchecked := 0, 0
+	var enabled, stuck, weightless []string
+	for _, s := range f.Servers {
+		if !s.Ours() {
+			continue
+		}
+		ours++
+		if !s.Checked {
+			unchecked++
+		}
+		if !s.Slot {
+			continue
+		}
+		slots = append(slots, s)
+		if !s.Disabled {
+			enabled = append(enabled, s.Name)
+		}
+		if !s.Settable {
+			stuck = append(stuck, s.Name)
+		}
+		if s.Configured == 0 && f.Dynamics == haproxy.No {
+			weightless = append(weightless, s.Name)
+		}
+	}
+	recipe := func(n int64) string {
+		return fmt.Sprintf("server-template %s 1-%d %s:1 check disabled init-addr last,127.0.0.1", b.Service, n, lbsync.SlotHost)
+	}
+	size := d.sizes[b.Service]
+	if len(slots) == 0 {
+		modern, err := atLeast(version, 3, 0)
+		d.add(at+" mode", worst(f.Dynamics == haproxy.No, err != nil || !modern), "without slots a reload empties the backend until lbsync has filled it again, and dynamic servers before 3.0 have faults",
+			recipe(max(10, 2*size)), "dynamic (no slots)")
+	} else {
+		n := int64(len(slots))
+		d.add(at+" mode", stateOK, "", "", "slots (%d)", n)
+		switch {
+		case !d.known:
+			d.unknown(at+" slots", errors.New("the registry was not read"), "the findings of Redis come first")
+		default:
+			d.add(at+" slots", worst(size > n, size*100 > n*fullPercent), "an instance without a slot is not served, or does not survive a reload", recipe(max(10, 2*size)), "%d for %d instances", n, size)
+		}
+		switch {
+		case len(stuck) > 0:
+			d.add(at+" slots usable", stateBad, "a slot without an address cannot be given one", recipe(n), "without an address: %s", few(stuck))
+		case len(weightless) > 0:
+			d.add(at+" slots usable", stateBad, "with this balance algorithm the weight stays 0", "take `weight 0` out of the server-template", "weight 0: %s", few(weightless))
+		default:
+			d.add(at+" slots usable", worst(len(enabled) > 0, false), "after a reload a free slot takes requests that nobody answers", recipe(n), "%s", cmp.Or(also(enabled, "not disabled: "), "all disabled at start, with an address"))
+		}
+	}
+	algorithm := cmp.Or(f.Algorithm, "unknown algorithm")
+	switch f.Dynamics {
+	case haproxy.Unsaid:
+		d.unknown(at+" balance", fmt.Errorf("%s; the socket does not tell whether it is a static one", algorithm), "level admin tells")
+	default:
+		d.add(at+" balance", worst(f.Dynamics == haproxy.No && len(slots) == 0, f.Dynamics == haproxy.No), "a static algorithm refuses dynamic servers and every weight but none and the configured one",
+			"balance leastconn, or hash-type consistent", "%s", algorithm)
+	}
+	switch {
+	case ours == 0:
+		d.unknown(at+" check", errors.New("no server to tell by"), `rollcall lbsync … --server-options "check inter 2s downinter 200ms"`)
+	default:
+		d.add(at+" check", worst(false, unchecked > 0), "an instance that is cut off from Redis for a TTL looks dead to everybody", "`check` in the server-template, or in lbsync's --server-options",
+			"%d of %d servers have one", ours-unchecked, ours)
+	}
+	return slots
+}
+
+// file judges what only the configuration tells.
+func (d *doctor) file(at, backend string, f haproxy.BackendFacts, slots []haproxy.ServerFacts, socket string, config *haproxy.File) {
+	p := config.Proxy(backend)
+	if p == nil {
+		d.unknown(at+" configuration", errors.New("--config does not have the backend"), "give every file that HAProxy reads")
+		return
+	}
+	d.add(at+" redispatch", worst(!p.Options["redispatch"], false), "a request to an instance that has just died fails instead of going to another", "option redispatch 1", "%s", set(p.Options["redispatch"]))
+	if p.HTTP {
+		senders := config.Senders(backend)
+		closing := !slices.ContainsFunc(senders, func(s haproxy.Proxy) bool { return s.HTTP && !s.Options["idle-close-on-response"] })
+		if len(senders) == 0 {
+			d.unknown(at+" idle close", errors.New("no frontend names the backend"), "option idle-close-on-response, in defaults")
+		} else {
+			d.add(at+" idle close", worst(!closing, false), "at a reload the old process closes connections that a request is already on", "option idle-close-on-response, in defaults", "%s", set(closing))
+		}
+	}
+	foreign := slices.ContainsFunc(p.Templates, func(t haproxy.Template) bool { return t.Host != lbsync.SlotHost })
+	if foreign && len(slots) == 0 {
+		d.add(at+" templates", stateBad, "rollcall takes a server for a slot only if its host says so", "server-template … "+lbsync.SlotHost+":1 …", "no template of host %s", lbsync.SlotHost)
+	}
+	if len(slots) == 0 {
+		return // nothing that a state file could keep
+	}
+	for _, t := range p.Templates {
+		last, first, _ := strings.Cut(t.InitAddr, ",")
+		if _, err := netip.ParseAddr(first); t.Host == lbsync.SlotHost && (last != "last" || err != nil) {
+			d.add(at+" init-addr", stateBad, "without `last` a reload forgets the addresses, and without an address to begin with none can be set", "init-addr last,127.0.0.1", "%s", cmp.Or(t.InitAddr, "none"))
+		}
+	}
+	d.stateFile(at+" state file", backend, f, socket, p, config)
+}
+
+func set(yes bool) string {
+	if yes {
+		return "set"
+	}
+	return "not set"
+}
+
+func (d *doctor) stateFile(check, backend string, f haproxy.BackendFacts, socket string, p *haproxy.Proxy, config *haproxy.File) {
+	const why = "a reload begins with empty slots, until lbsync has filled them"
+	path, err := config.StatePath(p)
+	if err != nil {
+		d.unknown(check, err, "server-state-base /var/lib/haproxy")
+		return
+	}
+	if path == "" {
+		d.add(check, stateBad, why, "server-state-file /var/lib/haproxy/state in global, and load-server-state-from-file global in defaults or in the backend", "none is loaded")
+		return
+	}
+	dump := fmt.Sprintf(`echo "show servers state" | socat - %s > %s, before each reload`, socket, path)
+	serving := 0
+	for _, s := range f.Servers {
+		if s.Slot && s.Admin != lbsync.Maint {
+			serving++
+		}
+	}
+	switch kept, err := haproxy.Kept(path, backend, f.Servers); {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, haproxy.ErrStateForm):
+		d.add(check, stateBad, why, dump, "%v", err)
+	case err != nil:
+		d.unknown(check, err, "run doctor as a user that can read it")
+	default:
+		d.add(check, worst(false, kept < serving), "slots that it does not have begin empty, unless your reload writes it first", dump, "%s has %d of %d servers as they are now", path, kept, serving)
+	}
+}
