@@ -282,7 +282,7 @@ func TestManyServices(t *testing.T) {
 }
 
 // A fail-over behind one name: the pool is moved, the subscription's old server
-// still answers it. The poll sees that the servers differ.
+// still answers it. The Watcher sees that the servers differ.
 func TestSubscriptionMoves(t *testing.T) {
 	t.Parallel()
 	w, other := newWorld(t), newWorld(t)
@@ -293,7 +293,7 @@ func TestSubscriptionMoves(t *testing.T) {
 		o.Dialer = func(ctx context.Context, network, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, network, *addr.Load())
 		}
-	}), Config{Services: []registrar.Service{web}, Poll: 100 * time.Millisecond})
+	}), Config{Services: []registrar.Service{web}, Poll: time.Hour})
 	f.settled()
 	addr.Store(&other.srv.Addr)
 	must(t, w.rdb.ClientKillByFilter(t.Context(), "TYPE", "normal", "SKIPME", "yes").Err())
@@ -315,6 +315,35 @@ func TestSubscriptionMoves(t *testing.T) {
 	if n := f.interruptions(web); n != 1 {
 		t.Errorf("%d interruptions, want 1", n)
 	}
+}
+
+// After an outage long enough for the longest pauses, a Redis that is back is
+// heard within 3 s, whatever the poll.
+func TestLongOutage(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.join(web, 1, 1)
+	f := w.follow(Config{Services: []registrar.Service{web}, Poll: time.Hour})
+	f.settled()
+	w.srv.Kill(t)
+	before := f.dials.Load()
+	eventually(t, func() error {
+		if n := f.dials.Load() - before; n < 10 { // the pool dials once a second
+			return fmt.Errorf("%d connections tried, want 10", n)
+		}
+		return nil
+	})
+	w.srv.Launch(t)
+	back := time.Now()
+	w.allowMute() // the new process knows nobody
+	w.joinMute(web, 2, 2)
+	f.sees(web, 2, weight(2))
+	took := time.Since(back)
+	t.Logf("Redis was heard %v after it was back", took)
+	if took > 3*time.Second {
+		t.Errorf("heard after %v, want 3 s at most", took)
+	}
+	f.subscribed()
 }
 
 // A read that Redis refuses is tried again, though its one message has come and
@@ -422,7 +451,7 @@ func TestRedisComesLater(t *testing.T) {
 			f := w.follow(Config{Services: tc.svcs, Poll: time.Second})
 			f.logged("redis does not answer", 1)
 			eventually(t, func() error {
-				if n := f.dials.Load(); n < 20 {
+				if n := f.dials.Load(); n < 8 { // the pool itself dials once a second
 					return fmt.Errorf("%d connections tried", n)
 				}
 				return nil

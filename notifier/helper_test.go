@@ -118,7 +118,10 @@ func newWorld(tb testing.TB, args ...string) *world {
 	w := &world{tb: tb, srv: srv, rdb: srv.Client(tb)}
 	w.store = storeOn(tb, w.rdb)
 	w.allowMute()
-	w.mute = storeOn(tb, open(tb, srv.Addr, func(o *redis.Options) { o.Username, o.Password = "mute", "secret" }))
+	w.mute = storeOn(tb, open(tb, srv.Addr, func(o *redis.Options) {
+		o.CredentialsProviderContext = nil // it comes before what is named here
+		o.Username, o.Password = "mute", "secret"
+	}))
 	return w
 }
 

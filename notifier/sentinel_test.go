@@ -14,9 +14,27 @@ import (
 	"rollcall/registrar/redistest"
 )
 
-// TestSentinelFailover kills the primary under a Watcher that knows only the
-// Sentinels: it must subscribe to the new primary and hear of a change there.
+// TestSentinelFailover moves the primary under a Watcher that knows only the
+// Sentinels: it must subscribe to the new primary and hear of a change there. An
+// old primary that lives on goes on answering the subscription, until Sentinel
+// makes it a replica, 8 s later at the earliest.
 func TestSentinelFailover(t *testing.T) {
+	t.Run("the old primary dies", func(t *testing.T) {
+		sentinelFailover(t, func(_ *redis.SentinelClient, primary *redistest.Server) { primary.Kill(t) })
+	})
+	t.Run("the old primary lives on", func(t *testing.T) {
+		said := sentinelFailover(t, func(asked *redis.SentinelClient, _ *redistest.Server) {
+			must(t, asked.Failover(t.Context(), "mymaster").Err())
+		})
+		if said.count("another server answers the reads") != 1 {
+			t.Errorf("the subscription was not cut by the Watcher:\n%s", said)
+		}
+	})
+}
+
+func sentinelFailover(t *testing.T, fail func(*redis.SentinelClient, *redistest.Server)) *logs {
+	t.Helper()
+	said := &logs{}
 	primary := redistest.Start(t)
 	replicas := []*redistest.Server{primary.StartReplica(t), primary.StartReplica(t)}
 	url := "redis+sentinel://"
@@ -54,7 +72,7 @@ func TestSentinelFailover(t *testing.T) {
 	defer rdb.Close()
 	store, err := registrar.NewStore(rdb, "rollcall")
 	must(t, err)
-	w, err := New(Config{Services: []registrar.Service{"web"}, Poll: time.Second}, store, zerolog.Nop())
+	w, err := New(Config{Services: []registrar.Service{"web"}, Poll: time.Minute}, store, zerolog.New(said))
 	must(t, err)
 	changes := make(chan Change, 100)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -76,7 +94,7 @@ func TestSentinelFailover(t *testing.T) {
 	must(t, beat(t.Context(), 1))
 
 	began := time.Now()
-	primary.Kill(t)
+	fail(asked, primary)
 	var now string
 	until("another primary", 20*time.Second, func(ctx context.Context) bool {
 		a, err := asked.GetMasterAddrByName(ctx, "mymaster").Result()
@@ -91,7 +109,7 @@ func TestSentinelFailover(t *testing.T) {
 	for _, r := range replicas {
 		if r.Host == now {
 			c := r.Client(t)
-			until("a subscription to the new primary", 10*time.Second, func(ctx context.Context) bool {
+			until("a subscription to the new primary", 7*time.Second, func(ctx context.Context) bool {
 				n, err := c.PubSubNumSub(ctx, "rollcall:changes").Result()
 				return err == nil && n["rollcall:changes"] == 1
 			})
@@ -111,4 +129,5 @@ func TestSentinelFailover(t *testing.T) {
 		}
 		return false
 	})
+	return said
 }

@@ -30,6 +30,15 @@ const (
 	silence   = 2400 * time.Millisecond
 )
 
+// compareEvery is how often the subscription's server is compared with the one
+// that answers the reads, and lastSubscribe the longest pause between two tries
+// to subscribe. A pool that could not dial says so for up to a second more; with
+// that, either is done within 3 s.
+const (
+	compareEvery  = time.Second
+	lastSubscribe = 1500 * time.Millisecond
+)
+
 const (
 	// lastRetry is the longest pause after a failed exchange.
 	lastRetry = 5 * time.Second
@@ -68,7 +77,6 @@ type Watcher struct {
 	stranger bool                       // a message named a service that is not known
 	alive    bool                       // the subscription answers
 	heard    time.Time                  // its last sign of life
-	cut      context.CancelCauseFunc    // ends it; nil = there is none
 
 	// followed is changed by the goroutine of Run only, under mu. What it holds
 	// is for that goroutine alone.
@@ -77,7 +85,6 @@ type Watcher struct {
 	// For the goroutine of Run only.
 	due       bool                       // a poll is
 	listAfter time.Time                  // a stranger is not looked for before
-	replid    string                     // of the server that answered last
 	reported  map[string]bool            // garbage, each said once
 	waiting   map[registrar.Service]wait // hints that must not be followed yet
 }
@@ -288,12 +295,6 @@ func (w *Watcher) compare(ctx context.Context, svcs []registrar.Service, every b
 			return err
 		}
 		w.mu.Lock()
-		if w.replid != "" && w.replid != v.ReplID && !every && w.cut != nil {
-			// The subscription may hang on to a former primary, which still
-			// answers it (go-redis moves pooled connections only).
-			w.cut(errors.New("another server answers the reads"))
-		}
-		w.replid = v.ReplID
 		for _, svc := range part {
 			p := w.followed[svc]
 			if every || !p.known || p.token != (registrar.Token{ReplID: v.ReplID, Epoch: v.Epoch, Version: v.Of[svc]}) {
@@ -541,7 +542,7 @@ func (w *Watcher) listen(ctx context.Context) {
 		}
 		w.mu.Lock()
 		lost := w.alive
-		w.alive, w.cut = false, nil
+		w.alive = false
 		w.mu.Unlock()
 		if lost && time.Since(began) > silence {
 			failures = 0
@@ -550,7 +551,7 @@ func (w *Watcher) listen(ctx context.Context) {
 			w.log.Warn().Err(err).Msg("no subscription; the poll goes on")
 		}
 		failures++
-		pause.Reset(registrar.Backoff(failures, w.retry()))
+		pause.Reset(registrar.Backoff(failures, min(w.retry(), lastSubscribe)))
 	}
 }
 
@@ -558,13 +559,20 @@ func (w *Watcher) listen(ctx context.Context) {
 // It blocks in Receive without a deadline: a deadline that passed within a
 // message would lose the message and what of it had been read.
 func (w *Watcher) subscribe(ctx context.Context, failures int) error {
+	// Before the subscription: if another server takes over in between, this is
+	// not the new one's.
+	history, err := w.history(ctx)
+	if err != nil {
+		return fmt.Errorf("subscription: %w", err)
+	}
 	ctx, cut := context.WithCancelCause(ctx)
 	ps := w.store.Subscribe(ctx)
 	w.mu.Lock()
-	w.heard, w.cut = time.Now(), cut
+	w.heard = time.Now()
 	w.mu.Unlock()
 	var demanding sync.WaitGroup
 	demanding.Go(func() { w.demand(ctx, cut, ps) })
+	demanding.Go(func() { w.compareHistory(ctx, cut, history) })
 	defer demanding.Wait()
 	defer cut(nil)
 	for {
@@ -615,6 +623,34 @@ func (w *Watcher) demand(ctx context.Context, cut context.CancelCauseFunc, ps *r
 		}
 		if err := ps.Ping(ctx); err != nil {
 			cut(err)
+			return
+		}
+	}
+}
+
+// history names the data set that answers the reads.
+func (w *Watcher) history(ctx context.Context) (replid string, err error) {
+	ctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	v, err := w.store.Versions(ctx, nil)
+	return v.ReplID, err
+}
+
+// compareHistory cuts the subscription when the reads' history is another than
+// when it began. go-redis moves its pooled connections after a fail-over, and
+// leaves a subscription where it is: a former primary that is alive answers it
+// for ever, and hears of no change. That the reads fail says nothing.
+func (w *Watcher) compareHistory(ctx context.Context, cut context.CancelCauseFunc, began string) {
+	tick := time.NewTicker(registrar.Shorten(compareEvery))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if now, err := w.history(ctx); err == nil && now != began {
+			cut(errors.New("another server answers the reads"))
 			return
 		}
 	}

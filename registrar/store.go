@@ -310,7 +310,7 @@ func (s *Store) Survey(ctx context.Context, svcs []Service, now, cutoff, suspect
 		for i, svc := range part {
 			keys[i] = s.keys.Instances(svc)
 		}
-		r, err := s.survey.Run(ctx, s.rdb, keys, now, cutoff, suspect).Slice()
+		r, err := s.survey.RunRO(ctx, s.rdb, keys, now, cutoff, suspect).Slice()
 		if err != nil {
 			return nil, fmt.Errorf("survey of %d services: %w", len(part), err)
 		}

@@ -11,7 +11,7 @@ if not now then
   now = t[1] * 1000 + math.floor(t[2] / 1000)
 end
 local epoch = redis.call('GET', KEYS[2])
-if not epoch then redis.call('SET', KEYS[2], ARGV[2]) end
+if not epoch then redis.call('SETNX', KEYS[2], ARGV[2]) end
 local previous = redis.call('GET', KEYS[1])
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
 return {now, string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or '', epoch or '', previous or ''}

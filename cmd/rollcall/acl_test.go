@@ -1,0 +1,335 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/redis/go-redis/v9"
+
+	"rollcall/lbsync/haproxy/haproxytest"
+	"rollcall/registrar"
+	"rollcall/registrar/redistest"
+)
+
+const rolePassword = "a password"
+
+var passwordHash = regexp.MustCompile(`#SHA256_OF_[A-Z_]*_PASSWORD`)
+
+// startRoles starts a Redis with the users of scripts/deploy/acl, and a canary,
+// which is the sidecar of another service.
+func startRoles(t *testing.T) *redistest.Server {
+	t.Helper()
+	files, err := filepath.Glob("../../scripts/deploy/acl/*.acl")
+	if err != nil || len(files) != 5 {
+		t.Fatalf("files %v, %v; want 5", files, err)
+	}
+	users := ""
+	for _, f := range files {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := len(passwordHash.FindAll(text, -1)); n != 1 || strings.Count(string(text), "\n") != 1 {
+			t.Fatalf("%s: %d places for a password, want 1, on one line", f, n)
+		}
+		users += string(text)
+		if filepath.Base(f) == "sidecar.acl" {
+			users += strings.NewReplacer("{web}", "{_canary}", "sidecar-web", "canary").Replace(string(text))
+		}
+	}
+	file := filepath.Join(t.TempDir(), "users.acl")
+	hash := fmt.Sprintf("#%x", sha256.Sum256([]byte(rolePassword)))
+	if err := os.WriteFile(file, []byte(passwordHash.ReplaceAllString(users, hash)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("ROLLCALL_REDIS_PASSWORD", rolePassword)
+	t.Setenv("ROLLCALL_CANARY_REDIS_PASSWORD", rolePassword)
+	return redistest.Start(t, "--aclfile", file)
+}
+
+func roleURL(srv *redistest.Server, role string) string {
+	return "redis://" + role + "@" + srv.Addr + "/0"
+}
+
+// TestRolesWhole has every role do all that it does with the rights of its file,
+// and finds that Redis has refused none of it.
+func TestRolesWhole(t *testing.T) {
+	srv := startRoles(t)
+	s := &system{redis: srv, ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 5}}})}
+	as := func(role string, args ...string) []string {
+		return append([]string{args[0], "--redis", roleURL(srv, role)}, args[1:]...)
+	}
+	says := func(p *process, what string) {
+		t.Helper()
+		haproxytest.Poll(t, "it says "+what, func() error {
+			if out := p.out.String(); !strings.Contains(out, what) {
+				return errors.New(out)
+			}
+			return nil
+		})
+	}
+	done := func(args []string, want string) {
+		t.Helper()
+		if out, stderr, code := s.rollcall(t, args...); code != 0 || !strings.Contains(out, want) {
+			t.Errorf("%v: exit %d, want 0 and %q\n%s%s", args, code, want, out, stderr)
+		}
+	}
+
+	says(s.spawn(t, as("reaper", "reap", "--ttl", "1500ms", "--canary-redis", roleURL(srv, "canary"))...), "armed")
+	own := s.spawn(t, as("reaper", "reap", "--ttl", "1500ms")...) // its canary is the reaper itself
+	says(own, "armed")
+	web, all := s.spawn(t, as("watcher", "watch", "web")...), s.spawn(t, as("operator", "watch")...)
+	lb := s.spawn(t, as("lbsync", "lbsync", "--socket", s.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8")...)
+	a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+	sideA := s.spawn(t, as("sidecar-web", "register", "--service", "web", "--addr", a.Addr().String())...)
+	sideB := s.spawn(t, as("sidecar-web", "register", "--service", "web", "--addr", b.Addr().String())...)
+	answered(t, "http://"+s.ha.Addr("be")+"/", a, b)
+	says(web, a.Addr().String())
+	says(all, b.Addr().String())
+
+	for _, role := range []string{"operator", "watcher"} {
+		done(as(role, "services"), "web")
+		done(as(role, "instances", "web"), a.Addr().String())
+		done(as(role, "wait", "web", "--for", "ready=2"), "applied by 1 balancers")
+		done(as(role, "lb"), "yes")
+	}
+	for _, word := range [][]string{
+		{"drain", "web", a.Addr().String(), "--wait"}, {"maint", "web", a.Addr().String()}, {"ready", "web", a.Addr().String()},
+		{"weight", "web", a.Addr().String(), "20"}, {"weight", "web", a.Addr().String(), "own"},
+		{"drain", "web", "127.0.0.1:1"}, {"ready", "web", "127.0.0.1:1"}, // nobody is there
+	} {
+		done(as("operator", word...), "version")
+	}
+
+	sideB.signal(t, syscall.SIGKILL)
+	says(web, "expired")
+	if code := sideA.signal(t, syscall.SIGTERM); code != 0 || !strings.Contains(sideA.out.String(), "drained") || !strings.Contains(sideA.out.String(), "left") {
+		t.Errorf("the sidecar: exit %d\n%s", code, sideA.out)
+	}
+	says(all, "left")
+
+	sideA = s.spawn(t, as("sidecar-web", "register", "--service", "web", "--addr", a.Addr().String())...)
+	says(sideA, "registered")
+	sideA.signal(t, syscall.SIGKILL)
+	done(as("operator", "deregister", "--service", "web", "--addr", a.Addr().String(), "--force"), "deregister")
+	says(web, "operator")
+	lb.signal(t, syscall.SIGTERM)
+	own.signal(t, syscall.SIGTERM)
+	done(as("reaper", "reap", "--once", "--ttl", "1500ms"), "REMOVED")
+	done(as("reaper", "reap", "--once", "--force", "--set-ttl", "--ttl", "1500ms"), "REMOVED")
+
+	// A note older than 10 min is dropped by whoever comes next.
+	root := srv.Client(t)
+	prunes := func(role string, change func(*registrar.Store) error) {
+		t.Helper()
+		store := roleStore(t, srv, role)
+		k := store.Keys()
+		for _, err := range []error{
+			root.HSet(t.Context(), k.Gone("web"), "10.0.0.1:1", "left 1 x").Err(),
+			root.ZAdd(t.Context(), k.GoneAt("web"), redis.Z{Score: 1, Member: "10.0.0.1:1"}).Err(),
+			root.ZAdd(t.Context(), k.Changed("web"), redis.Z{Score: 1, Member: "10.0.0.1:1"}).Err(),
+			change(store),
+		} {
+			if err != nil {
+				t.Errorf("%s: %v", role, err)
+			}
+		}
+		if there, err := root.HExists(t.Context(), k.Gone("web"), "10.0.0.1:1").Result(); err != nil || there {
+			t.Errorf("%s: the note is still there: %v", role, err)
+		}
+	}
+	prunes("sidecar-web", func(s *registrar.Store) error {
+		if _, err := s.Beat(t.Context(), "web", registrar.Beat{Addr: a.Addr(), Token: "t", Meta: `{"id":"t"}`, Claim: true}); err != nil {
+			return err
+		}
+		_, err := s.Leave(t.Context(), "web", a.Addr(), "t", registrar.Left)
+		return err
+	})
+	prunes("operator", func(s *registrar.Store) error {
+		_, _, err := s.SetAdmin(t.Context(), "web", a.Addr(), registrar.Word{Verb: "maint"})
+		return err
+	})
+
+	refused, err := root.ACLLog(t.Context(), 10).Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range refused {
+		t.Errorf("%s was refused: %s %s (%s)", r.Username, r.Reason, r.Object, r.Context)
+	}
+}
+
+func roleStore(t *testing.T, srv *redistest.Server, role string) *registrar.Store {
+	t.Helper()
+	store, err := registrar.NewStore(roleClient(t, srv, role), registrar.DefaultNamespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store
+}
+
+func roleClient(t *testing.T, srv *redistest.Server, role string) redis.UniversalClient {
+	t.Helper()
+	rdb, err := registrar.Access{Password: func() (string, error) { return rolePassword, nil }}.Open(roleURL(srv, role), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = rdb.Close() })
+	return rdb
+}
+
+// TestRolesBounds tries on the real server what each role must be able to do and
+// what it must not, by itself and from within a script: a script has its
+// caller's rights and no more.
+func TestRolesBounds(t *testing.T) {
+	srv := startRoles(t)
+	const sidecar, reap, sync, operate, watch = "sidecar-web", "reaper", "lbsync", "operator", "watcher"
+	clients := map[string]redis.UniversalClient{}
+	for _, role := range []string{sidecar, reap, sync, operate, watch} {
+		clients[role] = roleClient(t, srv, role)
+	}
+	no := []string(nil)
+	checks := 0
+	for _, c := range []struct {
+		command string
+		may     []string
+	}{
+		// Redis itself.
+		{"flushall", no}, {"flushdb", no}, {"config get maxmemory", no}, {"config set maxmemory 1", no}, {"keys *", no}, {"scan 0", no},
+		{"client list", no}, {"client kill type normal", no}, {"acl setuser x on", no}, {"acl list", no}, {"script flush", no}, {"replicaof no one", no},
+		{"save", no}, {"randomkey", no}, {"dbsize", no}, {"swapdb 0 1", no}, {"function flush", no}, {"slowlog get", no},
+		{"ping", []string{sidecar, reap, sync, operate, watch}},
+		// Whole keys.
+		{"del rollcall:{web}:instances", no}, {"unlink rollcall:version", no}, {"rename rollcall:{web}:meta x", no}, {"expire rollcall:{web}:instances 1", no},
+		{"copy rollcall:{web}:meta rollcall:{web}:admin", no}, {"zunionstore rollcall:{web}:instances 1 rollcall:{api}:instances", no},
+		{"set other 1", no}, {"get other", no}, {"hset other a b", no}, {"zadd other 1 a", no},
+		// The register.
+		{"zadd rollcall:{web}:instances 1 a", []string{sidecar, reap}}, {"zadd rollcall:{api}:instances 1 a", []string{reap}},
+		{"zrem rollcall:{web}:instances a", []string{sidecar, reap, operate}}, {"zrem rollcall:{api}:instances a", []string{reap, operate}},
+		{"zremrangebyscore rollcall:{web}:instances 0 1", no},
+		{"hset rollcall:{web}:meta a b", []string{sidecar}}, {"hset rollcall:{api}:meta a b", no}, {"hset rollcall:{_canary}:meta a b", []string{reap}},
+		{"hdel rollcall:{web}:meta a", []string{sidecar, reap, operate}}, {"hdel rollcall:{api}:meta a", []string{reap, operate}},
+		{"hset rollcall:{web}:admin a b", []string{operate}}, {"hdel rollcall:{web}:admin a", []string{operate}},
+		{"hset rollcall:{web}:gone a b", []string{sidecar, reap, operate}}, {"hset rollcall:{api}:gone a b", []string{reap, operate}},
+		{"zadd rollcall:{web}:changed 1 a", []string{sidecar, reap, operate}}, {"zadd rollcall:{api}:gone-at 1 a", []string{reap, operate}},
+		{"incr rollcall:{web}:version", []string{sidecar, reap, operate}}, {"incr rollcall:{api}:version", []string{reap, operate}},
+		{"incr rollcall:version", []string{sidecar, reap, operate}}, {"set rollcall:version 1", no}, {"set rollcall:{web}:version 1", no}, {"decr rollcall:version", no},
+		{"setnx rollcall:epoch x", []string{sidecar, reap, operate}}, {"set rollcall:epoch x", no},
+		{"sadd rollcall:services web", []string{sidecar}}, {"srem rollcall:services web", []string{sidecar, reap, operate}},
+		{"hset rollcall:config a 1", []string{reap}}, {"hdel rollcall:config a", no},
+		{"set rollcall:reaper:x y", []string{reap}}, {"set rollcall:let-go y", []string{reap}},
+		{"hset rollcall:{web}:applied a 1", []string{sync}}, {"hdel rollcall:{web}:applied a", []string{sync}}, {"zadd rollcall:balancers 1 a", []string{sync}},
+		{"publish rollcall:changes x", []string{sidecar, reap, operate}}, {"publish other x", no},
+		// Reading.
+		{"smembers rollcall:services", []string{reap, operate, watch}}, {"hgetall rollcall:config", []string{sidecar, sync, operate, watch}},
+		{"hgetall rollcall:{web}:meta", []string{sidecar, sync, operate, watch}}, {"hgetall rollcall:{api}:meta", []string{sync, operate, watch}},
+		{"get rollcall:{api}:version", []string{reap, sync, operate, watch}}, {"get rollcall:reaper:x", []string{reap, operate, watch}},
+	} {
+		var args []any
+		for _, f := range strings.Fields(c.command) {
+			args = append(args, f)
+		}
+		for role, rdb := range clients {
+			run := "eval"
+			if role == watch { // it has no other
+				run = "eval_ro"
+			}
+			direct := rdb.Do(t.Context(), args...).Err()
+			inside := rdb.Do(t.Context(), append([]any{run, "return redis.call(unpack(ARGV))", 0}, args...)...).Err()
+			for how, err := range map[string]error{"directly": direct, "in a script": inside} {
+				checks++
+				want := false
+				for _, may := range c.may {
+					want = want || may == role
+				}
+				if got := !refused(err); got != want {
+					t.Errorf("%s %s: %s: allowed %v, want %v: %v", role, how, c.command, got, want, err)
+				}
+			}
+		}
+	}
+	for role, rdb := range clients {
+		for channel, want := range map[string]bool{"rollcall:changes": role == sync || role == operate || role == watch, "other": false} {
+			checks++
+			ps := rdb.Subscribe(t.Context(), channel)
+			_, err := ps.Receive(t.Context())
+			if got := !refused(err); got != want {
+				t.Errorf("%s: subscribe %s: allowed %v, want %v: %v", role, channel, got, want, err)
+			}
+			_ = ps.Close()
+		}
+	}
+	t.Logf("%d checks", checks)
+
+	// The product's own scripts, in the wrong hands.
+	ctx := t.Context()
+	addr := haproxytest.NewInstance(t).Addr()
+	beat := func(role string, svc registrar.Service) error {
+		_, err := roleStore(t, srv, role).Beat(ctx, svc, registrar.Beat{Addr: addr, Token: "t", Meta: `{"id":"t"}`})
+		return err
+	}
+	if err := beat(sidecar, "web"); err != nil {
+		t.Fatal(err)
+	}
+	word := func(role string) error {
+		_, _, err := roleStore(t, srv, role).SetAdmin(ctx, "web", addr, registrar.Word{Verb: "maint"})
+		return err
+	}
+	ack := func(role string) error {
+		return roleStore(t, srv, role).Ack(ctx, "lb", "web", registrar.Token{})
+	}
+	pulse := func(role string) error {
+		_, err := roleStore(t, srv, role).Pulse(ctx, "r", "token", registrar.DefaultTTL)
+		return err
+	}
+	sweep := func(role string) error {
+		_, err := roleStore(t, srv, role).Reap(ctx, "web", registrar.Sweep{ID: "r", Token: "token"})
+		return err
+	}
+	for what, err := range map[string]error{
+		"sidecar-web beats for api":   beat(sidecar, "api"),
+		"lbsync beats":                beat(sync, "web"),
+		"the watcher beats":           beat(watch, "web"),
+		"the reaper beats for api":    beat(reap, "api"),
+		"the operator beats":          beat(operate, "web"),
+		"the sidecar says maint":      word(sidecar),
+		"the reaper says maint":       word(reap),
+		"lbsync says maint":           word(sync),
+		"the sidecar acknowledges":    ack(sidecar),
+		"the reaper acknowledges":     ack(reap),
+		"the operator acknowledges":   ack(operate),
+		"the sidecar pulses":          pulse(sidecar),
+		"the operator pulses":         pulse(operate),
+		"lbsync pulses":               pulse(sync),
+		"the sidecar reaps":           sweep(sidecar),
+		"lbsync reaps":                sweep(sync),
+		"the operator reaps":          sweep(operate),
+		"the watcher reaps":           sweep(watch),
+		"the sidecar sets the config": setConfig(ctx, roleStore(t, srv, sidecar)),
+	} {
+		if !refused(err) {
+			t.Errorf("%s: %v, want a refusal", what, err)
+		}
+	}
+}
+
+func setConfig(ctx context.Context, s *registrar.Store) error {
+	_, _, err := s.Config(ctx, registrar.DefaultTTL, registrar.DefaultInterval, true)
+	return err
+}
+
+// refused tells Redis' word on rights from every other answer.
+func refused(err error) bool {
+	return err != nil && (strings.Contains(err.Error(), "NOPERM") ||
+		strings.Contains(err.Error(), "The user executing the script can't") ||
+		strings.Contains(err.Error(), "command is not allowed from script") ||
+		strings.Contains(err.Error(), "Write commands are not allowed from read-only scripts"))
+}
