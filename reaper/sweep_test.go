@@ -199,13 +199,13 @@ func TestProtectionLetsGo(t *testing.T) {
 		r.begin = r.begin.Add(-d)
 		r.proof.recv = r.elapsed()
 	}
-	later(letGoAfter)
+	later(LetGoAfter)
 	// Another reaper lets go at the same moment, out of any service.
 	g.put(t, "any", "10.0.0.5:80", 1)
 	g.put(t, "any", "10.0.0.6:80", r.proof.now)
 	r.store = &outage{Store: g.store, reap: func(*registrar.Sweep) {
 		r.store = g.store
-		out, err := g.store.Reap(t.Context(), "any", registrar.Sweep{ID: "r1", Token: r.proof.mine, Last: r.proof.now, MaxAge: time.Minute, Cutoff: 2000, LetGo: letGoEvery})
+		out, err := g.store.Reap(t.Context(), "any", registrar.Sweep{ID: "r1", Token: r.proof.mine, Last: r.proof.now, MaxAge: time.Minute, Cutoff: 2000, LetGo: LetGoEvery})
 		if err != nil || len(out.Addrs) != 1 {
 			t.Errorf("the other reaper: %+v, %v", out, err)
 		}
@@ -215,7 +215,7 @@ func TestProtectionLetsGo(t *testing.T) {
 	}
 	g.wantMembers(t, "web", "10.0.0.0:80", "10.0.0.1:80", "10.0.0.2:80")
 	pass := func() { // the registry's 10 s, and this reaper's
-		later(letGoEvery)
+		later(LetGoEvery)
 		if n, err := g.rdb.Del(t.Context(), g.keys.LetGo()).Result(); n != 1 || err != nil {
 			t.Errorf("%d keys of the pace, %v", n, err)
 		}

@@ -69,7 +69,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied *redis.Script
+	beat, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -84,7 +84,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		beat: script("beat"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
 		reap: script("reap"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
-		ack: script("ack"), applied: script("applied"),
+		ack: script("ack"), applied: script("applied"), report: script("report"),
 	}, nil
 }
 

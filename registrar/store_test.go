@@ -338,12 +338,12 @@ func TestNewStoreRefusesNamespace(t *testing.T) {
 func TestKeys(t *testing.T) {
 	k, err := NewKeys("rollcall")
 	must(t, err)
-	got := append(k.change(web), k.Changes(), k.Reaper("r1"))
+	got := append(k.change(web), k.Changes(), k.Reaper("r1"), k.Reapers())
 	want := []string{
 		"rollcall:{web}:instances", "rollcall:{web}:meta", "rollcall:{web}:admin", "rollcall:{web}:gone",
 		"rollcall:{web}:gone-at", "rollcall:{web}:changed", "rollcall:{web}:version",
 		"rollcall:services", "rollcall:version", "rollcall:epoch", "rollcall:config",
-		"rollcall:changes", "rollcall:reaper:r1",
+		"rollcall:changes", "rollcall:reaper:r1", "rollcall:reapers",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %q\nwant %q", got, want)

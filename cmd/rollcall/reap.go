@@ -6,16 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"rollcall/reaper"
 	"rollcall/registrar"
 )
-
-// heartbeatsPerTTL is the default share of the heartbeat interval in the TTL.
-const heartbeatsPerTTL = 3
 
 func reapCommand() *cli.Command {
 	return &cli.Command{
@@ -41,9 +37,9 @@ func reapCommand() *cli.Command {
 				ID: reaperID(), TTL: c.Duration("ttl"), Interval: c.Duration("heartbeat"), Sweep: c.Duration("interval"), SetTTL: c.Bool("set-ttl"),
 			}
 			if cfg.Interval == 0 {
-				cfg.Interval = (cfg.TTL / heartbeatsPerTTL).Truncate(time.Millisecond)
+				cfg.Interval = reaper.DefaultInterval(cfg.TTL)
 			}
-			s, err := begin(c, 1)
+			s, err := begin(c, 2) // for what it does, and for telling it
 			if err != nil {
 				return err
 			}
