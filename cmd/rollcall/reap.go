@@ -53,10 +53,11 @@ func reapCommand() *cli.Command {
 				return usageError{err}
 			}
 			if c.Bool("once") {
-				return reapOnce(c, r, s.printer)
+				err = reapOnce(c, r, s.printer)
+			} else {
+				s.log.Info().Str("reaper", cfg.ID).Dur("ttl", cfg.TTL).Dur("heartbeat", cfg.Interval).Msg("reaper starts")
+				err = r.Run(c.Context)
 			}
-			s.log.Info().Str("reaper", cfg.ID).Dur("ttl", cfg.TTL).Dur("heartbeat", cfg.Interval).Msg("reaper starts")
-			err = r.Run(c.Context)
 			if errors.Is(err, reaper.ErrConfig) {
 				return usageError{err}
 			}
@@ -93,6 +94,9 @@ func newCanary(c *cli.Context) (reaper.Canary, error) {
 
 func reapOnce(c *cli.Context, r *reaper.Reaper, p printer) error {
 	report, err := r.Once(c.Context, c.Bool("force"))
+	if errors.Is(err, reaper.ErrConfig) {
+		return err // before anybody was looked at
+	}
 	type row struct {
 		Service registrar.Service `json:"service"`
 		Addr    string            `json:"addr"`
