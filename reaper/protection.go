@@ -54,9 +54,8 @@ type hold struct {
 // fed with every survey and knows no clock; times are monotonic, since any
 // fixed instant.
 //
-// What beats by itself is not told from what somebody wrote into the sorted set
-// by hand: a member that is no address counts as a suspect until it is removed
-// as stale. That errs towards holding.
+// A member that is no address does not count (registrar.Count): nobody beats for
+// it, and it goes as stale unless its service is held.
 type protection struct {
 	dry   time.Duration // nothing is removed for that long after the cause is gone
 	holds map[registrar.Service]*hold

@@ -66,8 +66,8 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 		report.Members += max(c.Members, 0)
 		report.Stale += c.Stale
 		report.Suspects += c.Suspects
-		report.waits = report.waits || c.Stale > 0
-		if c.Stale == 0 && c.Oldest > 0 {
+		report.waits = report.waits || c.Stale+c.Garbage > 0
+		if c.Stale+c.Garbage == 0 && c.Oldest > 0 {
 			report.oldest = min(report.oldest, c.Oldest)
 		}
 	}
@@ -75,7 +75,7 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 		return report, errors.Join(broken...)
 	}
 	for _, c := range counts {
-		if c.Stale == 0 && c.Future == 0 {
+		if c.Stale+c.Garbage == 0 && c.Future == 0 {
 			continue
 		}
 		w := registrar.Sweep{Cutoff: cutoff}

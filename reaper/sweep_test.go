@@ -184,6 +184,40 @@ func TestProtectionHolds(t *testing.T) {
 	}
 }
 
+// Garbage holds nobody, and goes.
+func TestGarbageHoldsNobody(t *testing.T) {
+	g := newRegistry(t)
+	r := newReaper(t, Config{}, g.store, zerolog.Nop())
+	arm(t, r)
+	cutoff, _ := r.proof.cutoff()
+	for i := range 5 {
+		g.put(t, "web", fmt.Sprintf("10.0.1.%d:80", i), r.proof.now)
+	}
+	for i := range 20 {
+		g.put(t, "web", fmt.Sprint("garbage", i), int64(i))
+	}
+	g.put(t, "web", "10.0.0.1:80", 21)
+	g.put(t, "only", "garbage", 1)
+	report := mustSweep(t, r)
+	if len(report.Held) > 0 || len(report.Removed) != 2 || report.Members != 6 || report.Suspects != 1 || report.Stale != 1 {
+		t.Errorf("got %+v", report)
+	}
+	if got := g.members(t, "web"); len(got) != 5 {
+		t.Errorf("left: %q", got)
+	}
+	g.wantMembers(t, "only")
+
+	// Suspects who are not stale yet begin no hold because garbage goes now.
+	for i := range 3 {
+		g.put(t, "web", fmt.Sprintf("10.0.1.%d:80", i), cutoff)
+	}
+	g.put(t, "web", "garbage", 1)
+	report = mustSweep(t, r)
+	if len(report.Held) > 0 || fmt.Sprint(report.Removed) != "[{web [garbage]}]" || report.Suspects != 3 {
+		t.Errorf("got %+v", report)
+	}
+}
+
 func TestProtectionLetsGo(t *testing.T) {
 	g := newRegistry(t)
 	r := newReaper(t, Config{}, g.store, zerolog.Nop())
