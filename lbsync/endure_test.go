@@ -342,7 +342,6 @@ type watching struct {
 	mu      sync.Mutex
 	first   map[int]time.Time // answer of each process
 	applies int
-	reads   int
 	before  func(n int)          // the n-th Apply
 	after   func(lbsync.Applied) // each Apply
 }
@@ -380,9 +379,6 @@ func (b *watching) Read(ctx context.Context, backend string) (lbsync.State, erro
 	defer b.timed()()
 	st, err := b.Balancer.Read(ctx, backend)
 	b.saw(st.Process, err)
-	b.mu.Lock()
-	b.reads++
-	b.mu.Unlock()
 	return st, err
 }
 
@@ -415,13 +411,6 @@ func (b *watching) count() int {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.applies
-}
-
-// whole returns the number of whole reads so far.
-func (b *watching) whole() int {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.reads
 }
 
 // slowest returns how long the longest exchange so far took.

@@ -13,6 +13,9 @@
 // out soon after its TTL while one reaper is armed and no protection holds. No
 // answer changes nothing.
 //
+// What it does, and why it does not, it tells the register (tell.go), where
+// `rollcall status` finds it.
+//
 // It does not see what cannot be seen from inside Redis: a few instances cut
 // off from Redis, or all of a service with one instance, look dead. HAProxy's
 // own check is the witness there (package lbsync). It does not remove by

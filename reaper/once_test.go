@@ -78,6 +78,22 @@ func TestOnce(t *testing.T) {
 		}
 		g.wantMembers(t, "web", "10.0.0.9:80")
 	})
+	t.Run("forced with a canary that cannot", func(t *testing.T) {
+		t.Parallel()
+		g := newRegistry(t)
+		g.put(t, "web", "10.0.0.1:80", 1)
+		r := newReaper(t, cfg, g.store, zerolog.Nop())
+		sing(t, r, g.srv, "nobody:wrong@")
+		report, err := r.Once(t.Context(), true)
+		if err != nil || fmt.Sprint(report.Removed) != "[{web [10.0.0.1:80]}]" {
+			t.Errorf("got %+v, %v", report, err)
+		}
+		r = newReaper(t, short, g.store, zerolog.Nop())
+		sing(t, r, g.srv, "nobody:wrong@")
+		if _, err := r.Once(t.Context(), false); !errors.Is(err, ErrConfig) {
+			t.Errorf("of other times: %v, want ErrConfig", err)
+		}
+	})
 	t.Run("cancelled", func(t *testing.T) {
 		t.Parallel()
 		g := newRegistry(t)

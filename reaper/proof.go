@@ -230,6 +230,25 @@ func (p *proof) cutoff() (ms int64, armed bool) {
 	return 0, false
 }
 
+// earliest returns when, unix ms, cutoff can be armed if all is healthy from now
+// on; 0 if it has never been fed a pulse.
+func (p *proof) earliest(now int64) int64 {
+	if p.mine == "" {
+		return 0
+	}
+	need := p.ttl.Milliseconds()
+	for i, s := range p.segments {
+		if p.open && i == len(p.segments)-1 {
+			return s.to + need - p.credit(s)
+		}
+		need -= max(p.credit(s), 0)
+	}
+	if need <= 0 {
+		return now // with the next pulse
+	}
+	return now + need + p.beat.Milliseconds()
+}
+
 // suspect is the time, unix ms by Redis' clock, before which a last beat makes
 // a suspect: TTL − 1.1 B before the last pulse. When the first victim of an
 // event runs out, all others of it beat at most B later (and jitter only

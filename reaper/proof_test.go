@@ -187,6 +187,41 @@ func TestProofFaults(t *testing.T) {
 }
 
 // A failed pulse is no licence, whatever the credit.
+// What earliest says in the course of a fault is when it is armed again.
+func TestProofEarliest(t *testing.T) {
+	w := newWorld(t)
+	if got := w.p.earliest(5); got != 0 {
+		t.Errorf("before the first pulse: %d, want 0", got)
+	}
+	w.run(10 * time.Second)
+	for _, step := range []struct {
+		name  string
+		fault func()
+	}{
+		{"healthy so far", func() {}},
+		{"after a failed pulse", func() { w.fail(time.Second) }},
+		{"after a canary that could not", func() { w.p.canary(errors.New("no")); w.p.canary(nil) }},
+	} {
+		t.Run(step.name, func(t *testing.T) {
+			step.fault()
+			said := w.p.earliest(epochMS + w.at.Milliseconds())
+			for range 60 {
+				if _, armed := w.p.cutoff(); armed {
+					break
+				}
+				w.run(time.Second)
+			}
+			// A pulse is a second after the other.
+			if _, armed := w.p.cutoff(); !armed {
+				t.Fatal("never armed")
+			}
+			if late := ms(w.p.now - said); late < 0 || late > 2*time.Second {
+				t.Errorf("armed %v after it said, want 0 to two pulses", late)
+			}
+		})
+	}
+}
+
 func TestProofNotArmedByFailedPulse(t *testing.T) {
 	w := newWorld(t)
 	w.pulse(nil)

@@ -1,6 +1,7 @@
 package reaper
 
 import (
+	"fmt"
 	"time"
 
 	"rollcall/registrar"
@@ -11,10 +12,34 @@ const (
 	manySuspects   = 2  // of all services: up to as many are never held
 	manyPercent    = 15 // of all instances
 	serviceSuspect = 2  // of one service, and at least half of it
-
-	letGoAfter = 5 * time.Minute  // held for that long, one is let go
-	letGoEvery = 10 * time.Second // and so on
 )
+
+// What has been held for LetGoAfter is let go, one instance each LetGoEvery.
+const (
+	LetGoAfter = 5 * time.Minute
+	LetGoEvery = 10 * time.Second
+)
+
+// Rule is why svc may be held; "" is every service.
+func Rule(svc registrar.Service) string {
+	if svc == everyService {
+		return fmt.Sprintf("more than %d, and at least %d%% of all", manySuspects, manyPercent)
+	}
+	return fmt.Sprintf("at least %d, and half of the service", serviceSuspect)
+}
+
+// Overrule is the command that takes out at once whom the protection holds, in
+// a registry of these times.
+func Overrule(ttl, interval time.Duration) string {
+	cmd := "rollcall reap --once --force"
+	if ttl != registrar.DefaultTTL {
+		cmd += " --ttl " + ttl.String()
+	}
+	if interval != DefaultInterval(ttl) {
+		cmd += " --heartbeat " + interval.String()
+	}
+	return cmd
+}
 
 // everyService is the name of the hold on all services; no service has it.
 const everyService registrar.Service = ""
@@ -29,9 +54,8 @@ type hold struct {
 // fed with every survey and knows no clock; times are monotonic, since any
 // fixed instant.
 //
-// What beats by itself is not told from what somebody wrote into the sorted set
-// by hand: a member that is no address counts as a suspect until it is removed
-// as stale. That errs towards holding.
+// A member that is no address does not count (registrar.Count): nobody beats for
+// it, and it goes as stale unless its service is held.
 type protection struct {
 	dry   time.Duration // nothing is removed for that long after the cause is gone
 	holds map[registrar.Service]*hold
@@ -39,7 +63,7 @@ type protection struct {
 }
 
 func newProtection(beat time.Duration) protection {
-	return protection{dry: 2 * beat, holds: map[registrar.Service]*hold{}, letGo: -letGoEvery}
+	return protection{dry: 2 * beat, holds: map[registrar.Service]*hold{}, letGo: -LetGoEvery}
 }
 
 // judge takes in a survey and returns the names of holds that began with it or
@@ -97,7 +121,7 @@ func (p *protection) held(svc registrar.Service) bool {
 // the script that removes (registrar.Sweep.LetGo).
 func (p *protection) release(now time.Duration, counts []registrar.Count) (registrar.Count, bool) {
 	var oldest registrar.Count
-	if now-p.letGo < letGoEvery {
+	if now-p.letGo < LetGoEvery {
 		return oldest, false
 	}
 	for _, c := range counts {
@@ -122,5 +146,5 @@ func (p *protection) release(now time.Duration, counts []registrar.Count) (regis
 // it will end by itself.
 func (p *protection) fresh(svc registrar.Service, now time.Duration) bool {
 	h := p.holds[svc]
-	return h != nil && (now-h.since < letGoAfter || h.seen != now)
+	return h != nil && (now-h.since < LetGoAfter || h.seen != now)
 }

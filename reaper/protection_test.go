@@ -97,10 +97,10 @@ func TestProtectionRelease(t *testing.T) {
 	}
 	steps := []step{
 		{0, ""},
-		{letGoAfter - 1, ""},
-		{letGoAfter, "b"}, // its oldest is the oldest; c has nobody stale, last only one
-		{letGoAfter + letGoEvery - 1, ""},
-		{letGoAfter + letGoEvery, "b"},
+		{LetGoAfter - 1, ""},
+		{LetGoAfter, "b"}, // its oldest is the oldest; c has nobody stale, last only one
+		{LetGoAfter + LetGoEvery - 1, ""},
+		{LetGoAfter + LetGoEvery, "b"},
 	}
 	p := newProtection(testBeat)
 	for _, s := range steps {
@@ -112,7 +112,7 @@ func TestProtectionRelease(t *testing.T) {
 	}
 
 	// The cause is gone: the hold ends by itself.
-	at := letGoAfter + 2*letGoEvery
+	at := LetGoAfter + 2*LetGoEvery
 	if c, ok := p.release(at, counts); ok {
 		t.Errorf("released %s although the cause was not seen now", c.Service)
 	}
@@ -121,15 +121,15 @@ func TestProtectionRelease(t *testing.T) {
 	old := []registrar.Count{count("a", 10, 4, 1, 1), count("b", 10, 4, 0, 1)}
 	p.judge(0, old)
 	young := []registrar.Count{count("a", 10, 5, 1, 1), count("b", 10, 4, 0, 1)}
-	p.judge(letGoAfter, young)
-	if c, ok := p.release(letGoAfter, young); ok {
+	p.judge(LetGoAfter, young)
+	if c, ok := p.release(LetGoAfter, young); ok {
 		t.Errorf("released %s, held since just now", c.Service)
 	}
 	// What is not held is not released: it is swept.
 	p = newProtection(testBeat)
 	lone := []registrar.Count{count("a", 10, 1, 1, 1)}
-	p.judge(letGoAfter, lone)
-	if _, ok := p.release(letGoAfter, lone); ok {
+	p.judge(LetGoAfter, lone)
+	if _, ok := p.release(LetGoAfter, lone); ok {
 		t.Error("released without a hold")
 	}
 }

@@ -25,6 +25,8 @@ const (
 	// machine takes for one.
 	minTTL = 300 * time.Millisecond
 
+	heartbeatsPerTTL = 3
+
 	shownAddrs  = 10 // in a log line
 	shownErrors = 10 // of names, and of services, in one error
 )
@@ -52,6 +54,7 @@ type Store interface {
 	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
 	Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error)
 	Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (registrar.Reaped, error)
+	Report(ctx context.Context, id string, st *registrar.ReaperStatus) error
 }
 
 // Canary sends one heartbeat as an instance would: on a new connection, with an
@@ -62,7 +65,7 @@ type Canary func(ctx context.Context) error
 type Config struct {
 	ID       string        // of this process alone: two with one id never arm
 	TTL      time.Duration // whole ms; 0 = registrar.DefaultTTL
-	Interval time.Duration // between two heartbeats, whole ms; 0 = registrar.DefaultInterval
+	Interval time.Duration // between two heartbeats, whole ms; 0 = a third of the TTL
 	Sweep    time.Duration // longest time between two sweeps; 0 = DefaultSweep
 	SetTTL   bool          // write TTL and Interval to the registry instead of comparing them
 }
@@ -72,12 +75,18 @@ func (c Config) withDefaults() Config {
 		c.TTL = registrar.DefaultTTL
 	}
 	if c.Interval == 0 {
-		c.Interval = registrar.DefaultInterval
+		c.Interval = DefaultInterval(c.TTL)
 	}
 	if c.Sweep == 0 {
 		c.Sweep = DefaultSweep
 	}
 	return c
+}
+
+// DefaultInterval is the heartbeat interval that goes with a TTL unless somebody
+// says otherwise.
+func DefaultInterval(ttl time.Duration) time.Duration {
+	return (ttl / heartbeatsPerTTL).Truncate(time.Millisecond)
 }
 
 func (c Config) validate() error {
@@ -113,7 +122,8 @@ type Reaper struct {
 	pulses     int    // accepted ones until the next canary
 
 	mu     sync.Mutex
-	status Status // guarded by mu
+	status registrar.ReaperStatus // guarded by mu
+	news   chan struct{}          // holds one if status is another than the one told
 }
 
 // New checks cfg. It does no I/O.
@@ -126,31 +136,14 @@ func New(cfg Config, store Store, canary Canary, log zerolog.Logger) (*Reaper, e
 		cfg: cfg, store: store, canary: canary, begin: time.Now(),
 		log:   log.With().Str("component", "reaper").Str("id", cfg.ID).Logger(),
 		proof: newProof(cfg.TTL, cfg.Interval), protection: newProtection(cfg.Interval),
-		cause: causeCredit,
+		cause: causeCredit, status: registrar.ReaperStatus{Cause: causeCredit}, news: make(chan struct{}, 1),
 	}
-	r.status = Status{Cause: causeCredit, Since: r.begin}
 	return r, nil
-}
-
-// Hold is a stop of all removal, because too many look dead at once.
-type Hold struct {
-	Service           registrar.Service // empty = every service
-	Since             time.Time
-	Suspects, Members int64
-}
-
-// Status is what a reaper is doing. Cause says why it is not armed; empty if it
-// is.
-type Status struct {
-	Armed bool
-	Cause string
-	Since time.Time
-	Held  []Hold
 }
 
 // Status returns the state after the last pulse and sweep. Any goroutine may
 // call it.
-func (r *Reaper) Status() Status {
+func (r *Reaper) Status() registrar.ReaperStatus {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s := r.status
@@ -169,6 +162,11 @@ func (r *Reaper) Run(ctx context.Context) error {
 		}
 		return err
 	}
+	tctx, end := context.WithCancel(ctx)
+	var teller sync.WaitGroup
+	teller.Go(func() { r.tell(tctx) })
+	defer teller.Wait()
+	defer end()
 	wait := time.NewTimer(0)
 	defer wait.Stop()
 	var due time.Duration // of the next sweep
@@ -311,6 +309,7 @@ func (r *Reaper) pulse(ctx context.Context) error {
 // note logs a change between armed and not armed, and a new cause of the
 // latter.
 func (r *Reaper) note(f fault) {
+	was, cause := r.armed, r.cause
 	_, armed := r.proof.cutoff()
 	switch {
 	case armed && !r.armed:
@@ -322,12 +321,33 @@ func (r *Reaper) note(f fault) {
 			r.cause = causeCredit
 		}
 		r.log.Info().Str("cause", r.cause).AnErr("error", f.err).Msg("not armed: nobody is taken out")
-	default:
-		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.status.Armed, r.status.Cause, r.status.Since = r.armed, r.cause, time.Now()
+	st := &r.status
+	if r.armed != was || st.Since == 0 && r.proof.mine != "" {
+		st.Since = r.redisTime(r.elapsed())
+		r.tellNews()
+	}
+	if r.armed != was || r.cause != cause {
+		st.Armed, st.Cause, st.Error = r.armed, r.cause, ""
+		if f.err != nil && !r.armed {
+			st.Error = f.err.Error()
+		}
+		r.tellNews()
+	}
+	if st.Until = 0; !armed {
+		st.Until = r.proof.earliest(r.redisTime(r.elapsed()))
+	}
+}
+
+// redisTime is the time, unix ms by Redis' clock, at elapsed: by the last
+// accepted pulse; 0 before the first.
+func (r *Reaper) redisTime(elapsed time.Duration) int64 {
+	if r.proof.mine == "" {
+		return 0
+	}
+	return r.proof.now + (elapsed - r.proof.recv).Milliseconds()
 }
 
 // complain logs the error of a sweep when it is another than the last one's. A

@@ -1,6 +1,7 @@
 package reaper
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,7 +24,7 @@ type Report struct {
 	Armed                    bool
 	Members, Stale, Suspects int64
 	Removed                  []Removal
-	Held                     []Hold
+	Held                     []registrar.Hold
 
 	surveyed bool
 	waits    bool  // somebody stale is still there
@@ -65,8 +66,8 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 		report.Members += max(c.Members, 0)
 		report.Stale += c.Stale
 		report.Suspects += c.Suspects
-		report.waits = report.waits || c.Stale > 0
-		if c.Stale == 0 && c.Oldest > 0 {
+		report.waits = report.waits || c.Stale+c.Garbage > 0
+		if c.Stale+c.Garbage == 0 && c.Oldest > 0 {
 			report.oldest = min(report.oldest, c.Oldest)
 		}
 	}
@@ -74,7 +75,7 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 		return report, errors.Join(broken...)
 	}
 	for _, c := range counts {
-		if c.Stale == 0 && c.Future == 0 {
+		if c.Stale+c.Garbage == 0 && c.Future == 0 {
 			continue
 		}
 		w := registrar.Sweep{Cutoff: cutoff}
@@ -96,7 +97,7 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 		}
 	}
 	if c, ok := r.protection.release(now, counts); ok {
-		addrs, err := r.reap(ctx, c.Service, registrar.Sweep{Cutoff: cutoff, LetGo: letGoEvery}, resets)
+		addrs, err := r.reap(ctx, c.Service, registrar.Sweep{Cutoff: cutoff, LetGo: LetGoEvery}, resets)
 		if len(addrs) > 0 {
 			report.Removed = append(report.Removed, Removal{c.Service, addrs})
 		}
@@ -133,26 +134,37 @@ func (r *Reaper) survey(ctx context.Context, cutoff int64) (counts []registrar.C
 	return counts, broken, nil
 }
 
-// judge feeds the protection and logs what holds and what no longer does.
-func (r *Reaper) judge(now time.Duration, counts []registrar.Count) []Hold {
+// judge feeds the protection and says, in the log and to who asks for the
+// status, what it holds and what no longer.
+func (r *Reaper) judge(now time.Duration, counts []registrar.Count) []registrar.Hold {
 	began, ended := r.protection.judge(now, counts)
 	for _, svc := range began {
 		h := r.protection.holds[svc]
 		r.log.Warn().Str("service", shown(svc)).Int64("suspects", h.suspects).Int64("members", h.members).
-			Msg("too many look dead at once: nobody is taken out until they beat again; one goes each 10 s after 5 min; rollcall reap --once --force overrules")
+			Str("rule", Rule(svc)).Dur("dry", r.protection.dry).Dur("let_go_after", LetGoAfter).Dur("let_go_every", LetGoEvery).
+			Str("overrule", Overrule(r.cfg.TTL, r.cfg.Interval)).
+			Msg("held: too many look dead at once, so nobody is taken out until they have been back for two heartbeats; after 5 min one goes each 10 s")
 	}
 	for svc, h := range ended {
-		r.log.Info().Str("service", shown(svc)).Int64("suspects", h.suspects).Int64("members", h.members).
-			Dur("held", now-h.since).Msg("no longer held")
+		r.log.Info().Str("service", shown(svc)).Int64("suspects", h.suspects).Int64("members", h.members).Dur("held", now-h.since).
+			Msg("no longer held: for two heartbeats there were not too many who look dead; who still does is taken out")
 	}
-	held := make([]Hold, 0, len(r.protection.holds))
+	held := make([]registrar.Hold, 0, len(r.protection.holds))
 	for svc, h := range r.protection.holds {
-		held = append(held, Hold{svc, r.begin.Add(h.since), h.suspects, h.members})
+		held = append(held, registrar.Hold{
+			Service: svc, Suspects: h.suspects, Members: h.members,
+			Since: r.redisTime(h.since), Until: r.redisTime(h.seen + r.protection.dry),
+		})
 	}
-	slices.SortFunc(held, func(a, b Hold) int { return a.Since.Compare(b.Since) })
+	slices.SortFunc(held, func(a, b registrar.Hold) int {
+		return cmp.Or(cmp.Compare(a.Since, b.Since), cmp.Compare(a.Service, b.Service))
+	})
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.status.Held = held
+	if len(began) > 0 || len(ended) > 0 {
+		r.tellNews()
+	}
 	return slices.Clone(held)
 }
 

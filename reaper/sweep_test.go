@@ -184,6 +184,40 @@ func TestProtectionHolds(t *testing.T) {
 	}
 }
 
+// Garbage holds nobody, and goes.
+func TestGarbageHoldsNobody(t *testing.T) {
+	g := newRegistry(t)
+	r := newReaper(t, Config{}, g.store, zerolog.Nop())
+	arm(t, r)
+	cutoff, _ := r.proof.cutoff()
+	for i := range 5 {
+		g.put(t, "web", fmt.Sprintf("10.0.1.%d:80", i), r.proof.now)
+	}
+	for i := range 20 {
+		g.put(t, "web", fmt.Sprint("garbage", i), int64(i))
+	}
+	g.put(t, "web", "10.0.0.1:80", 21)
+	g.put(t, "only", "garbage", 1)
+	report := mustSweep(t, r)
+	if len(report.Held) > 0 || len(report.Removed) != 2 || report.Members != 6 || report.Suspects != 1 || report.Stale != 1 {
+		t.Errorf("got %+v", report)
+	}
+	if got := g.members(t, "web"); len(got) != 5 {
+		t.Errorf("left: %q", got)
+	}
+	g.wantMembers(t, "only")
+
+	// Suspects who are not stale yet begin no hold because garbage goes now.
+	for i := range 3 {
+		g.put(t, "web", fmt.Sprintf("10.0.1.%d:80", i), cutoff)
+	}
+	g.put(t, "web", "garbage", 1)
+	report = mustSweep(t, r)
+	if len(report.Held) > 0 || fmt.Sprint(report.Removed) != "[{web [garbage]}]" || report.Suspects != 3 {
+		t.Errorf("got %+v", report)
+	}
+}
+
 func TestProtectionLetsGo(t *testing.T) {
 	g := newRegistry(t)
 	r := newReaper(t, Config{}, g.store, zerolog.Nop())
@@ -199,13 +233,13 @@ func TestProtectionLetsGo(t *testing.T) {
 		r.begin = r.begin.Add(-d)
 		r.proof.recv = r.elapsed()
 	}
-	later(letGoAfter)
+	later(LetGoAfter)
 	// Another reaper lets go at the same moment, out of any service.
 	g.put(t, "any", "10.0.0.5:80", 1)
 	g.put(t, "any", "10.0.0.6:80", r.proof.now)
 	r.store = &outage{Store: g.store, reap: func(*registrar.Sweep) {
 		r.store = g.store
-		out, err := g.store.Reap(t.Context(), "any", registrar.Sweep{ID: "r1", Token: r.proof.mine, Last: r.proof.now, MaxAge: time.Minute, Cutoff: 2000, LetGo: letGoEvery})
+		out, err := g.store.Reap(t.Context(), "any", registrar.Sweep{ID: "r1", Token: r.proof.mine, Last: r.proof.now, MaxAge: time.Minute, Cutoff: 2000, LetGo: LetGoEvery})
 		if err != nil || len(out.Addrs) != 1 {
 			t.Errorf("the other reaper: %+v, %v", out, err)
 		}
@@ -215,7 +249,7 @@ func TestProtectionLetsGo(t *testing.T) {
 	}
 	g.wantMembers(t, "web", "10.0.0.0:80", "10.0.0.1:80", "10.0.0.2:80")
 	pass := func() { // the registry's 10 s, and this reaper's
-		later(letGoEvery)
+		later(LetGoEvery)
 		if n, err := g.rdb.Del(t.Context(), g.keys.LetGo()).Result(); n != 1 || err != nil {
 			t.Errorf("%d keys of the pace, %v", n, err)
 		}

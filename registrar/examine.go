@@ -146,6 +146,7 @@ func (s *Store) rights(svc Service) []right {
 		{changers, []any{"zrem", z, "-"}}, {changers, []any{"zadd", k.GoneAt(svc), 0, "-"}}, {changers, []any{"zcard", z}},
 		{changers, []any{"sadd", k.Services(), "-"}}, {changers, []any{"srem", k.Services(), "-"}},
 		{RoleAdmin, []any{"hset", k.Admin(svc), "-", "-"}},
+		{RoleReaper, []any{"hset", k.Reapers(), "-", "-"}}, {RoleReaper, []any{"hdel", k.Reapers(), "-"}}, {RoleReaper, []any{"hgetall", k.Reapers()}},
 		{RoleReaper, []any{"set", k.Reaper("-"), "-"}}, {RoleReaper, []any{"zcount", z, 0, 0}}, {RoleReaper, []any{"hsetnx", k.Config(), "-", "-"}},
 		{RoleSync, []any{"subscribe", k.Changes()}}, {RoleSync, []any{"hkeys", k.Applied(svc)}}, {RoleSync, []any{"hset", k.Applied(svc), "-", "-"}}, {RoleSync, []any{"hdel", k.Applied(svc), "-"}},
 		{RoleSync, []any{"zadd", k.Balancers(), 0, "-"}}, {RoleSync, []any{"zremrangebyscore", k.Balancers(), 0, 0}},

@@ -26,7 +26,7 @@ func TestRightsCoverScripts(t *testing.T) {
 	}
 	roles := map[string][]string{
 		"beat": {RoleSidecar}, "leave": {RoleSidecar}, "deregister": {RoleAdmin}, "admin": {RoleAdmin},
-		"reap": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "ack": {RoleSync},
+		"reap": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "report": {RoleReaper}, "ack": {RoleSync},
 		"read": nil, "versions": nil, "applied": nil, "lib": {RoleSidecar, RoleReaper, RoleAdmin},
 	}
 	err = fs.WalkDir(sources, ".", func(path string, d fs.DirEntry, err error) error {

@@ -46,6 +46,9 @@ func (k Keys) ServiceVersion(s Service) string {
 // LetGo is a STRING: while it is there, no held instance is let go. It expires.
 func (k Keys) LetGo() string { return k.ns + ":let-go" }
 
+// Reapers is a HASH: reaper id → JSON of ReaperStatus with its time, "at".
+func (k Keys) Reapers() string { return k.ns + ":reapers" }
+
 // Reaper is a STRING, the last pulse token of one reaper; it expires.
 func (k Keys) Reaper(id string) string { return k.ns + ":reaper:" + id }
 
@@ -59,7 +62,7 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 		return "", "set"
 	case k.Version(), k.Epoch():
 		return "", "string"
-	case k.Config(), k.ns + ":reapers":
+	case k.Config(), k.Reapers():
 		return "", "hash"
 	case k.Balancers():
 		return "", "zset"

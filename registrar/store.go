@@ -40,6 +40,8 @@ var (
 const (
 	// reapLimit bounds one call of reap.lua, and so how long it holds Redis.
 	reapLimit = 250
+	// surveyLimit is the most suspects that one call of survey.lua reads.
+	surveyLimit = 1000
 	// deltaLimit is the most changed addresses that are cheaper to read one by
 	// one than all at once.
 	deltaLimit = 1000
@@ -69,7 +71,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied *redis.Script
+	beat, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -84,7 +86,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		beat: script("beat"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
 		reap: script("reap"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
-		ack: script("ack"), applied: script("applied"),
+		ack: script("ack"), applied: script("applied"), report: script("report"),
 	}, nil
 }
 
@@ -288,18 +290,22 @@ func (s *Store) Pulse(ctx context.Context, id, token string, expiry time.Duratio
 	return Pulse{integer(r[0]), text(r[1]), text(r[2]), text(r[3])}, nil
 }
 
-// Count is what a survey says of one service.
+// Count is what a survey says of one service. What is no address is garbage: it
+// is no member and no suspect. Of more than 1,000 suspects in one call of the
+// script, the rest is taken for addresses.
 type Count struct {
 	Service  Service
 	Members  int64
 	Stale    int64 // before the cut-off
+	Garbage  int64 // before the cut-off, and no address
 	Suspects int64 // before the suspect cut-off
 	Future   int64 // scores after now
 	Oldest   int64 // the oldest score, unix ms; 0 without members
 	Mistyped bool  // the key holds something else; nothing is known
 }
 
-// Survey counts, without reading members. Times are unix ms by Redis' clock.
+// Survey counts. It reads no members but suspects. Times are unix ms by Redis'
+// clock; suspect is not before cutoff.
 func (s *Store) Survey(ctx context.Context, svcs []Service, now, cutoff, suspect int64) ([]Count, error) {
 	const chunk = 1000
 	counts := make([]Count, 0, len(svcs))
@@ -310,24 +316,43 @@ func (s *Store) Survey(ctx context.Context, svcs []Service, now, cutoff, suspect
 		for i, svc := range part {
 			keys[i] = s.keys.Instances(svc)
 		}
-		r, err := s.survey.RunRO(ctx, s.rdb, keys, now, cutoff, suspect).Slice()
+		r, err := s.survey.RunRO(ctx, s.rdb, keys, now, cutoff, suspect, surveyLimit).Slice()
 		if err != nil {
 			return nil, fmt.Errorf("survey of %d services: %w", len(part), err)
 		}
-		if len(r) != 5*len(part) {
+		if len(r) != 6*len(part) {
 			return nil, fmt.Errorf("survey of %d services: answer of %d parts", len(part), len(r))
 		}
 		for i, svc := range part {
-			f := r[5*i : 5*i+5]
+			f := r[6*i : 6*i+6]
 			c := Count{Service: svc, Members: integer(f[0]), Stale: integer(f[1]), Suspects: integer(f[2]), Future: integer(f[3])}
 			c.Mistyped = c.Members < 0
 			if score, err := strconv.ParseFloat(text(f[4]), 64); err == nil && score > 0 && score < 1e15 {
 				c.Oldest = int64(score)
 			}
+			c.discard(f[5])
 			counts = append(counts, c)
 		}
 	}
 	return counts, nil
+}
+
+// discard takes garbage out of the counts. The suspects that were read are the
+// oldest ones, so the stale ones are the first of them.
+func (c *Count) discard(suspects any) {
+	read, _ := suspects.([]any)
+	stale := c.Stale
+	for i, m := range read {
+		if _, err := ParseAddr(text(m)); err == nil {
+			continue
+		}
+		c.Members--
+		c.Suspects--
+		if int64(i) < stale {
+			c.Stale--
+			c.Garbage++
+		}
+	}
 }
 
 // Sweep is a reaper's licence to remove: its pulse and the cut-off proven by it.

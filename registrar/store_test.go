@@ -338,12 +338,12 @@ func TestNewStoreRefusesNamespace(t *testing.T) {
 func TestKeys(t *testing.T) {
 	k, err := NewKeys("rollcall")
 	must(t, err)
-	got := append(k.change(web), k.Changes(), k.Reaper("r1"))
+	got := append(k.change(web), k.Changes(), k.Reaper("r1"), k.Reapers())
 	want := []string{
 		"rollcall:{web}:instances", "rollcall:{web}:meta", "rollcall:{web}:admin", "rollcall:{web}:gone",
 		"rollcall:{web}:gone-at", "rollcall:{web}:changed", "rollcall:{web}:version",
 		"rollcall:services", "rollcall:version", "rollcall:epoch", "rollcall:config",
-		"rollcall:changes", "rollcall:reaper:r1",
+		"rollcall:changes", "rollcall:reaper:r1", "rollcall:reapers",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %q\nwant %q", got, want)
@@ -444,14 +444,18 @@ func TestSurvey(t *testing.T) {
 	} {
 		do(t, s, "ZADD", s.keys.Instances(web), score, host(i).String())
 	}
-	do(t, s, "ZADD", s.keys.Instances("odd"), "-inf", "x")
+	do(t, s, "ZADD", s.keys.Instances("odd"), "-inf", host(1).String())
 	do(t, s, "SET", s.keys.Instances("bad"), "x")
-	svcs := []Service{web, "none", "bad", "odd"}
+	// What is no address, or one in another form, counts only as garbage.
+	do(t, s, "ZADD", s.keys.Instances("mix"), "-inf", "x", cutoff-1, "010.0.0.1:80", cutoff-1, host(1).String(),
+		suspect-2, "", suspect-1, host(2).String(), suspect, "y")
+	svcs := []Service{web, "none", "bad", "odd", "mix"}
 	want := []Count{
 		{Service: web, Members: 7, Stale: 1, Suspects: 3, Future: 2, Oldest: cutoff - 1},
 		{Service: "none"},
 		{Service: "bad", Members: -1, Mistyped: true},
 		{Service: "odd", Members: 1, Stale: 1, Suspects: 1},
+		{Service: "mix", Members: 3, Stale: 1, Garbage: 2, Suspects: 2},
 	}
 	// More services than one call takes.
 	for i := range 2000 {
@@ -461,7 +465,35 @@ func TestSurvey(t *testing.T) {
 	got, err := s.Survey(t.Context(), svcs, now, cutoff, suspect)
 	must(t, err)
 	if !slices.Equal(got, want) {
-		t.Errorf("got  %+v\nwant %+v", got[:4], want[:4])
+		t.Errorf("got  %+v\nwant %+v", got[:5], want[:5])
+	}
+}
+
+// TestSurveyReadsSome checks that a survey reads the oldest 1,000 suspects of a
+// call at most, takes the rest for addresses, and reads nobody who is none.
+func TestSurveyReadsSome(t *testing.T) {
+	s, _ := newStore(t)
+	for _, svc := range []Service{"a", "b"} {
+		args := []any{"ZADD", s.keys.Instances(svc)}
+		for i := range 600 {
+			args = append(args, i, fmt.Sprint("x", i))
+		}
+		do(t, s, args...)
+	}
+	got, err := s.Survey(t.Context(), []Service{"a", "b"}, t0, 500, 600)
+	must(t, err)
+	want := []Count{
+		{Service: "a", Stale: 0, Garbage: 500},
+		{Service: "b", Members: 200, Stale: 100, Garbage: 400, Suspects: 200},
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+	do(t, s, "CONFIG", "RESETSTAT")
+	_, err = s.Survey(t.Context(), []Service{"a", "b"}, t0, 0, 0)
+	must(t, err)
+	if stats := s.rdb.Info(t.Context(), "commandstats").Val(); strings.Contains(stats, "zrangebyscore") {
+		t.Errorf("a survey without suspects reads members:\n%s", stats)
 	}
 }
 

@@ -489,6 +489,8 @@ func TestBadInput(t *testing.T) {
 		{"server option", []string{"lbsync", "--backend", "web=be", "--server-options", "check;disable frontend x"}},
 		{"ttl", []string{"reap", "--ttl", "-1s"}},
 		{"ttl that differs", []string{"reap", "--ttl", "16s"}},
+		{"ttl that differs, once", []string{"reap", "--ttl", "16s", "--once"}},
+		{"ttl that differs, forced", []string{"reap", "--ttl", "16s", "--once", "--force"}},
 		{"force alone", []string{"reap", "--force"}},
 		{"canary URL", []string{"reap", "--canary-redis", "http://u:secret@h"}},
 		{"wait for what", []string{"wait", "web", "--for", "happiness"}},

@@ -67,7 +67,7 @@ func services(c *cli.Context, store *registrar.Store) ([]serviceRow, error) {
 	if err != nil {
 		return nil, err
 	}
-	counts, err := store.Survey(ctx, svcs, now, now-ttl.Milliseconds(), now)
+	counts, err := store.Survey(ctx, svcs, now, now-ttl.Milliseconds(), now-ttl.Milliseconds())
 	if err != nil {
 		return nil, err
 	}

@@ -6,16 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"rollcall/reaper"
 	"rollcall/registrar"
 )
-
-// heartbeatsPerTTL is the default share of the heartbeat interval in the TTL.
-const heartbeatsPerTTL = 3
 
 func reapCommand() *cli.Command {
 	return &cli.Command{
@@ -41,9 +37,9 @@ func reapCommand() *cli.Command {
 				ID: reaperID(), TTL: c.Duration("ttl"), Interval: c.Duration("heartbeat"), Sweep: c.Duration("interval"), SetTTL: c.Bool("set-ttl"),
 			}
 			if cfg.Interval == 0 {
-				cfg.Interval = (cfg.TTL / heartbeatsPerTTL).Truncate(time.Millisecond)
+				cfg.Interval = reaper.DefaultInterval(cfg.TTL)
 			}
-			s, err := begin(c, 1)
+			s, err := begin(c, 2) // for what it does, and for telling it
 			if err != nil {
 				return err
 			}
@@ -57,10 +53,11 @@ func reapCommand() *cli.Command {
 				return usageError{err}
 			}
 			if c.Bool("once") {
-				return reapOnce(c, r, s.printer)
+				err = reapOnce(c, r, s.printer)
+			} else {
+				s.log.Info().Str("reaper", cfg.ID).Dur("ttl", cfg.TTL).Dur("heartbeat", cfg.Interval).Msg("reaper starts")
+				err = r.Run(c.Context)
 			}
-			s.log.Info().Str("reaper", cfg.ID).Dur("ttl", cfg.TTL).Dur("heartbeat", cfg.Interval).Msg("reaper starts")
-			err = r.Run(c.Context)
 			if errors.Is(err, reaper.ErrConfig) {
 				return usageError{err}
 			}
@@ -97,6 +94,9 @@ func newCanary(c *cli.Context) (reaper.Canary, error) {
 
 func reapOnce(c *cli.Context, r *reaper.Reaper, p printer) error {
 	report, err := r.Once(c.Context, c.Bool("force"))
+	if errors.Is(err, reaper.ErrConfig) {
+		return err // before anybody was looked at
+	}
 	type row struct {
 		Service registrar.Service `json:"service"`
 		Addr    string            `json:"addr"`
