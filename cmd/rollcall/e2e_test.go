@@ -491,6 +491,12 @@ func TestBadInput(t *testing.T) {
 		{"ttl that differs", []string{"reap", "--ttl", "16s"}},
 		{"force alone", []string{"reap", "--force"}},
 		{"canary URL", []string{"reap", "--canary-redis", "http://u:secret@h"}},
+		{"http", []string{"reap", "--http", "nowhere"}},
+		{"http without a port", []string{"watch", "--http", "127.0.0.1"}},
+		{"http of a name", register("--service", "web", "--addr", "127.0.0.1:80", "--http", "localhost:9464")},
+		{"http once", []string{"lbsync", "--backend", "web=be", "--http", "127.0.0.1:0", "--once"}},
+		{"http dry", []string{"lbsync", "--backend", "web=be", "--http", "127.0.0.1:0", "--dry-run"}},
+		{"pprof alone", []string{"reap", "--pprof"}},
 		{"wait for what", []string{"wait", "web", "--for", "happiness"}},
 		{"wait for how many", []string{"wait", "web", "--for", "ready=-1"}},
 	} {
