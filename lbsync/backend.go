@@ -60,7 +60,9 @@ type backend struct {
 	dirty    map[netip.AddrPort]time.Time
 	reread   bool            // the process was replaced, or may have been
 	applied  registrar.Token // the state that HAProxy has, read back; zero before the first
+	status   BackendStatus   // after the last step; without Synced and Behind
 
+	since      time.Time  // the oldest change that is not applied was heard; zero = none
 	have       *Inventory // nil: unknown
 	seen       time.Time  // last complete answer
 	readAt     time.Time  // last whole read
@@ -199,6 +201,11 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 			b.forget()
 		}
 	}()
+	for _, heard := range dirty {
+		if b.since.IsZero() || heard.Before(b.since) {
+			b.since = heard
+		}
+	}
 	if !known {
 		return time.Hour, b.serveCold(ctx) // woken by Redis, or by another process
 	}
@@ -235,7 +242,14 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 		if news {
 			b.acked()
 		}
+		if news && !b.since.IsZero() && b.cfg.Applied != nil {
+			b.cfg.Applied(b.config(), time.Since(b.since))
+		}
+		b.since = time.Time{}
 	}
+	b.mu.Lock()
+	b.status = BackendStatus{Serving: b.have.Serving, Held: len(b.held), Postponed: len(b.postponed), Unplaced: len(b.unplaced)}
+	b.mu.Unlock()
 	return b.pause(time.Now()), nil
 }
 
@@ -468,6 +482,21 @@ func (b *backend) state() (registrar.Token, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.applied, b.applied != registrar.Token{}
+}
+
+func (b *backend) config() BackendConfig { return BackendConfig{b.service, b.name, b.mode} }
+
+// standing returns how the backend stands. Anybody may call it.
+func (b *backend) standing() BackendStatus {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s := b.status
+	s.BackendConfig, s.Synced = b.config(), b.applied != registrar.Token{}
+	s.Behind = b.view.Token.Version - b.applied.Version
+	if b.applied.Interrupted(b.view.Token) {
+		s.Behind = b.view.Token.Version // what is applied is of another history
+	}
+	return s
 }
 
 // wants turns what the register says of addrs into wants of one goal.

@@ -67,6 +67,10 @@ type Config struct {
 	MinShare int
 	// StateFile keeps the last lists for a start without Redis; empty = none.
 	StateFile string
+	// Applied, if not nil, hears how long a change took, from the hint or the
+	// poll that told of it until HAProxy was read back with it. Several
+	// goroutines call it, and wait for it.
+	Applied func(b BackendConfig, took time.Duration)
 }
 
 func (c *Config) defaults() {
@@ -188,6 +192,34 @@ func (s *Syncer) Run(ctx context.Context) error {
 			b.change(c)
 		}
 	})
+}
+
+// Status is how a Syncer stands.
+type Status struct {
+	Redis    notifier.Status
+	Backends []BackendStatus
+}
+
+// BackendStatus is how one backend stood after the last look at it.
+type BackendStatus struct {
+	BackendConfig
+	Synced    bool  // HAProxy has had the whole service once
+	Behind    int64 // versions of the service that were heard of and are not in HAProxy
+	Serving   int   // servers that HAProxy sent requests to
+	Held      int   // due to leave by absence, but kept
+	Postponed int   // drains that wait, because nobody else is up
+	Unplaced  int   // instances without a slot
+}
+
+// Status returns how the syncer stands. Any goroutine may call it.
+func (s *Syncer) Status() Status {
+	st := Status{Redis: s.watcher.Status()}
+	for _, svc := range s.services {
+		for _, b := range s.backends[svc] {
+			st.Backends = append(st.Backends, b.standing())
+		}
+	}
+	return st
 }
 
 // Once reads every service and brings every backend as near to it as can be

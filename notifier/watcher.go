@@ -76,6 +76,7 @@ type Watcher struct {
 	every    bool                       // read all that is followed: subscribed again
 	stranger bool                       // a message named a service that is not known
 	alive    bool                       // the subscription answers
+	status   Status                     // but for Subscribed, which is alive
 	heard    time.Time                  // its last sign of life
 
 	// followed is changed by the goroutine of Run only, under mu. What it holds
@@ -177,6 +178,28 @@ func (w *Watcher) Alive() bool {
 	return w.alive
 }
 
+// Status is how a Watcher stands with Redis.
+type Status struct {
+	Answers       bool  // the last exchange succeeded, and there was one
+	Subscribed    bool  // the subscription has answered lately
+	Subscriptions int64 // made so far; all but the first are reconnects
+}
+
+// Status returns how the watcher stands. Any goroutine may call it.
+func (w *Watcher) Status() Status {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s := w.status
+	s.Subscribed = w.alive
+	return s
+}
+
+func (w *Watcher) answers(yes bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.status.Answers = yes
+}
+
 // Run follows until ctx ends, and returns nil then. It calls handle for every
 // change, one at a time and in order for each service; handle must not block
 // for long, since it holds up every other service. Changes that come faster
@@ -203,12 +226,14 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 				w.log.Warn().Err(err).Msg("redis does not answer; what is known stays in force")
 			}
 			failures++
+			w.answers(false)
 			again.Reset(registrar.Backoff(failures, w.retry()))
 		default:
 			if failures > 0 {
 				w.log.Info().Int("failures", failures).Msg("redis answers again")
 			}
 			failures = 0
+			w.answers(true)
 			again.Reset(w.pause(time.Now()))
 		}
 		select {
@@ -593,6 +618,7 @@ func (w *Watcher) subscribe(ctx context.Context, failures int) error {
 				w.log.Info().Msg("subscribed again")
 			}
 			w.alive, w.every = true, true
+			w.status.Subscriptions++
 			w.signal()
 		}
 		w.mu.Unlock()

@@ -68,6 +68,9 @@ type Config struct {
 	Interval time.Duration // between two heartbeats, whole ms; 0 = a third of the TTL
 	Sweep    time.Duration // longest time between two sweeps; 0 = DefaultSweep
 	SetTTL   bool          // write TTL and Interval to the registry instead of comparing them
+	// Removed, if not nil, hears how many instances of a service one sweep took
+	// out, and how long after its TTL the one went that was silent longest.
+	Removed func(n int, late time.Duration)
 }
 
 func (c Config) withDefaults() Config {

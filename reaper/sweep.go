@@ -86,9 +86,7 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 			w.Cutoff = 0 // nobody: only the scores from the future
 		}
 		addrs, err := r.reap(ctx, c.Service, w, resets)
-		if len(addrs) > 0 {
-			report.Removed = append(report.Removed, Removal{c.Service, addrs})
-		}
+		r.removed(&report, c, addrs)
 		switch {
 		case errors.Is(err, registrar.ErrBroken):
 			broken = append(broken, err)
@@ -98,12 +96,22 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 	}
 	if c, ok := r.protection.release(now, counts); ok {
 		addrs, err := r.reap(ctx, c.Service, registrar.Sweep{Cutoff: cutoff, LetGo: LetGoEvery}, resets)
-		if len(addrs) > 0 {
-			report.Removed = append(report.Removed, Removal{c.Service, addrs})
-		}
+		r.removed(&report, c, addrs)
 		broken = append(broken, err)
 	}
 	return report, errors.Join(broken...)
+}
+
+// removed notes that addrs of c's service went, the oldest among them.
+func (r *Reaper) removed(report *Report, c registrar.Count, addrs []string) {
+	if len(addrs) == 0 {
+		return
+	}
+	report.Removed = append(report.Removed, Removal{c.Service, addrs})
+	if r.cfg.Removed != nil {
+		silent := ms(r.proof.now-c.Oldest) + r.elapsed() - r.proof.recv
+		r.cfg.Removed(len(addrs), silent-r.cfg.TTL)
+	}
 }
 
 // survey counts every service. Names and keys that are none are errors of

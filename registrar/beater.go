@@ -32,6 +32,9 @@ type BeaterConfig struct {
 	// Tell, if not nil, hears in a few words how the instance stands with the
 	// register, each time that this changes. Run calls it and waits for it.
 	Tell func(status string)
+	// Beaten, if not nil, hears what became of each heartbeat; nil = accepted.
+	// Run calls it and waits for it.
+	Beaten func(err error)
 }
 
 // The causes for which a Run can be cancelled other than in order. Both make it
@@ -170,6 +173,7 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 	reply, err := b.store.Beat(tctx, b.cfg.Service, Beat{
 		Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Claim: !b.answered, Interval: b.cfg.Interval,
 	})
+	b.beaten(ctx, err)
 	if err == nil || errors.Is(err, ErrNotOwner) || errors.Is(err, ErrLeft) || errors.Is(err, ErrInterval) {
 		b.answered = true
 	}
@@ -238,6 +242,7 @@ func (b *Beater) drain(ctx context.Context) {
 	tctx, done := WithTimeout(ctx)
 	reply, err := b.store.Beat(tctx, b.cfg.Service, Beat{Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Interval: b.cfg.Interval})
 	done()
+	b.beaten(ctx, err)
 	if err != nil {
 		b.log.Warn().Err(err).Msg("cannot say that this instance drains; leaving")
 		return
@@ -284,6 +289,13 @@ func (b *Beater) leave(ctx context.Context, why Reason) {
 			return
 		}
 		wait.Reset(Backoff(failures+1, time.Second))
+	}
+}
+
+// beaten reports a heartbeat, unless it was cut short: then nothing is known.
+func (b *Beater) beaten(ctx context.Context, err error) {
+	if b.cfg.Beaten != nil && (err == nil || ctx.Err() == nil) {
+		b.cfg.Beaten(err)
 	}
 }
 

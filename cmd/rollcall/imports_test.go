@@ -31,6 +31,7 @@ var imports = map[string][]string{
 // only lists who alone may import what.
 var only = map[string][]string{
 	"github.com/haproxytech/client-native/v5": {"lbsync/dataplane", "lbsync/dataplane/dataplanetest", "lbsync/haproxy"},
+	"github.com/prometheus/":                  {"cmd/rollcall"},
 	"github.com/urfave/cli/v2":                {"cmd/rollcall"},
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -22,7 +23,7 @@ import (
 func lbsyncCommand() *cli.Command {
 	return &cli.Command{
 		Name: "lbsync", Usage: "keep the backends of one HAProxy true to their services, until SIGTERM",
-		Flags: redisFlags(
+		Flags: redisFlags(append(httpFlags(),
 			&cli.StringFlag{Name: "socket", Value: "/run/haproxy/admin.sock", EnvVars: env("socket"), Usage: "`PATH` of HAProxy's stats socket, level admin"},
 			&cli.StringSliceFlag{Name: "backend", EnvVars: env("backend"), Usage: "`SERVICE=BACKEND`; repeatable"},
 			&cli.StringFlag{Name: "mode", Value: string(lbsync.Auto), EnvVars: env("mode"), Usage: "auto, slots (server-template) or dynamic (add server)"},
@@ -36,7 +37,7 @@ func lbsyncCommand() *cli.Command {
 			&cli.StringFlag{Name: "state-file", EnvVars: env("state-file"), Usage: "`PATH` where the last lists are kept, for a start while Redis is away"},
 			&cli.BoolFlag{Name: "once", Usage: "do what can be done now, and end"},
 			&cli.BoolFlag{Name: "dry-run", Usage: "print the commands that --once would send, and end; exit code 3 if there are any"},
-		),
+		)...),
 		Action: func(c *cli.Context) error {
 			cfg, err := syncConfig(c)
 			if err != nil {
@@ -55,10 +56,14 @@ func lbsyncCommand() *cli.Command {
 			if cfg.ID, err = balancerID(c.String("socket")); err != nil {
 				return err
 			}
+			mon, err := newMonitor(c, s.log)
+			if err != nil {
+				return err
+			}
 			if c.Bool("dry-run") {
 				err = dryRun(c, cfg, client, s)
 			} else {
-				err = drive(c, cfg, client, s)
+				err = drive(c, cfg, client, s, mon)
 			}
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(c.Context), time.Second)
 			defer cancel()
@@ -71,11 +76,26 @@ func lbsyncCommand() *cli.Command {
 }
 
 // drive keeps HAProxy true, while no other lbsync does.
-func drive(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session) error {
-	syncer, err := lbsync.New(cfg, client, s.store, s.log)
+func drive(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session, mon *monitor) error {
+	var bal lbsync.Balancer = client
+	var metered *meteredBalancer
+	if mon != nil {
+		metered = mon.balancer(&cfg, client)
+		bal = metered
+	}
+	syncer, err := lbsync.New(cfg, bal, s.store, s.log)
 	if err != nil {
 		return usageError{err}
 	}
+	var driving atomic.Bool
+	if mon != nil {
+		mon.syncer(syncer.Status, metered, &driving)
+	}
+	stop, err := mon.serve(c.Context)
+	if err != nil {
+		return err
+	}
+	defer stop()
 	socket := c.String("socket")
 	s.log.Info().Str("socket", socket).Strs("backends", c.StringSlice("backend")).Stringers("allow", prefixes(cfg.Allow)).Msg("lbsync starts")
 	var lock *haproxy.Lock
@@ -100,6 +120,7 @@ func drive(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session
 	if c.Bool("once") {
 		return errors.Join(syncer.Once(c.Context), syncer.Acknowledge(c.Context, true))
 	}
+	driving.Store(true)
 	return syncer.Run(c.Context)
 }
 

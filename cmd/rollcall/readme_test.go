@@ -101,6 +101,7 @@ func TestReadmeConsole(t *testing.T) {
 	known := []string{
 		"scripts/demo", "scripts/test", "scripts/bench",
 		"go build -trimpath -o rollcall ./cmd/rollcall",
+		"rollcall reap --http 127.0.0.1:9464",                                                    // TestMetricsOfReaper
 		`rollcall lbsync --backend api=be_api --server-options "check inter 2s downinter 200ms"`, // TestDynamicServersByFlag
 	}
 	var got []string

@@ -16,7 +16,7 @@ import (
 func reapCommand() *cli.Command {
 	return &cli.Command{
 		Name: "reap", Usage: "take out who stopped answering, until SIGTERM; run two or more",
-		Flags: redisFlags(outputFlag(),
+		Flags: redisFlags(append(httpFlags(), outputFlag(),
 			&cli.DurationFlag{Name: "ttl", Value: registrar.DefaultTTL, EnvVars: env("ttl"), Usage: "after which a silent instance is dead; the same for every reaper"},
 			&cli.DurationFlag{Name: "heartbeat", EnvVars: env("heartbeat"), DefaultText: "a third of the TTL", Usage: "what instances without --interval beat at; the same for every reaper"},
 			&cli.DurationFlag{Name: "interval", Value: reaper.DefaultSweep, EnvVars: env("interval"), Usage: "longest time between two sweeps"},
@@ -25,7 +25,7 @@ func reapCommand() *cli.Command {
 			&cli.BoolFlag{Name: "set-ttl", Usage: "write this TTL and heartbeat to the registry instead of refusing to start if it has others"},
 			&cli.BoolFlag{Name: "once", Usage: "wait for proof that Redis is healthy, sweep once, print what went, and end"},
 			&cli.BoolFlag{Name: "force", Usage: "with --once: sweep without proof and without protection"},
-		),
+		)...),
 		Action: func(c *cli.Context) error {
 			if _, err := args(c, "", 0); err != nil {
 				return err
@@ -48,13 +48,26 @@ func reapCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			r, err := reaper.New(cfg, s.store, canary, s.log)
+			mon, err := newMonitor(c, s.log)
 			if err != nil {
+				return err
+			}
+			var r *reaper.Reaper
+			var store reaper.Store = s.store
+			if mon != nil {
+				store, canary = mon.reaper(&cfg, store, canary, func() registrar.ReaperStatus { return r.Status() })
+			}
+			if r, err = reaper.New(cfg, store, canary, s.log); err != nil {
 				return usageError{err}
 			}
 			if c.Bool("once") {
 				err = reapOnce(c, r, s.printer)
 			} else {
+				var stop func()
+				if stop, err = mon.serve(c.Context); err != nil {
+					return err
+				}
+				defer stop()
 				s.log.Info().Str("reaper", cfg.ID).Dur("ttl", cfg.TTL).Dur("heartbeat", cfg.Interval).Msg("reaper starts")
 				err = r.Run(c.Context)
 			}

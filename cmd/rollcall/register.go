@@ -20,7 +20,7 @@ func registerCommand() *cli.Command {
 		Name:      "register",
 		Usage:     "beat for one instance until SIGTERM, and then leave; or for a command, around which it runs",
 		ArgsUsage: "[-- COMMAND ARG...]",
-		Flags: redisFlags(
+		Flags: redisFlags(append(httpFlags(),
 			&cli.StringFlag{Name: "service", EnvVars: env("service"), Usage: "`NAME` of the service"},
 			&cli.StringFlag{Name: "addr", EnvVars: env("addr"), Usage: "`HOST:PORT` that balancers can reach; a name is resolved once; of :PORT the host is chosen and printed"},
 			&cli.StringFlag{Name: "advertise", EnvVars: env("advertise"), Usage: "`HOST[:PORT]` in the place of --addr's own, as behind a port mapping"},
@@ -42,7 +42,7 @@ func registerCommand() *cli.Command {
 			&cli.StringFlag{Name: "ready-file", EnvVars: env("ready-file"), Usage: "registered while the file `PATH` exists"},
 			&cli.StringFlag{Name: "beat-file", EnvVars: env("beat-file"), Usage: "registered while the app touches the file `PATH`"},
 			&cli.DurationFlag{Name: "beat-file-age", Value: 10 * time.Second, EnvVars: env("beat-file-age"), Usage: "how long a touch of --beat-file counts"},
-		),
+		)...),
 		Action: func(c *cli.Context) error {
 			trim()
 			cfg, err := beaterConfig(c)
@@ -73,9 +73,22 @@ func registerCommand() *cli.Command {
 				}
 			}
 			cfg.Hurry, cfg.Tell = side.hurry, side.notify.registered
+			mon, err := newMonitor(c, s.log)
+			if err != nil {
+				return err
+			}
+			if mon != nil {
+				side.beats = mon.beats(cfg.Service, cfg.Addr)
+				cfg.Beaten = side.beats.beaten
+			}
 			if side.beater, err = registrar.NewBeater(cfg, s.store, s.log); err != nil {
 				return usageError{err}
 			}
+			stop, err := mon.serve(c.Context)
+			if err != nil {
+				return err
+			}
+			defer stop()
 			s.log.Info().Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Str("given", c.String("addr")).Msg("registering")
 			err = side.run(c.Context)
 			if errors.Is(err, registrar.ErrInterval) {

@@ -38,6 +38,7 @@ type sidecar struct {
 	beater      *registrar.Beater
 	hurry       chan struct{} // the Beater's; closed at most once, by hasten
 	notify      *systemd
+	beats       *beats // nil: nobody asks
 	children    *child.Reaper
 	log         zerolog.Logger
 
@@ -139,6 +140,7 @@ func (s *sidecar) leave(cause error) {
 		select {
 		case err := <-s.left:
 			s.left = nil
+			s.beats.left()
 			if err != nil {
 				s.log.Warn().Err(err).Msg("left already")
 			}

@@ -26,7 +26,7 @@ type event struct {
 func watchCommand() *cli.Command {
 	return &cli.Command{
 		Name: "watch", Usage: "print every change, of all services or of some, until SIGINT", ArgsUsage: "[SERVICE…]",
-		Flags: redisFlags(outputFlag()),
+		Flags: redisFlags(append(httpFlags(), outputFlag())...),
 		Action: func(c *cli.Context) error {
 			var svcs []registrar.Service
 			for _, a := range c.Args().Slice() {
@@ -45,6 +45,20 @@ func watchCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
+			mon, err := newMonitor(c, s.log)
+			if err != nil {
+				return err
+			}
+			count := func(event) {}
+			if mon != nil {
+				printed := mon.watch(w)
+				count = func(e event) { printed.WithLabelValues(e.What).Inc() }
+			}
+			stop, err := mon.serve(c.Context)
+			if err != nil {
+				return err
+			}
+			defer stop()
 			var failed error
 			shown := map[registrar.Service]*watched{}
 			err = w.Run(c.Context, func(ch notifier.Change) {
@@ -55,6 +69,7 @@ func watchCommand() *cli.Command {
 					if err := s.line(e, "%s %s %d %s %s %s weight %d", e.Time, e.Service, e.Version, e.Addr, e.What, dash(e.State), e.Weight); err != nil {
 						failed = err
 					}
+					count(e)
 				}
 			})
 			return cmp.Or(err, failed)

@@ -1,0 +1,386 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/redis/go-redis/v9"
+
+	"rollcall/lbsync"
+	"rollcall/notifier"
+	"rollcall/reaper"
+	"rollcall/registrar"
+)
+
+// The stages know nothing of Prometheus. What they count is heard through hooks
+// of their Config, by standing in for what they call (a reaper.Store, an
+// lbsync.Balancer), or asked for at each scrape from their Status.
+
+func counter(name, help string) prometheus.Counter {
+	return prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
+}
+
+func counters(name, help string, labels ...string) *prometheus.CounterVec {
+	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
+}
+
+// scraped is a Collector of what is so at the time of a scrape.
+type scraped struct {
+	descs []*prometheus.Desc
+	read  func(emit func(d *prometheus.Desc, value float64, labels ...string))
+}
+
+func (s scraped) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range s.descs {
+		ch <- d
+	}
+}
+
+func (s scraped) Collect(ch chan<- prometheus.Metric) {
+	s.read(func(d *prometheus.Desc, value float64, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
+	})
+}
+
+func gauge(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc(name, help, labels, nil)
+}
+
+// beats counts a sidecar's heartbeats. Its methods may be called on nil, which
+// counts nothing.
+type beats struct {
+	sent       prometheus.Counter
+	failed     *prometheus.CounterVec
+	registered atomic.Bool
+}
+
+func (m *monitor) beats(svc registrar.Service, addr fmt.Stringer) *beats {
+	b := &beats{
+		sent:   counter("rollcall_beats_total", "Heartbeats sent."),
+		failed: counters("rollcall_beat_failures_total", "Heartbeats that were not accepted, by cause.", "cause"),
+	}
+	m.add(b.sent, b.failed, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "rollcall_registered", Help: "1 while the register has the instance, by its last heartbeat.",
+		ConstLabels: prometheus.Labels{"service": string(svc), "addr": addr.String()},
+	}, func() float64 { return number(b.registered.Load()) }))
+	m.ready = func() error {
+		if !b.registered.Load() {
+			return errors.New("not registered; the log says why")
+		}
+		return nil
+	}
+	return b
+}
+
+// beaten is a registrar.BeaterConfig's hook.
+func (b *beats) beaten(err error) {
+	b.sent.Inc()
+	if err != nil {
+		b.failed.WithLabelValues(beatCause(err)).Inc()
+	}
+	b.registered.Store(err == nil)
+}
+
+func (b *beats) left() {
+	if b != nil {
+		b.registered.Store(false)
+	}
+}
+
+// redisCodes are the refusals of Redis that have a cause of their own. The rest
+// is "refused": a label must not grow with what a server says.
+var redisCodes = []string{"busy", "loading", "masterdown", "misconf", "noauth", "noperm", "noreplicas", "oom", "readonly", "wrongpass", "wrongtype"}
+
+// beatCause returns why a heartbeat was not accepted.
+func beatCause(err error) string {
+	var refused redis.Error
+	var slow net.Error
+	switch {
+	case errors.Is(err, registrar.ErrNotOwner):
+		return "not_owner"
+	case errors.Is(err, registrar.ErrLeft):
+		return "left"
+	case errors.Is(err, registrar.ErrInterval):
+		return "interval"
+	case errors.As(err, &refused):
+		code, _, _ := strings.Cut(strings.ToLower(refused.Error()), " ")
+		if slices.Contains(redisCodes, code) {
+			return code
+		}
+		return "refused"
+	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &slow) && slow.Timeout():
+		return "timeout"
+	}
+	return "connection"
+}
+
+// meteredStore counts what a reaper asks of the register.
+type meteredStore struct {
+	reaper.Store
+	pulses, failed                prometheus.Counter
+	services, instances, suspects prometheus.Gauge
+}
+
+func (s *meteredStore) Pulse(ctx context.Context, id, token string, expiry time.Duration) (registrar.Pulse, error) {
+	p, err := s.Store.Pulse(ctx, id, token, expiry)
+	s.pulses.Inc()
+	if err != nil {
+		s.failed.Inc()
+	}
+	return p, err
+}
+
+func (s *meteredStore) Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error) {
+	counts, err := s.Store.Survey(ctx, svcs, now, cutoff, suspect)
+	if err != nil {
+		return counts, err
+	}
+	var members, suspects int64
+	for _, c := range counts {
+		members += max(c.Members, 0)
+		suspects += c.Suspects
+	}
+	s.services.Set(float64(len(counts)))
+	s.instances.Set(float64(members))
+	s.suspects.Set(float64(suspects))
+	return counts, nil
+}
+
+// reaper puts counters around what a reaper is made of. The reaper is known
+// later: status is called at a scrape.
+func (m *monitor) reaper(cfg *reaper.Config, store reaper.Store, canary reaper.Canary, status func() registrar.ReaperStatus) (reaper.Store, reaper.Canary) {
+	one := func(name, help string) prometheus.Gauge {
+		return prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
+	}
+	s := &meteredStore{
+		Store:     store,
+		pulses:    counter("rollcall_reaper_pulses_total", "Pulses sent."),
+		failed:    counter("rollcall_reaper_pulse_failures_total", "Pulses that Redis did not accept in time."),
+		services:  one("rollcall_reaper_services", "Services at the last sweep."),
+		instances: one("rollcall_reaper_instances", "Instances at the last sweep."),
+		suspects:  one("rollcall_reaper_suspects", "Instances at the last sweep that have missed a heartbeat and may be dead."),
+	}
+	canaries := counter("rollcall_reaper_canaries_total", "Heartbeats sent as an instance would, on a new connection.")
+	silent := counter("rollcall_reaper_canary_failures_total", "Such heartbeats that were not accepted.")
+	removed := counter("rollcall_reaper_removed_total", "Instances taken out because they stopped answering.")
+	lateness := prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name: "rollcall_reaper_removal_lateness_seconds", Help: "Time from the end of an instance's TTL to its removal: the longest of each sweep of a service.",
+		Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 15, 60, 300, 1800},
+	})
+	cfg.Removed = func(n int, late time.Duration) {
+		removed.Add(float64(n))
+		lateness.Observe(late.Seconds())
+	}
+	armed := gauge("rollcall_reaper_armed", "1 while it has proof that Redis accepts heartbeats, and may remove.")
+	disarmed := gauge("rollcall_reaper_disarmed", "1, labelled with the cause, while it is not armed.", "cause")
+	holds := gauge("rollcall_reaper_holds", "Holds of the protection: services of which nobody is removed; all services at once count as one.")
+	held := gauge("rollcall_reaper_held_suspects", "Suspects that these holds keep.")
+	m.add(s.pulses, s.failed, s.services, s.instances, s.suspects, canaries, silent, removed, lateness, scraped{
+		[]*prometheus.Desc{armed, disarmed, holds, held},
+		func(emit func(*prometheus.Desc, float64, ...string)) {
+			st := status()
+			emit(armed, number(st.Armed))
+			if !st.Armed {
+				emit(disarmed, 1, st.Cause)
+			}
+			emit(holds, float64(len(st.Held)))
+			var most int64 // the hold of all services counts those of each again
+			var sum int64
+			for _, h := range st.Held {
+				if h.Service == "" {
+					most = h.Suspects
+				} else {
+					sum += h.Suspects
+				}
+			}
+			emit(held, float64(max(most, sum)))
+		},
+	})
+	m.ready = func() error {
+		if st := status(); !st.Armed {
+			return fmt.Errorf("not armed: %s", st.Cause)
+		}
+		return nil
+	}
+	return s, func(ctx context.Context) error {
+		err := canary(ctx)
+		canaries.Inc()
+		if err != nil {
+			silent.Inc()
+		}
+		return err
+	}
+}
+
+// watcher adds how a notifier.Watcher stands with Redis.
+func (m *monitor) watcher(status func() notifier.Status) {
+	answers := gauge("rollcall_redis_up", "1 while Redis answers the reads.")
+	subscribed := gauge("rollcall_redis_subscribed", "1 while the subscription to changes answers.")
+	m.add(scraped{
+		[]*prometheus.Desc{answers, subscribed},
+		func(emit func(*prometheus.Desc, float64, ...string)) {
+			st := status()
+			emit(answers, number(st.Answers))
+			emit(subscribed, number(st.Subscribed))
+		},
+	}, prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "rollcall_redis_subscriptions_total", Help: "Subscriptions made; each but the first is a reconnect.",
+	}, func() float64 { return float64(status().Subscriptions) }))
+}
+
+// redisReady tells whether a watcher hears Redis.
+func redisReady(st notifier.Status) error {
+	switch {
+	case !st.Answers:
+		return errors.New("redis does not answer")
+	case !st.Subscribed:
+		return errors.New("no subscription to changes")
+	}
+	return nil
+}
+
+// watch counts what watch prints.
+func (m *monitor) watch(w *notifier.Watcher) *prometheus.CounterVec {
+	printed := counters("rollcall_watch_changes_total", "Changes printed, by what happened.", "what")
+	m.add(printed)
+	m.watcher(w.Status)
+	m.ready = func() error { return redisReady(w.Status()) }
+	return printed
+}
+
+// meteredBalancer counts what is asked of HAProxy.
+type meteredBalancer struct {
+	lbsync.Balancer
+	took              *prometheus.HistogramVec
+	failed            *prometheus.CounterVec
+	commands, refused prometheus.Counter
+	restarts          prometheus.Counter
+	up                atomic.Bool
+	last              lbsync.Process // for the one goroutine that probes
+}
+
+// exchanged notes the end of an exchange that began at begun.
+func (b *meteredBalancer) exchanged(operation string, begun time.Time, err error) {
+	b.took.WithLabelValues(operation).Observe(time.Since(begun).Seconds())
+	if err != nil {
+		b.failed.WithLabelValues(operation).Inc()
+	}
+}
+
+func (b *meteredBalancer) Probe(ctx context.Context) (lbsync.Process, error) {
+	begun := time.Now()
+	p, err := b.Balancer.Probe(ctx)
+	b.exchanged("probe", begun, err)
+	b.up.Store(err == nil)
+	if err == nil {
+		if b.last != (lbsync.Process{}) && !p.Same(b.last) {
+			b.restarts.Inc()
+		}
+		b.last = p
+	}
+	return p, err
+}
+
+func (b *meteredBalancer) Read(ctx context.Context, backend string) (lbsync.State, error) {
+	begun := time.Now()
+	st, err := b.Balancer.Read(ctx, backend)
+	b.exchanged("read", begun, err)
+	return st, err
+}
+
+func (b *meteredBalancer) Apply(ctx context.Context, backend string, ops []lbsync.Op) (lbsync.Applied, error) {
+	begun := time.Now()
+	got, err := b.Balancer.Apply(ctx, backend, ops)
+	b.exchanged("apply", begun, err)
+	if err == nil {
+		b.commands.Add(float64(len(ops)))
+		b.refused.Add(float64(len(got.Refused)))
+	}
+	return got, err
+}
+
+func (b *meteredBalancer) Peek(ctx context.Context, backend string, servers []lbsync.Server) (lbsync.Applied, error) {
+	begun := time.Now()
+	got, err := b.Balancer.Peek(ctx, backend, servers)
+	b.exchanged("peek", begun, err)
+	return got, err
+}
+
+// balancer puts counters around a balancer and into cfg's hook.
+func (m *monitor) balancer(cfg *lbsync.Config, bal lbsync.Balancer) *meteredBalancer {
+	b := &meteredBalancer{
+		Balancer: bal,
+		took: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "rollcall_haproxy_exchange_duration_seconds", Help: "Time of an exchange with HAProxy, the wait for its turn included.",
+			Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
+		}, []string{"operation"}),
+		failed:   counters("rollcall_haproxy_exchange_failures_total", "Exchanges without a complete answer of one process.", "operation"),
+		commands: counter("rollcall_haproxy_commands_total", "Commands that HAProxy answered."),
+		refused:  counter("rollcall_haproxy_commands_refused_total", "Commands that it refused."),
+		restarts: counter("rollcall_haproxy_restarts_total", "Reloads and restarts of HAProxy that were seen."),
+	}
+	applied := prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name: "rollcall_change_applied_seconds", Help: "Time from hearing of a change to having read it back from HAProxy.",
+		Buckets: prometheus.ExponentialBuckets(0.001, 2, 17),
+	}, []string{"service", "backend"})
+	for _, bc := range cfg.Backends {
+		applied.WithLabelValues(string(bc.Service), bc.Backend)
+	}
+	cfg.Applied = func(bc lbsync.BackendConfig, took time.Duration) {
+		applied.WithLabelValues(string(bc.Service), bc.Backend).Observe(took.Seconds())
+	}
+	m.add(b.took, b.failed, b.commands, b.refused, b.restarts, applied, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "rollcall_haproxy_up", Help: "1 while HAProxy answers.",
+	}, func() float64 { return number(b.up.Load()) }))
+	return b
+}
+
+// syncer adds how an lbsync stands. It drives HAProxy from when driving is set.
+func (m *monitor) syncer(status func() lbsync.Status, bal *meteredBalancer, driving *atomic.Bool) {
+	behind := gauge("rollcall_lbsync_versions_behind", "Versions of the service that were heard of and are not in HAProxy yet.", "service", "backend")
+	serving := gauge("rollcall_lbsync_servers_serving", "Servers that HAProxy sent requests to at the last look, at most 30 s ago.", "service", "backend")
+	held := gauge("rollcall_lbsync_servers_held", "Servers whose instance is absent, kept by their check or because too few others are up.", "service", "backend")
+	postponed := gauge("rollcall_lbsync_drains_waiting", "Drains that wait because no other server is up.", "service", "backend")
+	unplaced := gauge("rollcall_lbsync_instances_unplaced", "Instances without a slot, which get no requests.", "service", "backend")
+	m.add(scraped{
+		[]*prometheus.Desc{behind, serving, held, postponed, unplaced},
+		func(emit func(*prometheus.Desc, float64, ...string)) {
+			for _, b := range status().Backends {
+				labels := []string{string(b.Service), b.Backend}
+				emit(behind, float64(b.Behind), labels...)
+				emit(serving, float64(b.Serving), labels...)
+				emit(held, float64(b.Held), labels...)
+				emit(postponed, float64(b.Postponed), labels...)
+				emit(unplaced, float64(b.Unplaced), labels...)
+			}
+		},
+	}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "rollcall_lbsync_driving", Help: "1 while this lbsync drives HAProxy, 0 while it stands by for another.",
+	}, func() float64 { return number(driving.Load()) }))
+	m.watcher(func() notifier.Status { return status().Redis })
+	m.ready = func() error {
+		st := status()
+		if !driving.Load() {
+			return errors.New("standing by: another lbsync drives this HAProxy")
+		}
+		if err := redisReady(st.Redis); err != nil {
+			return err
+		}
+		if !bal.up.Load() {
+			return errors.New("HAProxy does not answer")
+		}
+		for _, b := range st.Backends {
+			if !b.Synced {
+				return fmt.Errorf("backend %s has not had all of service %s yet", b.Backend, b.Service)
+			}
+		}
+		return nil
+	}
+}
