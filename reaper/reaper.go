@@ -192,7 +192,9 @@ func (r *Reaper) Run(ctx context.Context) error {
 				}
 				due = r.due(report, err, next)
 			}
-			next = min(next, max(due, began+r.proof.period/4))
+			// Who runs out just after a removal is that late; a burst of removals
+			// costs that many sweeps.
+			next = min(next, max(due, began+r.proof.period/20))
 		}
 		wait.Reset(next - r.elapsed())
 	}
