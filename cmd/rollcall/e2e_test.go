@@ -491,6 +491,8 @@ func TestBadInput(t *testing.T) {
 		{"ttl that differs", []string{"reap", "--ttl", "16s"}},
 		{"force alone", []string{"reap", "--force"}},
 		{"canary URL", []string{"reap", "--canary-redis", "http://u:secret@h"}},
+		{"canary in a Cluster only", []string{"reap", "--canary-redis", "redis+cluster://u:secret@h"}},
+		{"doctor of a Cluster", []string{"doctor", "--redis", "redis+cluster://u:secret@h"}},
 		{"wait for what", []string{"wait", "web", "--for", "happiness"}},
 		{"doctor's socket alone", []string{"doctor", "--socket", "/nonexistent"}},
 		{"doctor's backend alone", []string{"doctor", "--backend", "web=be"}},

@@ -8,6 +8,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/redis/go-redis/v9"
 	"github.com/urfave/cli/v2"
 
 	"rollcall/reaper"
@@ -43,16 +44,23 @@ func reapCommand() *cli.Command {
 			if cfg.Interval == 0 {
 				cfg.Interval = (cfg.TTL / heartbeatsPerTTL).Truncate(time.Millisecond)
 			}
-			s, err := begin(c, 1)
+			s, err := begin(c, reaperPool)
 			if err != nil {
 				return err
 			}
 			defer s.close()
-			canary, err := newCanary(c)
+			canary, err := newCanary(c, s.store)
 			if err != nil {
 				return err
 			}
-			r, err := reaper.New(cfg, s.store, canary, s.log)
+			var r reaping
+			if s.store.Cluster() {
+				r, err = reaper.NewCluster(cfg, s.store, func(svc registrar.Service) (reaper.Store, reaper.Canary) {
+					return s.store.Of(svc), canary(svc)
+				}, s.log)
+			} else {
+				r, err = reaper.New(cfg, s.store, canary(""), s.log)
+			}
 			if err != nil {
 				return usageError{err}
 			}
@@ -69,9 +77,19 @@ func reapCommand() *cli.Command {
 	}
 }
 
-// newCanary returns the reaper's canary. A URL that is none is an error now and
-// not at the first beat.
-func newCanary(c *cli.Context) (reaper.Canary, error) {
+// reaperPool is for the services of a Cluster's node, which are reaped at the
+// same time; a single reaper takes one connection of it.
+const reaperPool = 8
+
+// reaping is a *reaper.Reaper or a *reaper.Cluster.
+type reaping interface {
+	Run(ctx context.Context) error
+	Once(ctx context.Context, force bool) (reaper.Report, error)
+}
+
+// newCanary returns what makes a reaper's canary; outside of a Cluster, whatever
+// the service. A URL that is none is an error now and not at the first beat.
+func newCanary(c *cli.Context, store *registrar.Store) (func(registrar.Service) reaper.Canary, error) {
 	flag := "redis"
 	if c.String("canary-redis") != "" {
 		flag = "canary-redis"
@@ -81,21 +99,38 @@ func newCanary(c *cli.Context) (reaper.Canary, error) {
 		return nil, err
 	}
 	_ = rdb.Close() // it was never used
-	return func(ctx context.Context) error {
-		rdb, err := open(c, flag, 1)
-		if err != nil {
-			return err
+	if _, same := rdb.(*redis.ClusterClient); same != store.Cluster() {
+		return nil, usage("--canary-redis and --redis: want both to name a Cluster, or neither")
+	}
+	connect := func(context.Context, registrar.Service) (redis.UniversalClient, error) { return open(c, flag, 1) }
+	if store.Cluster() {
+		connect = func(ctx context.Context, svc registrar.Service) (redis.UniversalClient, error) {
+			// A client of its own for the whole Cluster would first ask any node
+			// for the map: one that hangs would silence the canaries of all.
+			node, err := store.Node(ctx, svc)
+			if err != nil {
+				return nil, err
+			}
+			a, err := access(c, flag)
+			if err != nil {
+				return nil, err
+			}
+			return a.OpenNode(c.String(flag), node, 1)
 		}
-		defer rdb.Close()
-		store, err := registrar.NewStore(rdb, c.String("namespace"))
-		if err != nil {
-			return err
+	}
+	return func(svc registrar.Service) reaper.Canary {
+		return func(ctx context.Context) error {
+			rdb, err := connect(ctx, svc)
+			if err != nil {
+				return err
+			}
+			defer rdb.Close()
+			return store.Of(svc).On(rdb).Canary(ctx)
 		}
-		return store.Canary(ctx)
 	}, nil
 }
 
-func reapOnce(c *cli.Context, r *reaper.Reaper, p printer) error {
+func reapOnce(c *cli.Context, r reaping, p printer) error {
 	report, err := r.Once(c.Context, c.Bool("force"))
 	type row struct {
 		Service registrar.Service `json:"service"`
