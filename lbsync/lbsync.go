@@ -286,22 +286,40 @@ func (s *Syncer) acknowledge(ctx context.Context) {
 // service of which nothing has been applied yet is left out.
 func (s *Syncer) Acknowledge(ctx context.Context, all bool) error {
 	var errs []error
+	type answer struct {
+		registrar.Token
+		err error
+	}
+	answers := map[registrar.Service]*answer{}
+	var telling sync.WaitGroup
 	for svc, bs := range s.backends {
 		t, ok := lowest(bs)
 		if !ok || !all && s.acked[svc] == t {
 			continue
 		}
-		tctx, cancel := registrar.WithTimeout(ctx)
-		err := s.store.Ack(tctx, s.cfg.ID, svc, t)
-		cancel()
+		a := &answer{Token: t}
+		answers[svc] = a
+		tell := func() {
+			tctx, cancel := registrar.WithTimeout(ctx)
+			defer cancel()
+			a.err = s.store.Ack(tctx, s.cfg.ID, svc, t)
+		}
+		if s.store.Cluster() {
+			telling.Go(tell) // a shard that hangs must not make this balancer late elsewhere
+		} else {
+			tell()
+		}
+	}
+	telling.Wait()
+	for svc, a := range answers {
 		switch {
-		case err == nil:
-			s.acked[svc] = t
-		case errors.Is(err, registrar.ErrOtherHistory):
+		case a.err == nil:
+			s.acked[svc] = a.Token
+		case errors.Is(a.err, registrar.ErrOtherHistory):
 			// The watcher finds that out too, and what is applied then is of
 			// the new one.
 		default:
-			errs = append(errs, err)
+			errs = append(errs, a.err)
 		}
 	}
 	return errors.Join(errs...)

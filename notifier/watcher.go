@@ -322,7 +322,7 @@ func (w *Watcher) compare(ctx context.Context, svcs []registrar.Service, every b
 		w.mu.Lock()
 		for _, svc := range part {
 			p := w.followed[svc]
-			if every || !p.known || p.token != (registrar.Token{ReplID: v.ReplID, Epoch: v.Epoch, Version: v.Of[svc]}) {
+			if every || !p.known || p.token != v.Token(svc) {
 				w.note(svc, hint{heard: heard, sure: true})
 			}
 		}
@@ -380,7 +380,9 @@ func (w *Watcher) services(ctx context.Context, stranger bool) ([]registrar.Serv
 // that Redis does not answer.
 func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 	var down error
-	for svc, h := range w.take(time.Now()) {
+	hints := w.take(time.Now())
+	ahead, up := w.readAhead(ctx, hints)
+	for svc, h := range hints {
 		if down == nil {
 			down = ctx.Err()
 		}
@@ -394,7 +396,7 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 		if p == nil || !w.worth(svc, p, h, time.Now()) {
 			continue
 		}
-		change, err := w.read(ctx, svc, p, h)
+		change, err := w.read(ctx, svc, p, h, ahead[svc])
 		h.sure = true // if it is kept: it was worth a read
 		switch {
 		case err == nil:
@@ -405,12 +407,13 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 			if change.Service != "" {
 				handle(change)
 			}
-		case w.down(ctx):
+		case !up && w.down(ctx):
 			down = err
 			w.mu.Lock()
 			w.note(svc, h)
 			w.mu.Unlock()
 		default:
+			up = w.store.Cluster() // one answer of its many nodes is enough
 			if p.failures == 0 {
 				w.log.Warn().Err(err).Msg("cannot read this service; what is known of it stays in force")
 			}
@@ -469,17 +472,57 @@ func (w *Watcher) putOff(svc registrar.Service, h hint, at time.Time) {
 	w.waiting[svc] = wait{h.and(w.waiting[svc].hint), at}
 }
 
-// read reads one service. A Change without a service is none.
-func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, h hint) (Change, error) {
-	old, known := p.token, p.known
-	since := &old
-	if !known || h.full {
+// answer is what a read came to.
+type answer struct {
+	snap registrar.Snapshot
+	err  error
+}
+
+// readAhead reads at the same time what there is a reason to read in a Cluster,
+// so that a shard that hangs holds up the others' services for one time-out and
+// not for one of each of its own. It tells whether any answered.
+func (w *Watcher) readAhead(ctx context.Context, hints map[registrar.Service]hint) (ahead map[registrar.Service]*answer, up bool) {
+	if !w.store.Cluster() {
+		return nil, false
+	}
+	ahead = map[registrar.Service]*answer{}
+	var reading sync.WaitGroup
+	for svc, h := range hints {
+		if p := w.followed[svc]; p != nil && w.worth(svc, p, h, time.Now()) {
+			a := &answer{}
+			ahead[svc] = a
+			reading.Go(func() { *a = w.fetch(ctx, svc, p, h) })
+		}
+	}
+	reading.Wait()
+	for _, a := range ahead {
+		up = up || a.err == nil
+	}
+	return ahead, up
+}
+
+// fetch reads one service. Nobody else may use p meanwhile.
+func (w *Watcher) fetch(ctx context.Context, svc registrar.Service, p *progress, h hint) answer {
+	since := &p.token
+	if !p.known || h.full {
 		since = nil
 	}
 	p.tried = time.Now()
 	tctx, cancel := registrar.WithTimeout(ctx)
 	defer cancel()
 	snap, err := w.store.Read(tctx, svc, since)
+	return answer{snap, err}
+}
+
+// read reads one service, or takes what has been read ahead. A Change without a
+// service is none.
+func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, h hint, ahead *answer) (Change, error) {
+	old, known := p.token, p.known
+	if ahead == nil {
+		now := w.fetch(ctx, svc, p, h)
+		ahead = &now
+	}
+	snap, err := ahead.snap, ahead.err
 	if err != nil {
 		return Change{}, err
 	}

@@ -60,6 +60,10 @@ type protection struct {
 	dry   time.Duration // nothing is removed for that long after the cause is gone
 	holds map[registrar.Service]*hold
 	letGo time.Duration // the last one
+
+	// others, if not nil, counts the instances that are in no survey fed here:
+	// those of a Cluster's other services.
+	others func() (members, suspects int64)
 }
 
 func newProtection(beat time.Duration) protection {
@@ -84,6 +88,9 @@ func (p *protection) judge(now time.Duration, counts []registrar.Count) (began [
 		h.seen, h.suspects, h.members = now, c.Suspects, c.Members
 	}
 	all := registrar.Count{Service: everyService}
+	if p.others != nil {
+		all.Members, all.Suspects = p.others()
+	}
 	for _, c := range counts {
 		if c.Mistyped {
 			if h := p.holds[c.Service]; h != nil {

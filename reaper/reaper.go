@@ -255,15 +255,23 @@ func (r *Reaper) connect(ctx context.Context) error {
 // config compares the registry's times with this reaper's, and writes them if
 // there are none.
 func (r *Reaper) config(ctx context.Context, overwrite bool) error {
+	return checkTimes(ctx, r.store, r.cfg, overwrite)
+}
+
+type times interface {
+	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (time.Duration, time.Duration, error)
+}
+
+func checkTimes(ctx context.Context, store times, cfg Config, overwrite bool) error {
 	tctx, cancel := registrar.WithTimeout(ctx)
 	defer cancel()
-	ttl, interval, err := r.store.Config(tctx, r.cfg.TTL, r.cfg.Interval, overwrite)
+	ttl, interval, err := store.Config(tctx, cfg.TTL, cfg.Interval, overwrite)
 	if err != nil {
 		return err
 	}
-	if ttl != r.cfg.TTL || interval != r.cfg.Interval {
+	if ttl != cfg.TTL || interval != cfg.Interval {
 		return fmt.Errorf("%w: the registry has TTL %v and heartbeat interval %v, this reaper has %v and %v; give it the registry's, or change the registry with --set-ttl",
-			ErrConfig, ttl, interval, r.cfg.TTL, r.cfg.Interval)
+			ErrConfig, ttl, interval, cfg.TTL, cfg.Interval)
 	}
 	return nil
 }

@@ -216,8 +216,8 @@ func (g *registry) live(tb testing.TB, svc registrar.Service, n int, interval ti
 	return stop
 }
 
-// run starts r.Run and returns how it is ended: with its error.
-func run(tb testing.TB, r *Reaper) (end func() error) {
+// run starts r.Run, a Reaper's or a Cluster's, and returns how it is ended: with its error.
+func run(tb testing.TB, r interface{ Run(context.Context) error }) (end func() error) {
 	tb.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(tb.Context()))
 	done := make(chan error, 1)

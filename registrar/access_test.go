@@ -24,7 +24,7 @@ func TestSentinelURL(t *testing.T) {
 	for _, url := range []string{
 		"redis+sentinel://h1:26379", "redis+sentinel://h1:26379/", "redis+sentinel://u:s3cret@h1,,h2/m/0", "redis+sentinel://u:s3cret@h1/m/x",
 		"redis+sentinel://u:s3cret@h1/m/-1", "redis+sentinel://u:s3cret@h1:port/m", "redis+sentinel://u:s3cret%zz@h1/m", "redis+sentinel://h1/m?x=s3cret",
-		"redis+cluster://u:s3cret@h1,h2", "http+sentinel://h1/m",
+		"redis+nonsense://u:s3cret@h1,h2", "http+sentinel://h1/m",
 	} {
 		rdb, err := Open(url, 1)
 		if err == nil {

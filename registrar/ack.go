@@ -23,7 +23,7 @@ const (
 // that it lives. It returns ErrOtherHistory if Redis no longer holds the history
 // that t is of.
 func (s *Store) Ack(ctx context.Context, id string, svc Service, t Token) error {
-	k := s.keys
+	k := s.keys.Of(svc)
 	ok, err := s.ack.Run(ctx, s.rdb, []string{k.Applied(svc), k.Balancers(), k.Epoch()},
 		id, t.Version, t.ReplID, t.Epoch, balancerForget.Milliseconds(), s.now).Int()
 	if err == nil && ok != 1 {
@@ -66,7 +66,7 @@ func (a Acks) Behind(version int64) (behind, live int) {
 
 // Acks reads who has applied what of svc, by id.
 func (s *Store) Acks(ctx context.Context, svc Service) (Acks, error) {
-	k := s.keys
+	k := s.keys.Of(svc)
 	r, err := s.applied.RunRO(ctx, s.rdb, []string{k.Applied(svc), k.Balancers(), k.ServiceVersion(svc), k.Epoch()}, s.now).Slice()
 	if err != nil {
 		return Acks{}, fmt.Errorf("read acknowledgements of %s: %w", svc, err)

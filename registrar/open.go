@@ -23,8 +23,15 @@ const (
 	Timeout     = time.Second
 )
 
-// sentinelPort is where a Sentinel listens if the URL names no port.
-const sentinelPort = "26379"
+// The ports of lists of hosts that name none.
+const (
+	sentinelPort = "26379"
+	clusterPort  = "6379"
+)
+
+// clusterReload is how old a client's map of a Cluster may get. Only answers
+// renew it before that, and a dead primary gives none.
+const clusterReload = 2 * time.Second
 
 // Access is what a URL does not say of how to reach Redis. The zero value is
 // plain access with what the URL has.
@@ -43,15 +50,17 @@ type Access struct {
 // Open is Access.Open with plain access.
 func Open(url string, pool int) (redis.UniversalClient, error) { return Access{}.Open(url, pool) }
 
-// Open returns a client for one server or for the primary that Sentinels name,
-// which never retries by itself and never waits for more than Timeout:
+// Open returns a client for one server, for the primary that Sentinels name or
+// for the primaries of a Cluster, which never retries by itself and never waits
+// for more than Timeout:
 //
 //	redis://[user[:password]@]host[:port][/db]
 //	redis+sentinel://[user[:password]@]host[:port],host[:port]…/primary[/db]
+//	redis+cluster://[user[:password]@]host[:port],host[:port]…
 //
 // The user is the data node's. With rediss in the place of redis every
-// connection is TLS. pool is the most connections it keeps. It does no I/O but to read a.CA; the
-// caller closes the client.
+// connection is TLS. pool is the most connections it keeps, to each node of a
+// Cluster. It does no I/O but to read a.CA; the caller closes the client.
 func (a Access) Open(rawURL string, pool int) (redis.UniversalClient, error) {
 	scheme, rest, _ := strings.Cut(rawURL, "://")
 	base, form, _ := strings.Cut(scheme, "+")
@@ -67,12 +76,14 @@ func (a Access) Open(rawURL string, pool int) (redis.UniversalClient, error) {
 		return a.server(rawURL, secure, pool)
 	case "sentinel":
 		return a.sentinel(base, rest, secure, pool)
+	case "cluster":
+		return a.cluster(base, rest, secure, pool)
 	}
 	return nil, errURL
 }
 
 // A parser's own errors can quote the URL, and with it a password.
-var errURL = errors.New("redis URL: want redis://[user:password@]host:port/db, redis+sentinel://[user:password@]host:port,…/primary/db, or either with rediss")
+var errURL = errors.New("redis URL: want redis://[user:password@]host:port/db, redis+sentinel://[user:password@]host:port,…/primary/db, redis+cluster://[user:password@]host:port,…, or any with rediss")
 
 func (a Access) server(rawURL string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
 	o, err := redis.ParseURL(rawURL)
@@ -98,12 +109,9 @@ func (a Access) server(rawURL string, secure *tls.Config, pool int) (redis.Unive
 }
 
 func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
-	authority, path, _ := strings.Cut(rest, "/")
-	at := strings.LastIndexByte(authority, '@') + 1
-	// net/url knows no lists of hosts, so it sees all but them.
-	u, err := url.Parse(base + "://" + authority[:at] + "host/" + path)
-	if err != nil || u.RawQuery != "" || u.Fragment != "" {
-		return nil, errURL
+	u, addrs, err := parseHosts(base, rest, sentinelPort)
+	if err != nil {
+		return nil, err
 	}
 	primary, dbText, hasDB := strings.Cut(strings.TrimPrefix(u.Path, "/"), "/")
 	db := 0
@@ -111,17 +119,6 @@ func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis
 		if db, err = strconv.Atoi(dbText); err != nil || db < 0 {
 			return nil, errURL
 		}
-	}
-	var addrs []string
-	for _, h := range strings.Split(authority[at:], ",") {
-		if _, _, err := net.SplitHostPort(h); err != nil {
-			h = net.JoinHostPort(strings.Trim(h, "[]"), sentinelPort)
-		}
-		host, port, err := net.SplitHostPort(h)
-		if _, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || host == "" {
-			return nil, errURL
-		}
-		addrs = append(addrs, h)
 	}
 	if primary == "" {
 		return nil, errURL
@@ -136,6 +133,68 @@ func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis
 		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
 		MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
 	}), nil
+}
+
+// cluster follows no MOVED by itself: that answer renews the map, and the
+// caller's next try goes to the right node. Nothing is read from replicas.
+func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
+	u, addrs, err := parseHosts(base, rest, clusterPort)
+	if err != nil {
+		return nil, err
+	}
+	if u.Path != "/" {
+		return nil, errURL // a Cluster has one database
+	}
+	password, _ := u.User.Password()
+	return redis.NewClusterClient(&redis.ClusterOptions{
+		Addrs:                      addrs,
+		CredentialsProviderContext: a.credentials(u.User.Username(), password),
+		TLSConfig:                  secure,
+		DialTimeout:                DialTimeout, DialerRetries: 1,
+		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
+		MaxRedirects: -1, MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
+		ClusterStateReloadInterval: clusterReload,
+		// Their table costs a COMMAND to a random node, for up to 5 s and with a
+		// right of its own; every command here has its key.
+		DisableRoutingPolicies: true,
+	}), nil
+}
+
+// OpenNode returns a client for one node of the Cluster that rawURL names: for
+// who needs a new connection to that node, and not to wait for others to say
+// where it is.
+func (a Access) OpenNode(rawURL, addr string, pool int) (redis.UniversalClient, error) {
+	scheme, rest, _ := strings.Cut(rawURL, "://")
+	base, form, _ := strings.Cut(scheme, "+")
+	if form != "cluster" {
+		return nil, errURL
+	}
+	authority, _, _ := strings.Cut(rest, "/")
+	at := strings.LastIndexByte(authority, '@') + 1
+	return a.Open(base+"://"+authority[:at]+addr+"/0", pool)
+}
+
+// parseHosts reads [user[:password]@]host[:port],host[:port]…[/path].
+func parseHosts(base, rest, defaultPort string) (*url.URL, []string, error) {
+	authority, path, _ := strings.Cut(rest, "/")
+	at := strings.LastIndexByte(authority, '@') + 1
+	// net/url knows no lists of hosts, so it sees all but them.
+	u, err := url.Parse(base + "://" + authority[:at] + "host/" + path)
+	if err != nil || u.RawQuery != "" || u.Fragment != "" {
+		return nil, nil, errURL
+	}
+	var addrs []string
+	for _, h := range strings.Split(authority[at:], ",") {
+		if _, _, err := net.SplitHostPort(h); err != nil {
+			h = net.JoinHostPort(strings.Trim(h, "[]"), defaultPort)
+		}
+		host, port, err := net.SplitHostPort(h)
+		if _, perr := strconv.ParseUint(port, 10, 16); err != nil || perr != nil || host == "" || strings.ContainsAny(host, "?#") {
+			return nil, nil, errURL
+		}
+		addrs = append(addrs, h)
+	}
+	return u, addrs, nil
 }
 
 // credentials are asked for at every new connection, so a password that was

@@ -132,7 +132,7 @@ func FuzzParseSnapshot(f *testing.F) {
 }
 
 func BenchmarkKeys(b *testing.B) {
-	k := Keys{DefaultNamespace}
+	k := Keys{ns: DefaultNamespace}
 	b.ReportAllocs()
 	for b.Loop() {
 		k.change(web)

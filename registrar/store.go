@@ -65,11 +65,13 @@ func script(name string) *redis.Script {
 	return redis.NewScript(strings.Replace(string(src), "-- lib\n", string(lib), 1))
 }
 
-// Store runs the register's scripts on one Redis. It keeps no state of its own
-// and may be used by any number of goroutines.
+// Store runs the register's scripts on one Redis. It keeps no state of its own,
+// but when a Cluster's list of services was last written to, and may be used by
+// any number of goroutines.
 type Store struct {
-	rdb  redis.UniversalClient
-	keys Keys
+	rdb     redis.UniversalClient
+	keys    Keys
+	listing *listing // nil outside of a Cluster
 	// now is the clock argument of the scripts: empty for the server's own,
 	// set by tests of the package only.
 	now string
@@ -84,21 +86,25 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Store{
+	s := &Store{
 		rdb: rdb, keys: keys,
 		beat: script("beat"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
 		reap: script("reap"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), applied: script("applied"), report: script("report"),
-	}, nil
+	}
+	if _, s.keys.cluster = rdb.(*redis.ClusterClient); s.keys.cluster {
+		s.listing = &listing{at: map[Service]time.Time{}}
+	}
+	return s, nil
 }
 
 // Keys returns the names that the store uses.
 func (s *Store) Keys() Keys { return s.keys }
 
-// Ping asks Redis for a sign of life.
+// Ping asks Redis for a sign of life. Of a Cluster one node must give it.
 func (s *Store) Ping(ctx context.Context) error {
-	if err := s.rdb.Ping(ctx).Err(); err != nil {
+	if err := s.ping(ctx); err != nil {
 		return fmt.Errorf("ping redis: %w", err)
 	}
 	return nil
@@ -108,13 +114,16 @@ func (s *Store) Ping(ctx context.Context) error {
 // and must demand an answer of it from time to time: a dead connection is
 // silent.
 func (s *Store) Subscribe(ctx context.Context) *redis.PubSub {
+	if s.keys.cluster {
+		return s.subscribe(ctx)
+	}
 	return s.rdb.Subscribe(ctx, s.keys.Changes())
 }
 
 // change runs a script that changes one service.
 func (s *Store) change(ctx context.Context, sc *redis.Script, svc Service, args ...any) ([]any, error) {
 	argv := append([]any{s.keys.Changes(), string(svc), s.now, rand.Text()}, args...)
-	return sc.Run(ctx, s.rdb, s.keys.change(svc), argv...).Slice()
+	return sc.Run(ctx, s.rdb, s.keys.Of(svc).change(svc), argv...).Slice()
 }
 
 // BeatStatus is what a beat came to.
@@ -153,6 +162,9 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 	what := fmt.Sprintf("beat %s %s", svc, b.Addr)
 	if len(b.Meta) > MaxMeta {
 		return BeatReply{}, fmt.Errorf("%s: %d bytes of metadata, at most %d", what, len(b.Meta), MaxMeta)
+	}
+	if s.keys.cluster {
+		s.enlist(ctx, svc)
 	}
 	r, err := s.change(ctx, s.beat, svc, b.Addr.String(), b.Token, b.Meta, flag(b.Claim), b.Interval.Milliseconds())
 	if err != nil {
@@ -258,6 +270,9 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 // Services returns the names of the services that have instances, in no order.
 // Names that are none are left out and returned as garbage.
 func (s *Store) Services(ctx context.Context) (names []Service, garbage []string, err error) {
+	if s.keys.scope != "" {
+		return []Service{s.keys.scope}, nil, nil
+	}
 	all, err := s.rdb.SMembers(ctx, s.keys.Services()).Result()
 	if err != nil {
 		return nil, nil, fmt.Errorf("read %s: %w", s.keys.Services(), err)
@@ -310,9 +325,13 @@ type Count struct {
 // Survey counts. It reads no members but suspects. Times are unix ms by Redis'
 // clock; suspect is not before cutoff.
 func (s *Store) Survey(ctx context.Context, svcs []Service, now, cutoff, suspect int64) ([]Count, error) {
+	chunk := surveyKeys
+	if s.keys.cluster {
+		chunk = 1 // each has a slot of its own
+	}
 	counts := make([]Count, 0, len(svcs))
 	for len(svcs) > 0 {
-		part := svcs[:min(surveyKeys, len(svcs))]
+		part := svcs[:min(chunk, len(svcs))]
 		svcs = svcs[len(part):]
 		keys := make([]string, len(part))
 		for i, svc := range part {
@@ -382,7 +401,8 @@ type Reaped struct {
 // may still be reaped.
 func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) {
 	argv := []any{s.keys.Changes(), string(svc), s.now, rand.Text(), w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds()}
-	keys := append(s.keys.change(svc), s.keys.Reaper(w.ID), s.keys.LetGo())
+	k := s.keys.Of(svc)
+	keys := append(k.change(svc), k.Reaper(w.ID), k.LetGo())
 	r, err := s.reap.Run(ctx, s.rdb, keys, argv...).Slice()
 	if err != nil {
 		if broken(err) {
@@ -429,7 +449,11 @@ func (s *Store) Config(ctx context.Context, ttl, interval time.Duration, overwri
 
 // Clock returns Redis' time in unix ms and the registry's TTL.
 func (s *Store) Clock(ctx context.Context) (now int64, ttl time.Duration, err error) {
-	t, err := s.rdb.Time(ctx).Result()
+	node, err := s.node(ctx)
+	if err != nil {
+		return 0, 0, fmt.Errorf("read redis' clock: %w", err)
+	}
+	t, err := node.Time(ctx).Result()
 	if err != nil {
 		return 0, 0, fmt.Errorf("read redis' clock: %w", err)
 	}
@@ -446,15 +470,31 @@ func (s *Store) Clock(ctx context.Context) (now int64, ttl time.Duration, err er
 }
 
 // Versions are the counters of some services in one instant. A counter that is
-// no number reads -1, which no token has.
+// no number reads -1, which no token has. Of a Cluster, where each service has a
+// history of its own, ReplID and Epoch are empty and Global is 0, and Of lacks
+// the services that did not answer.
 type Versions struct {
 	ReplID, Epoch string
 	Global        int64
 	Of            map[Service]int64
+	tokens        map[Service]Token // of a Cluster
 }
 
-// Versions reads the counters of svcs.
+// Token is where svc stands; the zero Token, which none that was read equals, if
+// that is not known.
+func (v Versions) Token(svc Service) Token {
+	if v.tokens != nil {
+		return v.tokens[svc]
+	}
+	return Token{v.ReplID, v.Epoch, v.Of[svc]}
+}
+
+// Versions reads the counters of svcs. Of a Cluster it is an error only if no
+// service answers.
 func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) {
+	if s.keys.cluster && s.keys.scope == "" {
+		return s.versionsEach(ctx, svcs)
+	}
 	keys := make([]string, 0, len(svcs)+2)
 	keys = append(keys, s.keys.Epoch(), s.keys.Version())
 	for _, svc := range svcs {
@@ -467,7 +507,7 @@ func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) 
 	if len(r) != len(svcs)+3 {
 		return Versions{}, fmt.Errorf("read versions: answer of %d parts, want %d", len(r), len(svcs)+3)
 	}
-	v := Versions{text(r[0]), text(r[1]), integer(r[2]), make(map[Service]int64, len(svcs))}
+	v := Versions{ReplID: text(r[0]), Epoch: text(r[1]), Global: integer(r[2]), Of: make(map[Service]int64, len(svcs))}
 	for i, svc := range svcs {
 		v.Of[svc] = integer(r[3+i])
 	}
@@ -477,7 +517,7 @@ func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) 
 // Read returns one consistent read of svc: what changed since a token, or all
 // of it if since is nil or names another history.
 func (s *Store) Read(ctx context.Context, svc Service, since *Token) (Snapshot, error) {
-	k := s.keys
+	k := s.keys.Of(svc)
 	keys := []string{
 		k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Changed(svc), k.ServiceVersion(svc), k.Epoch(), k.Config(),
 	}

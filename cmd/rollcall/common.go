@@ -28,7 +28,7 @@ func env(flag string) []string {
 func redisFlags(more ...cli.Flag) []cli.Flag {
 	return append([]cli.Flag{
 		&cli.StringFlag{Name: "redis", Value: defaultRedis, EnvVars: env("redis"),
-			Usage: "the registry's `URL`: redis://HOST:PORT/DB or redis+sentinel://HOST:PORT,…/PRIMARY/DB, with rediss for TLS; its password comes from ROLLCALL_REDIS_PASSWORD or the file named by ROLLCALL_REDIS_PASSWORD_FILE"},
+			Usage: "the registry's `URL`: redis://HOST:PORT/DB or redis+sentinel://HOST:PORT,…/PRIMARY/DB or redis+cluster://HOST:PORT,…, with rediss for TLS; its password comes from ROLLCALL_REDIS_PASSWORD or the file named by ROLLCALL_REDIS_PASSWORD_FILE"},
 		&cli.StringFlag{Name: "redis-ca", EnvVars: env("redis-ca"), Usage: "`FILE` of the certificates that vouch for Redis; without it the system's"},
 		&cli.StringFlag{Name: "redis-cert", EnvVars: env("redis-cert"), Usage: "`FILE` of this client's certificate"},
 		&cli.StringFlag{Name: "redis-key", EnvVars: env("redis-key"), Usage: "`FILE` of that certificate's key"},
@@ -108,24 +108,32 @@ func begin(c *cli.Context, pool int) (*session, error) {
 // open makes a client of the URL that a flag has, with the password that the
 // flag's variables have.
 func open(c *cli.Context, flag string, pool int) (redis.UniversalClient, error) {
-	access := registrar.Access{
+	a, err := access(c, flag)
+	if err != nil {
+		return nil, err
+	}
+	rdb, err := a.Open(c.String(flag), pool)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	return rdb, nil
+}
+
+func access(c *cli.Context, flag string) (registrar.Access, error) {
+	a := registrar.Access{
 		Password:     func() (string, error) { return secret(env(flag)[0] + "_PASSWORD") },
 		SentinelUser: os.Getenv("ROLLCALL_SENTINEL_USER"),
 		CA:           c.String("redis-ca"), Cert: c.String("redis-cert"), Key: c.String("redis-key"),
 	}
 	// A file that is not there is a mistake now, and an outage later.
-	_, err := access.Password()
+	_, err := a.Password()
 	if err != nil {
-		return nil, usageError{err}
+		return a, usageError{err}
 	}
-	if access.SentinelPassword, err = secret("ROLLCALL_SENTINEL_PASSWORD"); err != nil {
-		return nil, usageError{err}
+	if a.SentinelPassword, err = secret("ROLLCALL_SENTINEL_PASSWORD"); err != nil {
+		return a, usageError{err}
 	}
-	rdb, err := access.Open(c.String(flag), pool)
-	if err != nil {
-		return nil, usageError{err}
-	}
-	return rdb, nil
+	return a, nil
 }
 
 // secret reads the variable name, or the file that the variable name_FILE names.

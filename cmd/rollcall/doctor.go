@@ -101,6 +101,9 @@ func doctorCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
+			if s.store.Cluster() {
+				return usage("doctor looks at one Redis and would misjudge a Cluster")
+			}
 			clients := make([]*haproxy.Client, len(sockets))
 			for i, socket := range sockets {
 				if clients[i], err = haproxy.New(haproxy.Config{Socket: socket}, s.log); err != nil {

@@ -2,10 +2,13 @@ package main
 
 import (
 	"cmp"
+	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -35,18 +38,19 @@ func servicesCommand() *cli.Command {
 			}
 			defer s.close()
 			rows, err := services(c, s.store)
-			if err != nil {
+			if rows == nil {
 				return err
 			}
 			cells := make([][]string, len(rows))
 			for i, r := range rows {
 				cells[i] = []string{string(r.Service), strconv.FormatInt(r.Instances, 10), strconv.FormatInt(r.Stale, 10), strconv.FormatInt(r.Version, 10)}
 			}
-			return s.table(rows, "SERVICE INSTANCES STALE VERSION", cells)
+			return errors.Join(err, s.table(rows, "SERVICE INSTANCES STALE VERSION", cells))
 		},
 	}
 }
 
+// services returns the rows that could be read, or none, and why not all.
 func services(c *cli.Context, store *registrar.Store) ([]serviceRow, error) {
 	ctx, cancel := registrar.WithTimeout(c.Context)
 	defer cancel()
@@ -55,6 +59,28 @@ func services(c *cli.Context, store *registrar.Store) ([]serviceRow, error) {
 		return nil, err
 	}
 	slices.Sort(svcs)
+	if !store.Cluster() {
+		return count(ctx, store, svcs)
+	}
+	parts, errs := make([][]serviceRow, len(svcs)), make([]error, len(svcs))
+	var asking sync.WaitGroup
+	for i, svc := range svcs {
+		asking.Go(func() {
+			var err error
+			if parts[i], err = count(ctx, store.Of(svc), svcs[i:i+1]); err != nil {
+				errs[i] = fmt.Errorf("%s: %w", svc, err)
+			}
+		})
+	}
+	asking.Wait()
+	rows := slices.DeleteFunc(append([]serviceRow{}, slices.Concat(parts...)...), func(r serviceRow) bool {
+		return r.Instances == 0 // its name stays on the list for a while
+	})
+	return rows, errors.Join(errs...)
+}
+
+// count reads services of one register.
+func count(ctx context.Context, store *registrar.Store, svcs []registrar.Service) ([]serviceRow, error) {
 	rows := make([]serviceRow, 0, len(svcs))
 	if len(svcs) == 0 {
 		return rows, nil

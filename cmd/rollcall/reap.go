@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/redis/go-redis/v9"
 	"github.com/urfave/cli/v2"
 
 	"rollcall/reaper"
@@ -39,12 +40,12 @@ func reapCommand() *cli.Command {
 			if cfg.Interval == 0 {
 				cfg.Interval = reaper.DefaultInterval(cfg.TTL)
 			}
-			s, err := begin(c, 2) // for what it does, and for telling it
+			s, err := begin(c, reaperPool)
 			if err != nil {
 				return err
 			}
 			defer s.close()
-			canary, err := newCanary(c)
+			canary, err := newCanary(c, s.store)
 			if err != nil {
 				return err
 			}
@@ -52,12 +53,18 @@ func reapCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			var r *reaper.Reaper
-			var store reaper.Store = s.store
-			if mon != nil {
-				store, canary = mon.reaper(&cfg, store, canary, func() registrar.ReaperStatus { return r.Status() })
+			var r reaping
+			if s.store.Cluster() {
+				if mon != nil {
+					return usage("--http: a reaper of a Cluster has no metrics yet")
+				}
+				r, err = reaper.NewCluster(cfg, s.store, func(svc registrar.Service) (reaper.Store, reaper.Canary) {
+					return s.store.Of(svc), canary(svc)
+				}, s.log)
+			} else {
+				r, err = newReaper(cfg, s, canary(""), mon)
 			}
-			if r, err = reaper.New(cfg, store, canary, s.log); err != nil {
+			if err != nil {
 				return usageError{err}
 			}
 			if c.Bool("once") {
@@ -79,9 +86,31 @@ func reapCommand() *cli.Command {
 	}
 }
 
-// newCanary returns the reaper's canary. A URL that is none is an error now and
-// not at the first beat.
-func newCanary(c *cli.Context) (reaper.Canary, error) {
+// reaperPool is for the services of a Cluster's node, which are reaped at the
+// same time; a single reaper takes one connection of it.
+const reaperPool = 8
+
+// reaping is a *reaper.Reaper or a *reaper.Cluster.
+type reaping interface {
+	Run(ctx context.Context) error
+	Once(ctx context.Context, force bool) (reaper.Report, error)
+}
+
+// newReaper returns the reaper of one registry, watched by mon if there is one.
+func newReaper(cfg reaper.Config, s *session, canary reaper.Canary, mon *monitor) (*reaper.Reaper, error) {
+	var r *reaper.Reaper
+	var store reaper.Store = s.store
+	if mon != nil {
+		store, canary = mon.reaper(&cfg, store, canary, func() registrar.ReaperStatus { return r.Status() })
+	}
+	var err error
+	r, err = reaper.New(cfg, store, canary, s.log)
+	return r, err
+}
+
+// newCanary returns what makes a reaper's canary; outside of a Cluster, whatever
+// the service. A URL that is none is an error now and not at the first beat.
+func newCanary(c *cli.Context, store *registrar.Store) (func(registrar.Service) reaper.Canary, error) {
 	flag := "redis"
 	if c.String("canary-redis") != "" {
 		flag = "canary-redis"
@@ -91,21 +120,38 @@ func newCanary(c *cli.Context) (reaper.Canary, error) {
 		return nil, err
 	}
 	_ = rdb.Close() // it was never used
-	return func(ctx context.Context) error {
-		rdb, err := open(c, flag, 1)
-		if err != nil {
-			return err
+	if _, same := rdb.(*redis.ClusterClient); same != store.Cluster() {
+		return nil, usage("--canary-redis and --redis: want both to name a Cluster, or neither")
+	}
+	connect := func(context.Context, registrar.Service) (redis.UniversalClient, error) { return open(c, flag, 1) }
+	if store.Cluster() {
+		connect = func(ctx context.Context, svc registrar.Service) (redis.UniversalClient, error) {
+			// A client of its own for the whole Cluster would first ask any node
+			// for the map: one that hangs would silence the canaries of all.
+			node, err := store.Node(ctx, svc)
+			if err != nil {
+				return nil, err
+			}
+			a, err := access(c, flag)
+			if err != nil {
+				return nil, err
+			}
+			return a.OpenNode(c.String(flag), node, 1)
 		}
-		defer rdb.Close()
-		store, err := registrar.NewStore(rdb, c.String("namespace"))
-		if err != nil {
-			return err
+	}
+	return func(svc registrar.Service) reaper.Canary {
+		return func(ctx context.Context) error {
+			rdb, err := connect(ctx, svc)
+			if err != nil {
+				return err
+			}
+			defer rdb.Close()
+			return store.Of(svc).On(rdb).Canary(ctx)
 		}
-		return store.Canary(ctx)
 	}, nil
 }
 
-func reapOnce(c *cli.Context, r *reaper.Reaper, p printer) error {
+func reapOnce(c *cli.Context, r reaping, p printer) error {
 	report, err := r.Once(c.Context, c.Bool("force"))
 	if errors.Is(err, reaper.ErrConfig) {
 		return err // before anybody was looked at

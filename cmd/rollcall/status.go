@@ -77,6 +77,9 @@ func statusCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
+			if s.store.Cluster() {
+				return usage("status looks at one registry and would misjudge a Cluster, where each service is one")
+			}
 			doc, err := s.status(c)
 			if err != nil {
 				return err

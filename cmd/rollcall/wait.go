@@ -189,7 +189,7 @@ func lbCommand() *cli.Command {
 			ctx, cancel := registrar.WithTimeout(c.Context)
 			defer cancel()
 			rows, err := s.balancers(ctx, svcs)
-			if err != nil {
+			if rows == nil {
 				return err
 			}
 			cells := make([][]string, len(rows))
@@ -203,11 +203,12 @@ func lbCommand() *cli.Command {
 				}
 				cells[i] = []string{r.Balancer, string(r.Service), strconv.FormatInt(r.Applied, 10), strconv.FormatInt(r.Version, 10), strconv.FormatInt(r.Behind, 10), seen, live}
 			}
-			return s.table(rows, "BALANCER SERVICE APPLIED VERSION BEHIND SEEN LIVE", cells)
+			return errors.Join(err, s.table(rows, "BALANCER SERVICE APPLIED VERSION BEHIND SEEN LIVE", cells))
 		},
 	}
 }
 
+// balancers returns the rows that could be read, or none, and why not all.
 func (s *session) balancers(ctx context.Context, svcs []registrar.Service) ([]lbRow, error) {
 	if len(svcs) == 0 {
 		var err error
@@ -217,9 +218,14 @@ func (s *session) balancers(ctx context.Context, svcs []registrar.Service) ([]lb
 	}
 	slices.Sort(svcs)
 	rows := []lbRow{}
+	var errs []error
 	for _, svc := range svcs {
 		acks, err := s.store.Acks(ctx, svc)
-		if err != nil {
+		switch {
+		case err != nil && s.store.Cluster():
+			errs = append(errs, err)
+			continue
+		case err != nil:
 			return nil, err
 		}
 		for _, b := range acks.Balancers {
@@ -231,5 +237,5 @@ func (s *session) balancers(ctx context.Context, svcs []registrar.Service) ([]lb
 			rows = append(rows, r)
 		}
 	}
-	return rows, nil
+	return rows, errors.Join(errs...)
 }

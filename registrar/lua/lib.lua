@@ -30,7 +30,7 @@ end
 local function bump()
   local g = redis.pcall('INCR', KEYS[9])
   if type(g) == 'table' then return nil, redis.error_reply('ERR ' .. KEYS[9] .. ' is no counter: ' .. g.err) end
-  local v = redis.pcall('INCR', KEYS[7])
+  local v = KEYS[7] == KEYS[9] and g or redis.pcall('INCR', KEYS[7]) -- a Cluster's service has one counter
   if type(v) == 'table' then return nil, redis.error_reply('ERR ' .. KEYS[7] .. ' is no counter: ' .. v.err) end
   redis.call('SETNX', KEYS[10], ARGV[4])
   return g, v

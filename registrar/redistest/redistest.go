@@ -5,11 +5,14 @@ package redistest
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -71,6 +74,86 @@ func (s *Server) StartSentinel(tb testing.TB, name string) *Server {
 	n.Launch(tb)
 	tb.Cleanup(func() { n.Kill(tb) })
 	return n
+}
+
+// Cluster is a Redis Cluster of primaries without replicas.
+type Cluster []*Server
+
+// slots is how many a Cluster has; see Redis' cluster specification.
+const slots = 16384
+
+// StartCluster runs a Cluster of n primaries with equal shares of the slots, in
+// that order. A slot whose primary is dead stops nothing but itself.
+func StartCluster(tb testing.TB, n int, args ...string) Cluster {
+	tb.Helper()
+	c := make(Cluster, n)
+	for i := range c {
+		s := prepare(tb, args...)
+		s.args = append(s.args, "--cluster-enabled", "yes", "--cluster-announce-ip", s.Host,
+			"--cluster-require-full-coverage", "no", "--cluster-node-timeout", "1000")
+		s.Launch(tb)
+		tb.Cleanup(func() { s.Kill(tb) })
+		c[i] = s
+	}
+	ctx := tb.Context()
+	for i, s := range c {
+		rdb := s.Client(tb)
+		err := errors.Join(
+			rdb.ClusterAddSlotsRange(ctx, i*slots/n, (i+1)*slots/n-1).Err(),
+			rdb.Do(ctx, "CLUSTER", "SET-CONFIG-EPOCH", i+1).Err(),
+		)
+		for _, other := range c[:i] {
+			err = errors.Join(err, rdb.ClusterMeet(ctx, other.Host, "6379").Err())
+		}
+		if err != nil {
+			tb.Fatal(err)
+		}
+	}
+	deadline := time.NewTimer(readyTimeout)
+	defer deadline.Stop()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for _, s := range c {
+		rdb := s.Client(tb)
+		for {
+			shards, err := rdb.ClusterShards(ctx).Result()
+			info := rdb.ClusterInfo(ctx).Val()
+			shards = slices.DeleteFunc(shards, func(s redis.ClusterShard) bool { return len(s.Slots) == 0 })
+			if len(shards) == n && strings.Contains(info, "cluster_state:ok") {
+				break
+			}
+			select {
+			case <-deadline.C:
+				tb.Fatalf("%s knows %d of %d parts of the Cluster: %v\n%s", s.Addr, len(shards), n, err, info)
+			case <-tick.C:
+			}
+		}
+	}
+	return c
+}
+
+// URL is the Cluster's address as --redis takes it.
+func (c Cluster) URL() string {
+	addrs := make([]string, len(c))
+	for i, s := range c {
+		addrs[i] = s.Addr
+	}
+	return "redis+cluster://" + strings.Join(addrs, ",")
+}
+
+// Shard returns the index of the primary that key is on.
+func (c Cluster) Shard(tb testing.TB, key string) int {
+	tb.Helper()
+	slot, err := c[0].Client(tb).ClusterKeySlot(tb.Context(), key).Result()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	for i := range c {
+		if int(slot) < (i+1)*slots/len(c) {
+			return i
+		}
+	}
+	return len(c) - 1
 }
 
 func prepare(tb testing.TB, args ...string) *Server {
