@@ -292,10 +292,11 @@ func TestMetricsOfCanary(t *testing.T) {
 // then HAProxy go, and Redis.
 func TestMetricsOfLbsync(t *testing.T) {
 	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{
-		{Name: "be", Slots: 2}, {Name: "be_checked", Slots: 2, Check: true}, {Name: "be_static", Balance: "static-rr", Slots: 2},
+		{Name: "be", Slots: 2}, {Name: "be_checked", Slots: 4, Check: true}, {Name: "be_static", Balance: "static-rr", Slots: 2},
 	}})}
 	s.spawn(t, "reap", "--ttl", "3s")
 	args := []string{"lbsync", "--socket", s.ha.Socket, "--backend", "web=be", "--backend", "db=be_checked", "--backend", "api=be_static", "--mode", "slots", "--allow", "127.0.0.0/8"}
+	begun := time.Now()
 	m := s.monitor(t, args...)
 	web := func(name string) string { return name + `{backend="be",service="web"}` }
 	m.ready(t, "ok") // of services that nobody has registered with yet
@@ -340,6 +341,9 @@ func TestMetricsOfLbsync(t *testing.T) {
 	}
 	m.shows(t, web("rollcall_lbsync_drains_waiting"), 0, 0)
 	m.shows(t, web("rollcall_lbsync_versions_behind"), 0, 0)
+	// One change at a time: together they cannot take longer than all of this.
+	m.shows(t, web("rollcall_change_applied_seconds_count"), 3, many)
+	m.shows(t, web("rollcall_change_applied_seconds_sum"), 0, time.Since(begun).Seconds())
 	for _, op := range []string{"probe", "read", "apply", "peek"} {
 		m.shows(t, `rollcall_haproxy_exchange_duration_seconds_count{operation="`+op+`"}`, 1, many)
 	}
