@@ -264,7 +264,7 @@ func TestClusterFleet(t *testing.T) {
 // TestClusterOnce sweeps once: what can be swept is, and what cannot is an
 // error.
 func TestClusterOnce(t *testing.T) {
-	const ttl, interval = 600 * time.Millisecond, 200 * time.Millisecond
+	const ttl, interval = 3 * time.Second, time.Second
 	s := newShards(t)
 	for _, svc := range s.all {
 		if _, err := s.store.Beat(t.Context(), svc, registrar.Beat{Addr: netip.MustParseAddrPort("10.0.0.9:80"), Token: "t", Meta: `{"id":"t"}`, Claim: true}); err != nil {
