@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 )
 
 // DryRun is a Balancer that changes nothing: it writes down the commands that
@@ -13,10 +14,11 @@ import (
 // methods may not be called concurrently.
 type DryRun struct {
 	Balancer
-	// Render returns the command for an op.
+	// Render returns the command for an op. What begins with # is written and
+	// is no command.
 	Render func(backend string, op Op) (string, error)
 	Out    io.Writer
-	// Commands counts what was written.
+	// Commands counts the commands written.
 	Commands int
 
 	states map[string]State
@@ -53,7 +55,9 @@ func (d *DryRun) Apply(ctx context.Context, backend string, ops []Op) (Applied, 
 		if _, err := fmt.Fprintln(d.Out, command); err != nil {
 			return Applied{}, err
 		}
-		d.Commands++
+		if !strings.HasPrefix(command, "#") {
+			d.Commands++
+		}
 		st.Servers = pretend(st.Servers, o)
 	}
 	d.states[backend] = st

@@ -23,7 +23,7 @@ var imports = map[string][]string{
 	"lbsync/dataplane":               {"lbsync"},
 	"lbsync/dataplane/dataplanetest": {},
 	"lbsync/haproxy/haproxytest":     {},
-	"cmd/rollcall":                   {"lbsync", "lbsync/haproxy", "notifier", "reaper", "registrar", "registrar/child", "registrar/health"},
+	"cmd/rollcall":                   {"lbsync", "lbsync/dataplane", "lbsync/haproxy", "notifier", "reaper", "registrar", "registrar/child", "registrar/health"},
 	"scripts/faultsuite":             {"lbsync/haproxy/haproxytest", "registrar/redistest"},
 	"scripts/benchmark":              {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
 }

@@ -5,7 +5,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,6 +18,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"rollcall/lbsync"
+	"rollcall/lbsync/dataplane"
 	"rollcall/lbsync/haproxy"
 	"rollcall/registrar"
 )
@@ -25,6 +28,10 @@ func lbsyncCommand() *cli.Command {
 		Name: "lbsync", Usage: "keep the backends of one HAProxy true to their services, until SIGTERM",
 		Flags: redisFlags(append(httpFlags(),
 			&cli.StringFlag{Name: "socket", Value: "/run/haproxy/admin.sock", EnvVars: env("socket"), Usage: "`PATH` of HAProxy's stats socket, level admin"},
+			&cli.StringFlag{Name: "dataplane", EnvVars: env("dataplane"), Usage: "`URL` of a Data Plane API, v3.3.1 or later, in the place of the socket"},
+			&cli.StringFlag{Name: "dataplane-user", EnvVars: env("dataplane-user"), Usage: "`NAME` that the API knows"},
+			&cli.StringFlag{Name: "dataplane-password-file", EnvVars: env("dataplane-password-file"), Usage: "`FILE` of that user's password; read again before each exchange"},
+			&cli.StringFlag{Name: "dataplane-ca", EnvVars: env("dataplane-ca"), Usage: "`FILE` of the certificates that vouch for the API; without it the system's"},
 			&cli.StringSliceFlag{Name: "backend", EnvVars: env("backend"), Usage: "`SERVICE=BACKEND`; repeatable"},
 			&cli.StringFlag{Name: "mode", Value: string(lbsync.Auto), EnvVars: env("mode"), Usage: "auto, slots (server-template) or dynamic (add server)"},
 			&cli.StringSliceFlag{Name: "allow", EnvVars: env("allow"), DefaultText: "private networks, without loopback",
@@ -48,26 +55,23 @@ func lbsyncCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			client, err := haproxy.New(haproxy.Config{Socket: c.String("socket"), ServerOptions: c.String("server-options")}, s.log)
+			t, err := newTarget(c, s.log)
 			if err != nil {
-				return usageError{err}
-			}
-			cfg.Checks = client.Checks()
-			if cfg.ID, err = balancerID(c.String("socket")); err != nil {
 				return err
 			}
+			cfg.ID, cfg.Checks = t.id, t.Checks()
 			mon, err := newMonitor(c, s.log)
 			if err != nil {
 				return err
 			}
 			if c.Bool("dry-run") {
-				err = dryRun(c, cfg, client, s)
+				err = dryRun(c, cfg, t, s)
 			} else {
-				err = drive(c, cfg, client, s, mon)
+				err = drive(c, cfg, t, s, mon)
 			}
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(c.Context), time.Second)
 			defer cancel()
-			if cerr := client.Close(ctx); cerr != nil {
+			if cerr := t.Close(ctx); cerr != nil {
 				s.log.Warn().Err(cerr).Msg("a command is still under way")
 			}
 			return err
@@ -75,12 +79,95 @@ func lbsyncCommand() *cli.Command {
 	}
 }
 
+// driver is what the socket's client and the Data Plane API's have in common.
+type driver interface {
+	lbsync.Balancer
+	Checks() bool
+	Render(backend string, op lbsync.Op) (string, error)
+	Close(context.Context) error
+}
+
+// target is the HAProxy that the flags name.
+type target struct {
+	driver
+	id   string // of the balancer
+	kind string // of the way in, as the log has it: socket or dataplane
+	at   string // the socket's path, or the URL
+	lock string // the path that the lock is beside
+}
+
+var dataplaneFlags = []string{"dataplane-user", "dataplane-password-file", "dataplane-ca"}
+
+// newTarget checks the flags that say where HAProxy is. It does no I/O but to
+// open the files that they name.
+func newTarget(c *cli.Context, log zerolog.Logger) (*target, error) {
+	if c.IsSet("dataplane") {
+		return dataplaneTarget(c, log)
+	}
+	for _, f := range dataplaneFlags {
+		if c.IsSet(f) {
+			return nil, usage("--%s is for --dataplane, which is not given", f)
+		}
+	}
+	socket := c.String("socket")
+	client, err := haproxy.New(haproxy.Config{Socket: socket, ServerOptions: c.String("server-options")}, log)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	id, err := balancerID(socket)
+	return &target{client, id, "socket", socket, socket}, err
+}
+
+func dataplaneTarget(c *cli.Context, log zerolog.Logger) (*target, error) {
+	if c.IsSet("socket") {
+		return nil, usage("--dataplane and --socket are two ways to one HAProxy; give one of them")
+	}
+	client, err := dataplane.New(dataplane.Config{
+		URL: c.String("dataplane"), User: c.String("dataplane-user"), PasswordFile: c.String("dataplane-password-file"),
+		CAFile: c.String("dataplane-ca"), ServerOptions: c.String("server-options"),
+	}, log)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	// A file that is not there is a mistake now, and an outage later.
+	for _, f := range dataplaneFlags[1:] {
+		if name := c.String(f); name != "" {
+			file, err := os.Open(name)
+			if err != nil {
+				return nil, usage("--%s: %v", f, err)
+			}
+			_ = file.Close() // nothing was written
+		}
+	}
+	at, err := normalURL(c.String("dataplane"))
+	if err != nil {
+		return nil, usageError{err}
+	}
+	id, err := hostID(at)
+	return &target{client, id, "dataplane", at, filepath.Join(os.TempDir(), "rollcall-"+id)}, err
+}
+
+// normalURL spells a URL that dataplane.New accepts in one way only, so that one
+// API has one id and one lock.
+func normalURL(text string) (string, error) {
+	u, err := url.Parse(text) // it has lowered the scheme
+	if err != nil {
+		return "", err
+	}
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	}
+	host := net.JoinHostPort(strings.ToLower(u.Hostname()), port)
+	return u.Scheme + "://" + host + strings.TrimRight(u.EscapedPath(), "/"), nil
+}
+
 // drive keeps HAProxy true, while no other lbsync does.
-func drive(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session, mon *monitor) error {
-	var bal lbsync.Balancer = client
+func drive(c *cli.Context, cfg lbsync.Config, t *target, s *session, mon *monitor) error {
+	var bal lbsync.Balancer = t
 	var metered *meteredBalancer
 	if mon != nil {
-		metered = mon.balancer(&cfg, client)
+		metered = mon.balancer(&cfg, t)
 		bal = metered
 	}
 	syncer, err := lbsync.New(cfg, bal, s.store, s.log)
@@ -96,14 +183,13 @@ func drive(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session
 		return err
 	}
 	defer stop()
-	socket := c.String("socket")
-	s.log.Info().Str("socket", socket).Strs("backends", c.StringSlice("backend")).Stringers("allow", prefixes(cfg.Allow)).Msg("lbsync starts")
+	s.log.Info().Str(t.kind, t.at).Strs("backends", c.StringSlice("backend")).Stringers("allow", prefixes(cfg.Allow)).Msg("lbsync starts")
 	var lock *haproxy.Lock
 	if c.Bool("once") {
-		lock, err = haproxy.TryLock(socket)
+		lock, err = haproxy.TryLock(t.lock)
 	} else {
-		lock, err = haproxy.WaitLock(c.Context, socket, func() {
-			s.log.Warn().Str("socket", socket).Msg("another lbsync drives this HAProxy; standing by")
+		lock, err = haproxy.WaitLock(c.Context, t.lock, func() {
+			s.log.Warn().Str(t.kind, t.at).Msg("another lbsync drives this HAProxy; standing by")
 		})
 	}
 	switch {
@@ -127,8 +213,8 @@ func drive(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session
 // errChanges says that a dry run found something to do: exit code 3.
 var errChanges = errors.New("there are changes")
 
-func dryRun(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session) error {
-	dry := &lbsync.DryRun{Balancer: client, Render: client.Render, Out: c.App.Writer}
+func dryRun(c *cli.Context, cfg lbsync.Config, t *target, s *session) error {
+	dry := &lbsync.DryRun{Balancer: t, Render: t.Render, Out: c.App.Writer}
 	syncer, err := lbsync.New(cfg, dry, s.store, s.log.Level(zerolog.WarnLevel))
 	if err != nil {
 		return usageError{err}
@@ -202,14 +288,19 @@ func prefixes(ps []netip.Prefix) []fmt.Stringer {
 // balancerID names the HAProxy behind a socket: this host's name and a hash of
 // the socket's path.
 func balancerID(socket string) (string, error) {
-	host, err := os.Hostname()
-	if err != nil {
-		return "", fmt.Errorf("name this balancer: %w", err)
-	}
 	path, err := filepath.Abs(socket)
 	if err != nil {
 		return "", fmt.Errorf("name this balancer: %w", err)
 	}
-	sum := sha256.Sum256([]byte(path))
+	return hostID(path)
+}
+
+// hostID is this host's name and a hash of place.
+func hostID(place string) (string, error) {
+	host, err := os.Hostname()
+	if err != nil {
+		return "", fmt.Errorf("name this balancer: %w", err)
+	}
+	sum := sha256.Sum256([]byte(place))
 	return fmt.Sprintf("%s-%x", host, sum[:4]), nil
 }

@@ -103,6 +103,7 @@ func TestReadmeConsole(t *testing.T) {
 		"go build -trimpath -o rollcall ./cmd/rollcall",
 		"rollcall reap --http 127.0.0.1:9464",                                                    // TestMetricsOfReaper
 		`rollcall lbsync --backend api=be_api --server-options "check inter 2s downinter 200ms"`, // TestDynamicServersByFlag
+		"rollcall lbsync --dataplane https://lb1:5555 --dataplane-user rollcall --dataplane-password-file /etc/rollcall/password --dataplane-ca /etc/rollcall/ca.pem --backend web=be_web", // TestDataplane
 	}
 	var got []string
 	for _, b := range blocks(t, "console") {

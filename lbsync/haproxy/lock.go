@@ -21,12 +21,13 @@ var ErrLocked = errors.New("another lbsync drives this HAProxy")
 // on a file beside the socket, so it ends with its process, however that ends.
 type Lock struct{ file *os.File }
 
-// TryLock takes the lock of socket, or returns ErrLocked.
+// TryLock takes the lock of socket, or returns ErrLocked. For an HAProxy that is
+// not driven through its socket, any other path that names it will do.
 func TryLock(socket string) (*Lock, error) {
 	path := socket + ".lbsync-lock"
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("lock: %w; lbsync must be able to write beside the socket", err)
+		return nil, fmt.Errorf("lock: %w; lbsync must be able to write there", err)
 	}
 	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	if err == nil {
