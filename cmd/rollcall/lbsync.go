@@ -77,6 +77,10 @@ func lbsyncCommand() *cli.Command {
 
 // drive keeps HAProxy true, while no other lbsync does.
 func drive(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session, mon *monitor) error {
+	notify := newSystemd(s.log)
+	defer notify.close()
+	defer notify.stopping(c.Context)()
+	cfg.Ready = func() { notify.useful("every backend is true to its service") }
 	var bal lbsync.Balancer = client
 	var metered *meteredBalancer
 	if mon != nil {
@@ -104,6 +108,7 @@ func drive(c *cli.Context, cfg lbsync.Config, client *haproxy.Client, s *session
 	} else {
 		lock, err = haproxy.WaitLock(c.Context, socket, func() {
 			s.log.Warn().Str("socket", socket).Msg("another lbsync drives this HAProxy; standing by")
+			notify.status("standing by: another lbsync drives this HAProxy")
 		})
 	}
 	switch {
