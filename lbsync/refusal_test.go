@@ -40,7 +40,7 @@ func refusals(dir string) []refusal {
 			if err := root.ConfigSet(ctx, "replica-serve-stale-data", stale).Err(); err != nil {
 				return nil, err
 			}
-			return func() error { return root.SlaveOf(ctx, "no", "one").Err() }, root.SlaveOf(ctx, "127.0.0.1", "1").Err()
+			return func() error { return root.ReplicaOf(ctx, "no", "one").Err() }, root.ReplicaOf(ctx, "127.0.0.1", "1").Err()
 		}
 	}
 	rights := func(take, give []any) func(context.Context, *redis.Client) (func() error, error) {
@@ -316,4 +316,27 @@ func (l *lockedLog) since(a, b string, n int) error {
 		return fmt.Errorf("%d lines with %q and %q, want %d", got, a, b, n)
 	}
 	return nil
+}
+
+// TestRefusalsOfCluster asks a node of a Redis Cluster that serves no slots.
+func TestRefusalsOfCluster(t *testing.T) {
+	srv := redistest.Start(t, "--cluster-enabled", "yes")
+	rdb, err := registrar.Open(srv.URL(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rdb.Close()
+	store, err := registrar.NewStore(rdb, registrar.DefaultNamespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range (refusal{}).calls(store, netip.MustParseAddrPort("10.0.0.1:1")) {
+		ctx, cancel := registrar.WithTimeout(t.Context())
+		if err := c.do(ctx); err == nil || !says(err.Error(), "CLUSTERDOWN") && !says(err.Error(), "CROSSSLOT") {
+			t.Errorf("%s: %v", c.what, err)
+		} else {
+			t.Logf("%s: %v", c.what, err)
+		}
+		cancel()
+	}
 }
