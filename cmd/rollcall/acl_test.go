@@ -100,6 +100,7 @@ func TestRolesWhole(t *testing.T) {
 		done(as(role, "instances", "web"), a.Addr().String())
 		done(as(role, "wait", "web", "--for", "ready=2"), "applied by 1 balancers")
 		done(as(role, "lb"), "yes")
+		done(as(role, "status"), "REAPER")
 	}
 	for _, word := range [][]string{
 		{"drain", "web", a.Addr().String(), "--wait"}, {"maint", "web", a.Addr().String()}, {"ready", "web", a.Addr().String()},
@@ -225,7 +226,7 @@ func TestRolesBounds(t *testing.T) {
 		{"setnx rollcall:epoch x", []string{sidecar, reap, operate}}, {"set rollcall:epoch x", no},
 		{"sadd rollcall:services web", []string{sidecar}}, {"srem rollcall:services web", []string{sidecar, reap, operate}},
 		{"hset rollcall:config a 1", []string{reap}}, {"hdel rollcall:config a", no},
-		{"set rollcall:reaper:x y", []string{reap}}, {"set rollcall:let-go y", []string{reap}},
+		{"hset rollcall:reapers a b", []string{reap}}, {"set rollcall:reaper:x y", []string{reap}}, {"set rollcall:let-go y", []string{reap}},
 		{"hset rollcall:{web}:applied a 1", []string{sync}}, {"hdel rollcall:{web}:applied a", []string{sync}}, {"zadd rollcall:balancers 1 a", []string{sync}},
 		{"publish rollcall:changes x", []string{sidecar, reap, operate}}, {"publish other x", no},
 		// Reading.
