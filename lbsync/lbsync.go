@@ -71,6 +71,9 @@ type Config struct {
 	// poll that told of it until HAProxy was read back with it. Several
 	// goroutines call it, and wait for it.
 	Applied func(b BackendConfig, took time.Duration)
+	// Ready, if not nil, is called once, by Run, when every backend has been true
+	// to its service.
+	Ready func()
 }
 
 func (c *Config) defaults() {
@@ -251,11 +254,22 @@ func (s *Syncer) applied() {
 	}
 }
 
+// whole tells whether every backend has applied all of a state of its service.
+func (s *Syncer) whole() bool {
+	for _, bs := range s.backends {
+		if _, ok := lowest(bs); !ok {
+			return false
+		}
+	}
+	return true
+}
+
 // acknowledge tells the register what has been applied, at once, and that this
 // balancer lives, every few seconds.
 func (s *Syncer) acknowledge(ctx context.Context) {
 	timer := time.NewTimer(registrar.Shorten(registrar.AckInterval))
 	defer timer.Stop()
+	ready := s.cfg.Ready
 	for {
 		all := false
 		select {
@@ -265,6 +279,10 @@ func (s *Syncer) acknowledge(ctx context.Context) {
 		case <-timer.C:
 			timer.Reset(registrar.Shorten(registrar.AckInterval))
 			all = true
+		}
+		if ready != nil && s.whole() {
+			ready()
+			ready = nil
 		}
 		err := s.Acknowledge(ctx, all)
 		if ctx.Err() != nil {

@@ -60,6 +60,8 @@ type Config struct {
 	Services []registrar.Service
 	Poll     time.Duration // 0 = DefaultPoll
 	Full     time.Duration // 0 = DefaultFull, or Poll if that is longer
+	// Ready, if not nil, is called once, by Run, when everything has been read.
+	Ready func()
 }
 
 // Watcher follows services. Run may be called once; Refresh and Alive at any
@@ -216,6 +218,7 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 	defer again.Stop()
 	w.due = true
 	failures := 0
+	ready := w.cfg.Ready
 	for {
 		err := w.Step(ctx, handle)
 		switch {
@@ -234,6 +237,10 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 			}
 			failures = 0
 			w.answers(true)
+			if ready != nil {
+				ready()
+				ready = nil
+			}
 			again.Reset(w.pause(time.Now()))
 		}
 		select {

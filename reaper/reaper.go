@@ -71,6 +71,9 @@ type Config struct {
 	// Removed, if not nil, hears how many instances of a service one sweep took
 	// out, and how long after its TTL the one went that was silent longest.
 	Removed func(n int, late time.Duration)
+	// Tell, if not nil, hears the Status each time that Armed or Cause changes. Run
+	// calls it and waits for it; the Reapers of a Cluster do, each for its service.
+	Tell func(registrar.ReaperStatus)
 }
 
 func (c Config) withDefaults() Config {
@@ -336,13 +339,13 @@ func (r *Reaper) note(f fault) {
 		r.log.Info().Str("cause", r.cause).AnErr("error", f.err).Msg("not armed: nobody is taken out")
 	}
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	st := &r.status
 	if r.armed != was || st.Since == 0 && r.proof.mine != "" {
 		st.Since = r.redisTime(r.elapsed())
 		r.tellNews()
 	}
-	if r.armed != was || r.cause != cause {
+	changed := r.armed != was || r.cause != cause
+	if changed {
 		st.Armed, st.Cause, st.Error = r.armed, r.cause, ""
 		if f.err != nil && !r.armed {
 			st.Error = f.err.Error()
@@ -351,6 +354,10 @@ func (r *Reaper) note(f fault) {
 	}
 	if st.Until = 0; !armed {
 		st.Until = r.proof.earliest(r.redisTime(r.elapsed()))
+	}
+	r.mu.Unlock()
+	if changed && r.cfg.Tell != nil {
+		r.cfg.Tell(r.Status())
 	}
 }
 

@@ -100,7 +100,7 @@ func TestRolesWhole(t *testing.T) {
 		done(as(role, "instances", "web"), a.Addr().String())
 		done(as(role, "wait", "web", "--for", "ready=2"), "applied by 1 balancers")
 		done(as(role, "lb"), "yes")
-		done(as(role, "status"), "yes")
+		done(as(role, "status"), "REAPER")
 	}
 	for _, word := range [][]string{
 		{"drain", "web", a.Addr().String(), "--wait"}, {"maint", "web", a.Addr().String()}, {"ready", "web", a.Addr().String()},

@@ -164,6 +164,10 @@ func normalURL(text string) (string, error) {
 
 // drive keeps HAProxy true, while no other lbsync does.
 func drive(c *cli.Context, cfg lbsync.Config, t *target, s *session, mon *monitor) error {
+	notify := newSystemd(s.log)
+	defer notify.close()
+	defer notify.stopping(c.Context)()
+	cfg.Ready = func() { notify.useful("every backend is true to its service") }
 	var bal lbsync.Balancer = t
 	var metered *meteredBalancer
 	if mon != nil {
@@ -190,6 +194,7 @@ func drive(c *cli.Context, cfg lbsync.Config, t *target, s *session, mon *monito
 	} else {
 		lock, err = haproxy.WaitLock(c.Context, t.lock, func() {
 			s.log.Warn().Str(t.kind, t.at).Msg("another lbsync drives this HAProxy; standing by")
+			notify.status("standing by: another lbsync drives this HAProxy")
 		})
 	}
 	switch {

@@ -49,6 +49,15 @@ func reapCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
+			notify := newSystemd(s.log)
+			defer notify.close()
+			cfg.Tell = func(st registrar.ReaperStatus) {
+				if st.Armed {
+					notify.useful("armed")
+				} else {
+					notify.status("not armed: " + st.Cause)
+				}
+			}
 			mon, err := newMonitor(c, s.log)
 			if err != nil {
 				return err
@@ -76,6 +85,7 @@ func reapCommand() *cli.Command {
 				}
 				defer stop()
 				s.log.Info().Str("reaper", cfg.ID).Dur("ttl", cfg.TTL).Dur("heartbeat", cfg.Interval).Msg("reaper starts")
+				defer notify.stopping(c.Context)()
 				err = r.Run(c.Context)
 			}
 			if errors.Is(err, reaper.ErrConfig) {

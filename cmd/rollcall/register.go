@@ -72,7 +72,7 @@ func registerCommand() *cli.Command {
 					return err
 				}
 			}
-			cfg.Hurry, cfg.Tell = side.hurry, side.notify.registered
+			cfg.Hurry, cfg.Tell = side.hurry, side.notify.useful
 			mon, err := newMonitor(c, s.log)
 			if err != nil {
 				return err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"net"
 	"os"
 	"strings"
@@ -46,12 +47,26 @@ func (n *systemd) send(message string) {
 // status says how things are.
 func (n *systemd) status(s string) { n.send("STATUS=" + strings.ReplaceAll(s, "\n", " ")) }
 
-// registered says how the instance stands with the register. The first time it
-// also says READY: the app runs, it is healthy, and Redis was asked. That Redis
-// is away is no reason for systemd to end the app.
-func (n *systemd) registered(s string) {
+// useful says how things are, and the first time also READY. Of a sidecar that is
+// when its app runs, is healthy, and Redis was asked: that Redis is away is no
+// reason for systemd to end the app.
+func (n *systemd) useful(s string) {
 	n.status(s)
 	n.ready.Do(func() { n.send("READY=1") })
+}
+
+// stopping says STOPPING when ctx ends, unless what it returns is called before.
+func (n *systemd) stopping(ctx context.Context) (never func()) {
+	told := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(told)
+		n.send("STOPPING=1")
+	})
+	return func() {
+		if !stop() {
+			<-told
+		}
+	}
 }
 
 func (n *systemd) close() {

@@ -41,7 +41,10 @@ func watchCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			w, err := notifier.New(notifier.Config{Services: svcs}, s.store, s.log)
+			notify := newSystemd(s.log)
+			defer notify.close()
+			defer notify.stopping(c.Context)()
+			w, err := notifier.New(notifier.Config{Services: svcs, Ready: func() { notify.useful("watching") }}, s.store, s.log)
 			if err != nil {
 				return err
 			}

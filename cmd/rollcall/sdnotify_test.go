@@ -1,0 +1,87 @@
+package main
+
+import (
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"rollcall/lbsync/haproxy/haproxytest"
+	"rollcall/registrar/redistest"
+)
+
+// TestDaemonsNotify has the daemons that are no sidecars tell systemd when they
+// are of use, which they are not without Redis, and when they stop.
+func TestDaemonsNotify(t *testing.T) {
+	ha := haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 2}}})
+	for _, c := range []struct {
+		args  []string
+		away  string // it logs without Redis
+		ready string // its status when it is ready
+	}{
+		{[]string{"reap", "--ttl", "600ms"}, "cannot read the registry's times", "STATUS=armed"},
+		{[]string{"lbsync", "--socket", ha.Socket, "--backend", "web=be"}, "redis does not answer", "STATUS=every backend is true"},
+		{[]string{"watch"}, "redis does not answer", "STATUS=watching"},
+	} {
+		t.Run(c.args[0], func(t *testing.T) {
+			dir, err := os.MkdirTemp("", "rc")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = os.RemoveAll(dir) })
+			path := filepath.Join(dir, "s")
+			l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = l.Close() })
+			t.Setenv("NOTIFY_SOCKET", path)
+			next := func(limit time.Duration) string {
+				t.Helper()
+				buf := make([]byte, 1000)
+				if err := l.SetReadDeadline(time.Now().Add(limit)); err != nil {
+					t.Fatal(err)
+				}
+				n, err := l.Read(buf)
+				if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Fatal(err)
+				}
+				return string(buf[:n])
+			}
+
+			s := &system{redis: redistest.Start(t), ha: ha}
+			s.redis.Kill(t)
+			p := s.spawn(t, c.args...)
+			haproxytest.Poll(t, "it has met the outage", func() error {
+				if out := p.out.String(); !strings.Contains(out, c.away) {
+					return errors.New(out)
+				}
+				return nil
+			})
+			if got := next(50 * time.Millisecond); got != "" {
+				t.Errorf("without Redis it says %q", got)
+			}
+			s.redis.Launch(t)
+			got := next(10 * time.Second)
+			for strings.HasPrefix(got, "STATUS=not armed") {
+				got = next(10 * time.Second)
+			}
+			if !strings.HasPrefix(got, c.ready) {
+				t.Errorf("heard %q, want %q", got, c.ready)
+			}
+			if got := next(10 * time.Second); got != "READY=1" {
+				t.Errorf("heard %q, want READY=1", got)
+			}
+			if code := p.signal(t, syscall.SIGTERM); code != 0 {
+				t.Errorf("exit %d", code)
+			}
+			if got := next(time.Second); got != "STOPPING=1" {
+				t.Errorf("heard %q, want STOPPING=1", got)
+			}
+		})
+	}
+}
