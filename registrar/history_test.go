@@ -184,7 +184,7 @@ func (p *player) name(what string) string {
 // connect loads the scripts and subscribes, at the start and after a restart.
 func (p *player) connect() {
 	ctx, s := p.tb.Context(), p.store
-	for _, sc := range []*redis.Script{s.beat, s.leave, s.deregister, s.admin, s.reap, s.pulse, s.read, s.versions, s.config} {
+	for _, sc := range []*redis.Script{s.beat, s.still, s.leave, s.deregister, s.admin, s.reap, s.pulse, s.read, s.versions, s.config} {
 		must(p.tb, sc.Load(ctx, p.rdb).Err())
 	}
 	v, err := s.Versions(ctx, nil)
@@ -289,7 +289,25 @@ func (p *player) stepOf(rt *rapid.T, kind string, svc Service) {
 		if drawSmall.Draw(rt, "interval") == 7 {
 			interval = 5001
 		}
+		scored := int64(-1)
+		if i := p.services[svc].here[a]; i != nil {
+			scored = i.beat
+		}
 		want := p.beat(svc, a, *c, claim, interval, epoch)
+		if !claim {
+			// As Store.Beat does: beat.lua only if still.lua says so.
+			answer := []any{"BEAT"}
+			steady := want[0] == "OK" && scored != p.now
+			if steady {
+				answer = []any{"OK", p.ttl, p.interval}
+			}
+			k := p.store.keys
+			p.call(rt, p.store.still, "still", []string{k.Instances(svc), k.Meta(svc), k.Config()}, answer, p.now, a.String(), c.meta(), interval)
+			if steady {
+				p.did.count("still OK")
+				break
+			}
+		}
 		p.change(rt, p.store.beat, kind, svc, nil, epoch, want, a.String(), c.token, c.meta(), flag(claim), interval)
 		if g := before[a].gone; g.Token == c.token && (g.Reason == Left || g.Reason == Unhealthy) && p.services[svc].here[a] != nil {
 			rt.Fatalf("%v came back after it had left", a)

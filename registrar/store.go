@@ -76,7 +76,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report *redis.Script
+	beat, still, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -88,7 +88,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 	}
 	s := &Store{
 		rdb: rdb, keys: keys,
-		beat: script("beat"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
+		beat: script("beat"), still: script("still"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
 		reap: script("reap"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), applied: script("applied"), report: script("report"),
@@ -166,6 +166,14 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 	if s.keys.cluster {
 		s.enlist(ctx, svc)
 	}
+	// A claim is a process's first beat, which hardly ever is a steady one.
+	if !b.Claim {
+		if reply, done, err := s.steady(ctx, svc, b); err != nil {
+			return BeatReply{}, fmt.Errorf("%s: %w", what, err)
+		} else if done {
+			return reply, nil
+		}
+	}
 	r, err := s.change(ctx, s.beat, svc, b.Addr.String(), b.Token, b.Meta, flag(b.Claim), b.Interval.Milliseconds())
 	if err != nil {
 		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
@@ -188,6 +196,21 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 		err = fmt.Errorf("unknown answer %q", status)
 	}
 	return reply, fmt.Errorf("%s: %w", what, err)
+}
+
+// steady runs still.lua. It tells whether that was all there is to this beat.
+func (s *Store) steady(ctx context.Context, svc Service, b Beat) (reply BeatReply, done bool, err error) {
+	k := s.keys.Of(svc)
+	keys := []string{k.Instances(svc), k.Meta(svc), k.Config()}
+	r, err := s.still.Run(ctx, s.rdb, keys, s.now, b.Addr.String(), b.Meta, b.Interval.Milliseconds()).Slice()
+	if err != nil || len(r) == 1 && text(r[0]) == "BEAT" {
+		return BeatReply{}, false, err
+	}
+	status, err := word(r, 3)
+	if err != nil {
+		return BeatReply{}, false, err
+	}
+	return BeatReply{BeatStatus(status), 0, millis(integer(r[1])), millis(integer(r[2]))}, true, nil
 }
 
 // Leave takes the token's instance out, or, if it is out already, keeps a late

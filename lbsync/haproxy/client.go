@@ -228,7 +228,7 @@ func (c *Client) Apply(ctx context.Context, backend string, ops []lbsync.Op) (lb
 			touched = append(touched, s)
 		}
 	}
-	applied, err := c.apply(ctx, backend, batch(ops, commands), touched, moves(ops))
+	applied, err := c.apply(ctx, backend, batch(ops, commands), touched, moves(ops), states(ops))
 	if err != nil {
 		return lbsync.Applied{}, fmt.Errorf("apply %d ops to backend %s: %w", len(ops), backend, err)
 	}
@@ -246,7 +246,7 @@ func (c *Client) Peek(ctx context.Context, backend string, servers []lbsync.Serv
 			return lbsync.Applied{}, err
 		}
 	}
-	applied, err := c.apply(ctx, backend, nil, servers, nil)
+	applied, err := c.apply(ctx, backend, nil, servers, nil, nil)
 	if err != nil {
 		return lbsync.Applied{}, fmt.Errorf("peek at backend %s: %w", backend, err)
 	}
@@ -273,23 +273,47 @@ func moves(ops []lbsync.Op) map[target]netip.AddrPort {
 	return m
 }
 
+// states returns the states that ops ask for, the last of each server. A report
+// hides whether a server that is down is ready or drained; who has just said so,
+// and was not refused, need not read a whole backend to know it. What a human
+// says in the same moment, the next whole read finds.
+func states(ops []lbsync.Op) map[target]lbsync.Admin {
+	var m map[target]lbsync.Admin
+	for _, op := range ops {
+		var state lbsync.Admin
+		switch op.Kind {
+		case lbsync.SetReady:
+			state = lbsync.Ready
+		case lbsync.SetDrain:
+			state = lbsync.Drain
+		default:
+			continue
+		}
+		if m == nil {
+			m = map[target]lbsync.Admin{}
+		}
+		m[target{op.Name, op.ID}] = state
+	}
+	return m
+}
+
 // apply sends lines and then reads back servers. An address that HAProxy gives
 // later than it says so is waited for, a moment: what is late beyond that is
 // for the next plan to find.
-func (c *Client) apply(ctx context.Context, backend string, lines [][]string, servers []lbsync.Server, moves map[target]netip.AddrPort) (lbsync.Applied, error) {
+func (c *Client) apply(ctx context.Context, backend string, lines [][]string, servers []lbsync.Server, moves map[target]netip.AddrPort, states map[target]lbsync.Admin) (lbsync.Applied, error) {
 	if err := c.take(ctx); err != nil {
 		return lbsync.Applied{}, err
 	}
 	defer c.release()
 	if len(moves) == 0 || c.last.PID == 0 || !c.last.DefersAddr() {
-		return c.send(ctx, backend, lines, servers)
+		return c.send(ctx, backend, lines, servers, states)
 	}
-	applied, err := c.send(ctx, backend, lines, nil)
+	applied, err := c.send(ctx, backend, lines, nil, nil)
 	if err != nil {
 		return applied, err
 	}
 	for wait := settleFirst; ; wait *= 2 {
-		seen, err := c.send(ctx, backend, nil, servers)
+		seen, err := c.send(ctx, backend, nil, servers, nil)
 		if err != nil {
 			return seen, err
 		}
@@ -313,7 +337,7 @@ func (c *Client) apply(ctx context.Context, backend string, lines [][]string, se
 // send sends lines and then reads back servers, if any: one by one where that is
 // cheap and certain, else from a reading of the whole backend. The caller has
 // the turn.
-func (c *Client) send(ctx context.Context, backend string, lines [][]string, servers []lbsync.Server) (lbsync.Applied, error) {
+func (c *Client) send(ctx context.Context, backend string, lines [][]string, servers []lbsync.Server, states map[target]lbsync.Admin) (lbsync.Applied, error) {
 	single := len(servers) <= maxPeek
 	if single {
 		peeks := make([]string, len(servers))
@@ -362,7 +386,10 @@ func (c *Client) send(ctx context.Context, backend string, lines [][]string, ser
 	}
 
 	if single {
-		found, active, certain, err := last.peek(backend, servers)
+		if len(applied.Refused) > 0 {
+			states = nil // it may be one of them
+		}
+		found, active, certain, err := last.peek(backend, servers, states)
 		if err != nil {
 			return lbsync.Applied{}, err
 		}

@@ -2,6 +2,7 @@ package haproxy
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -454,6 +455,54 @@ func TestPeekIsSingle(t *testing.T) {
 	}
 	if want := []string{"set severity-output number;show info;show stat be 6 50;show info\n"}; !slices.Equal(got(), want) {
 		t.Errorf("sent %q, want %q", got(), want)
+	}
+}
+
+// A report hides whether a server that is down is ready or drained. Who has just
+// said so must not read the whole backend for that: a newcomer waits for its
+// first check, so every join would.
+func TestApplyToADownServerIsOneExchange(t *testing.T) {
+	h, _ := start(t, haproxytest.Backend{Slots: 3, Check: true}, Config{})
+	var log bytes.Buffer
+	c, err := New(Config{Socket: h.Socket}, zerolog.New(&log))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	op := func(k lbsync.Kind) lbsync.Op { return lbsync.Op{Kind: k, Name: "s1", ID: 1} }
+	move := op(lbsync.SetAddr)
+	move.Addr = netip.MustParseAddrPort("127.9.9.9:9") // nobody listens
+	apply(t, c, move)
+	for _, tt := range []struct {
+		name string
+		ops  []lbsync.Op
+		want lbsync.Admin
+		n    int
+	}{
+		{"ready", []lbsync.Op{op(lbsync.SetReady), op(lbsync.HealthDown)}, lbsync.Ready, 1},
+		{"drained", []lbsync.Op{op(lbsync.SetDrain)}, lbsync.Drain, 1},
+		{"said nothing", []lbsync.Op{op(lbsync.HealthDown)}, lbsync.Drain, 2},
+		{"ready after all", []lbsync.Op{op(lbsync.SetDrain), op(lbsync.SetReady)}, lbsync.Ready, 1},
+	} {
+		log.Reset()
+		got := apply(t, c, tt.ops...)
+		if n := strings.Count(log.String(), `"exchange"`); n != tt.n || len(got.Servers) != 1 || got.Servers[0].Admin != tt.want || got.Servers[0].Up {
+			t.Errorf("%s: %d exchanges, %+v; want %d, %s and down", tt.name, n, got.Servers, tt.n, tt.want)
+		}
+		if s := read(t, c)["s1"]; s.Admin != tt.want {
+			t.Errorf("%s: it is %s, want %s", tt.name, s.Admin, tt.want)
+		}
+	}
+	// What was refused is not believed.
+	log.Reset()
+	wrong := lbsync.Op{Kind: lbsync.SetWeight, Name: "s9", ID: 9, Weight: 1}
+	got, err := c.Apply(t.Context(), "be", []lbsync.Op{op(lbsync.SetDrain), wrong})
+	if n := strings.Count(log.String(), `"exchange"`); err != nil || n != 2 || len(got.Refused) == 0 {
+		t.Errorf("with a refusal: %d exchanges, %+v, %v; want a look at the whole", n, got, err)
 	}
 }
 

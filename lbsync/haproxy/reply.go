@@ -337,9 +337,10 @@ func (r *reply) busy(backend string) (map[target]int, error) {
 }
 
 // peek returns those of servers that exist, and how many servers of the backend
-// are up; -1 if no server was asked for. It is certain if the reports tell
-// everything, else only a reading of the whole backend can.
-func (r *reply) peek(backend string, servers []lbsync.Server) (found []lbsync.Server, active int, certain bool, err error) {
+// are up; -1 if no server was asked for. It is certain if the reports and states,
+// which is what has just been commanded, tell everything, else only a reading of
+// the whole backend can.
+func (r *reply) peek(backend string, servers []lbsync.Server, states map[target]lbsync.Admin) (found []lbsync.Server, active int, certain bool, err error) {
 	if len(r.stats) != len(servers) { // one was refused
 		return nil, 0, false, nil
 	}
@@ -348,6 +349,13 @@ func (r *reply) peek(backend string, servers []lbsync.Server) (found []lbsync.Se
 		st, err := parseStat(r.stats[i], backend, want)
 		if err != nil || !st.certain {
 			return nil, 0, false, err
+		}
+		if st.hidden {
+			state, said := states[target{want.Name, want.ID}]
+			if !said {
+				return nil, 0, false, nil
+			}
+			st.server.Admin = state
 		}
 		active = st.active
 		if st.exists {
@@ -363,6 +371,7 @@ type stat struct {
 	exists  bool
 	active  int // servers of the backend that are up with a weight, backups too
 	certain bool
+	hidden  bool // but for server.Admin, which is ready or drain
 }
 
 // Types of rows in `show stat` (management.txt 9.1, field 32).
@@ -392,7 +401,7 @@ func parseStat(block, backend string, want lbsync.Server) (stat, error) {
 		}
 	}
 	var st stat
-	proven, telling := false, true
+	proven, located := false, true
 	for _, row := range rows[1:] {
 		get := func(name string) string { return row[column[name]] }
 		switch {
@@ -410,10 +419,11 @@ func parseStat(block, backend string, want lbsync.Server) (stat, error) {
 			if st.server, err = parseStatRow(get, want); err != nil {
 				return stat{}, err
 			}
-			telling = (st.server.Up || st.server.Admin == lbsync.Maint) && st.server.Addr.IsValid()
+			st.hidden = !st.server.Up && st.server.Admin != lbsync.Maint
+			located = st.server.Addr.IsValid()
 		}
 	}
-	st.certain = proven && telling
+	st.certain = proven && located
 	return st, nil
 }
 

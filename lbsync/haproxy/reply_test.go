@@ -1,12 +1,14 @@
 package haproxy
 
 import (
+	"encoding/csv"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -254,7 +256,7 @@ func TestParseStat(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := parseStat(block(tt.change, true), "be", base)
-			if err != nil || got.server != tt.want || got.exists != (tt.want.Name != "") || got.certain != tt.certain || tt.certain && got.active != 4 {
+			if err != nil || got.server != tt.want || got.exists != (tt.want.Name != "") || (got.certain && !got.hidden) != tt.certain || tt.certain && got.active != 4 {
 				t.Errorf("got  %+v, %v\nwant %+v, certain %t", got, err, tt.want, tt.certain)
 			}
 			if got, err := parseStat(block(tt.change, false), "be", base); err != nil || got.certain {
@@ -290,6 +292,36 @@ func BenchmarkParseState(b *testing.B) {
 	for b.Loop() {
 		if servers, err := parseState(body.String(), "be"); err != nil || len(servers) != 1000 {
 			b.Fatal(len(servers), err)
+		}
+	}
+}
+
+// BenchmarkReply is the parsing of an answer to a change: two reports and one
+// server read back.
+func BenchmarkReply(b *testing.B) {
+	text := recorded(b, "apply.reply")
+	r, err := parseReply(text)
+	if err != nil || len(r.stats) == 0 {
+		b.Fatal(len(r.stats), err)
+	}
+	rows, err := csv.NewReader(strings.NewReader(strings.TrimPrefix(r.stats[0], "# "))).ReadAll()
+	if err != nil {
+		b.Fatal(err)
+	}
+	id, err := strconv.Atoi(rows[1][slices.Index(rows[0], "sid")])
+	if err != nil {
+		b.Fatal(err)
+	}
+	want := lbsync.Server{Name: rows[1][1], ID: id}
+	b.ReportAllocs()
+	b.SetBytes(int64(len(text)))
+	for b.Loop() {
+		r, err := parseReply(text)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if st, err := parseStat(r.stats[0], rows[1][0], want); err != nil || !st.exists {
+			b.Fatalf("%+v, %v", st, err)
 		}
 	}
 }

@@ -38,6 +38,7 @@ var (
 	reapFull     = edit{"registrar/lua/reap.lua", "#!lua\n", "#!lua flags=allow-oom\n"}
 	pulseFull    = edit{"registrar/lua/pulse.lua", "#!lua\n", "#!lua flags=allow-oom\n"}
 	beatRefused  = edit{"registrar/lua/beat.lua", "#!lua flags=allow-oom\n", "#!lua\n"}
+	stillRefused = edit{"registrar/lua/still.lua", "#!lua flags=allow-oom\n", "#!lua\n"}
 )
 
 var mutants = []mutant{
@@ -51,8 +52,8 @@ var mutants = []mutant{
 	{name: "control-clock", fault: "clock-steps", edits: []edit{noProtection}},
 	{name: "refused", fault: "noreplicas", guard: "a refused pulse ends the healthy time (and protection)", edits: []edit{noProtection, noSoft}},
 	{name: "control-refused", fault: "noreplicas", edits: []edit{noProtection}},
-	{name: "full", fault: "oom", guard: "what refuses beats refuses pulse and reap (and protection, canary)", edits: []edit{noProtection, noCanary, beatRefused, pulseFull, reapFull}},
-	{name: "control-full", fault: "oom", edits: []edit{noProtection, noCanary, beatRefused}},
+	{name: "full", fault: "oom", guard: "what refuses beats refuses pulse and reap (and protection, canary)", edits: []edit{noProtection, noCanary, beatRefused, stillRefused, pulseFull, reapFull}},
+	{name: "control-full", fault: "oom", edits: []edit{noProtection, noCanary, beatRefused, stillRefused}},
 	{name: "canary", fault: "maxclients", guard: "the canary (and protection)", edits: []edit{noProtection, noCanary}},
 	{name: "control-canary", fault: "maxclients", edits: []edit{noProtection}},
 	{name: "protection", fault: "half-cut", guard: "protection", edits: []edit{noProtection}},

@@ -207,7 +207,7 @@ func (h *HAProxy) run(tb testing.TB, args ...string) {
 func (h *HAProxy) await(tb testing.TB) {
 	tb.Helper()
 	before := h.worker
-	Poll(tb, "haproxy answers", func() error {
+	poll(tb, startBound, "haproxy answers", func() error {
 		select {
 		case <-h.child.done:
 			logged, _ := os.ReadFile(h.path("log"))
@@ -372,7 +372,10 @@ func command(socket, line string) (string, error) {
 }
 
 const (
-	pollBound    = 10 * time.Second
+	pollBound = 10 * time.Second
+	// startBound: HAProxy compares every server with every other before it
+	// answers, which takes seconds for 10,000 slots.
+	startBound   = time.Minute
 	pollInterval = 5 * time.Millisecond
 )
 
@@ -380,7 +383,12 @@ const (
 // after 10 s. what completes "waiting until …".
 func Poll(tb testing.TB, what string, fn func() error) {
 	tb.Helper()
-	deadline := time.Now().Add(pollBound)
+	poll(tb, pollBound, what, fn)
+}
+
+func poll(tb testing.TB, bound time.Duration, what string, fn func() error) {
+	tb.Helper()
+	deadline := time.Now().Add(bound)
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	for {
