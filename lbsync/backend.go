@@ -216,9 +216,10 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	}
 	var addrs []netip.AddrPort
 	// What waits for other servers to be up, or for its own check to fail, must
-	// see all of them: HAProxy's checks tell nobody.
+	// see all of them: HAProxy's checks tell nobody. Who rises is looked at when
+	// there is nothing else to do: a change need not wait for a whole read.
 	waits := len(b.held)+len(b.postponed) > 0 && now.Sub(b.readAt) >= waitPoll ||
-		b.have != nil && b.have.Rising > 0 && now.Sub(b.readAt) >= b.riseIn
+		b.have != nil && b.have.Rising > 0 && len(dirty) == 0 && now.Sub(b.readAt) >= b.riseIn
 	if b.have == nil || waits || now.Sub(b.readAt) >= b.nextFull {
 		if addrs, err = b.readWhole(ctx); err != nil {
 			return 0, err
