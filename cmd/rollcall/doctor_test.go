@@ -119,6 +119,7 @@ type fromNow time.Duration
 
 // TestDoctor breaks one thing at a time in a healthy system.
 func TestDoctor(t *testing.T) {
+	t.Parallel()
 	s, flags, reapers := healthy(t)
 	rdb := s.redis.Client(t)
 	ctx := t.Context()
@@ -292,6 +293,7 @@ func must(t *testing.T, err error) {
 
 // TestDoctorRedis looks at Redis servers that cannot be broken and mended.
 func TestDoctorRedis(t *testing.T) {
+	t.Parallel()
 	only := func(findings []finding, prefix string) (out []finding) {
 		for _, f := range findings {
 			if strings.HasPrefix(f.Check, prefix) {
@@ -431,6 +433,7 @@ func TestDoctorServer(t *testing.T) {
 // TestDoctorHAProxy looks at backends that are set up in other ways. Nobody
 // drives them: that is one more finding.
 func TestDoctorHAProxy(t *testing.T) {
+	t.Parallel()
 	template := func(words string) []string { return []string{"server-template x 1-3 " + words} }
 	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{StateFile: true, Backends: []haproxytest.Backend{
 		{Name: "none", Balance: "leastconn"},

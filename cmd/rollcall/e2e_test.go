@@ -426,6 +426,7 @@ func TestTwoLbsyncs(t *testing.T) {
 }
 
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t)}
 	rdb := s.redis.Client(t)
 	if _, stderr, code := s.rollcall(t, "reap", "--once", "--force"); code != 0 {
@@ -538,6 +539,7 @@ func flagUnless(name, not string) []string {
 
 // TestOutput holds the forms of what the commands print.
 func TestOutput(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t)}
 	for _, args := range [][]string{{"services"}, {"instances", "web"}} {
 		out, _, code := s.rollcall(t, append(args, "-o", "json")...)

@@ -119,6 +119,7 @@ func (m *monitored) ready(t *testing.T, why string) {
 
 // TestMetricsOfSidecar has every kind of refusal come to a sidecar.
 func TestMetricsOfSidecar(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t)}
 	rdb := s.redis.Client(t)
 	file := filepath.Join(t.TempDir(), "ready")
@@ -229,6 +230,7 @@ var _ redis.Error = refusal("")
 
 // TestMetricsOfReaper has one instance die alone, two together, and Redis go.
 func TestMetricsOfReaper(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t)}
 	const ttl = 3 * time.Second
 	m := s.monitor(t, "reap", "--ttl", ttl.String())
@@ -291,6 +293,7 @@ func TestMetricsOfCanary(t *testing.T) {
 // TestMetricsOfLbsync has servers held, postponed, unplaced and refused, and
 // then HAProxy go, and Redis.
 func TestMetricsOfLbsync(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{
 		{Name: "be", Slots: 2}, {Name: "be_checked", Slots: 4, Check: true}, {Name: "be_static", Balance: "static-rr", Slots: 2},
 	}})}
@@ -401,6 +404,7 @@ func TestMetricsOfLbsync(t *testing.T) {
 
 // TestMetricsOfWatch also holds that only --pprof serves pprof.
 func TestMetricsOfWatch(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t)}
 	m := s.monitor(t, "watch")
 	m.ready(t, "ok")
@@ -439,6 +443,7 @@ func TestMetricsOfWatch(t *testing.T) {
 
 // TestNobodyListens holds that without --http nothing is served.
 func TestNobodyListens(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t)}
 	with := s.monitor(t, "register", "--service", "web", "--addr", "127.0.0.1:9001").process
 	without := s.spawn(t, "register", "--service", "web", "--addr", "127.0.0.1:9002")

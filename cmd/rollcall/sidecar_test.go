@@ -72,6 +72,7 @@ func (s *system) goes(t *testing.T, addr, reason string) {
 // TestHealthGate follows an instance that is unhealthy, healthy, unhealthy and
 // healthy again.
 func TestHealthGate(t *testing.T) {
+	t.Parallel()
 	for _, way := range []string{"http", "exec", "ready-file", "beat-file"} {
 		t.Run(way, func(t *testing.T) {
 			s := &system{redis: redistest.Start(t)}

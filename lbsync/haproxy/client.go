@@ -46,7 +46,9 @@ const (
 	// manyOps is from where on pause is kept between lines: without it,
 	// thousands of changes raise the latency of HAProxy's own traffic.
 	manyOps = 200
-	pause   = 2 * time.Millisecond
+	pause   = time.Millisecond
+	// fewCommands is maxCommands then: HAProxy has its own turn more often.
+	fewCommands = 25
 	// settleFirst and settleLast are the pauses between the looks for an
 	// address that comes late: in all 31 ms.
 	settleFirst = time.Millisecond

@@ -83,13 +83,17 @@ func peekCommand(backend string, s lbsync.Server) string {
 	return "show stat " + backend + " 6 " + strconv.Itoa(s.ID)
 }
 
-// batch joins commands to lines: a Delete is alone, the others as many as fit.
+// batch joins commands to lines: a Delete is alone, the others as many as fit,
+// or fewCommands where there are many.
 func batch(ops []lbsync.Op, commands []string) [][]string {
 	var lines [][]string
-	open := false
+	open, limit := false, maxCommands
+	if len(ops) > manyOps {
+		limit = fewCommands
+	}
 	for i, command := range commands {
 		alone := ops[i].Kind == lbsync.Delete
-		if n := len(lines) - 1; open && !alone && fits(lines[n], command) {
+		if n := len(lines) - 1; open && !alone && len(lines[n]) < limit && fits(lines[n], command) {
 			lines[n] = append(lines[n], command)
 		} else {
 			lines = append(lines, []string{command})
