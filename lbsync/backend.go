@@ -19,9 +19,10 @@ const (
 	// maxSteps bounds the plans of one pass. A new server takes two, a leaving
 	// one three.
 	maxSteps = 6
-	// maxOps bounds one exchange of many: a whole plan for 10,000 servers would
-	// keep every other backend of the balancer waiting for seconds.
-	maxOps = 1000
+	// maxOps bounds what is done before it is read back. Reading back reads the
+	// whole backend, so it must not be done often: of 10,000 servers it takes as
+	// long as a few hundred ops.
+	maxOps = 5000
 	// firstPoll and lastPoll pace the look at connections in use while a
 	// server drains.
 	firstPoll = 25 * time.Millisecond
@@ -414,8 +415,7 @@ func (b *backend) pursue(ctx context.Context, heard map[netip.AddrPort]time.Time
 	return false, nil
 }
 
-// parts cuts a long plan, so that other backends have their turn in between.
-// The ops of one server stay together.
+// parts cuts a long plan. The ops of one server stay together.
 func parts(ops []Op) [][]Op {
 	var out [][]Op
 	for len(ops) > maxOps {

@@ -148,8 +148,10 @@ type Applied struct {
 }
 
 // Balancer is one load balancer whose servers can be changed while it runs.
-// Its methods may be called concurrently and are carried out one at a time;
-// each ends within the implementation's deadline or with ctx.
+// Its methods may be called concurrently. A short call is carried out alone; a
+// long Apply lets others have their turn in between, so calls for one backend
+// belong to one goroutine. Each exchange ends within the implementation's
+// deadline or with ctx.
 // No answer is never an empty answer: where the truth is not known they return
 // ErrUnknown or ErrReplaced.
 type Balancer interface {

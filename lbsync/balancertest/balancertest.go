@@ -63,6 +63,7 @@ func Run(t *testing.T, im Implementation) {
 		{"Reload", testReload},
 		{"Plan", testPlan},
 		{"Concurrent", testConcurrent},
+		{"Turns", testTurns},
 	} {
 		t.Run(tt.name, func(t *testing.T) { tt.run(t, im) })
 	}
@@ -824,4 +825,41 @@ func testConcurrent(t *testing.T, im Implementation) {
 		})
 	}
 	wg.Wait()
+}
+
+// While a long Apply is under way, others have their turn: a probe, or another
+// backend's change, must not wait until it is done.
+func testTurns(t *testing.T, im Implementation) {
+	w := start(t, im, haproxytest.Backend{Slots: 1}, patient)
+	const n = 1000
+	ops := make([]lbsync.Op, n)
+	for i := range ops {
+		ops[i] = lbsync.Op{Kind: lbsync.SetWeight, Name: "s1", ID: 1, Weight: i % 257}
+	}
+	type result struct {
+		lbsync.Applied
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		a, err := w.balancer.Apply(t.Context(), backend, ops)
+		done <- result{a, err}
+	}()
+	for probes := 0; ; probes++ {
+		select {
+		case r := <-done:
+			if r.err != nil || len(r.Servers) != 1 || r.Servers[0].Weight != (n-1)%257 {
+				t.Errorf("got %+v, %v", r.Applied, r.err)
+			}
+			// One may have come before it, and one may end after it.
+			if probes < 4 {
+				t.Errorf("%d probes had their turn", probes)
+			}
+			return
+		default:
+		}
+		if _, err := w.balancer.Probe(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
 }

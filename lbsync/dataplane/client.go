@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -18,6 +19,9 @@ import (
 
 // DefaultTimeout bounds one request.
 const DefaultTimeout = time.Second
+
+// maxOps is how many ops are sent before other calls have their turn.
+const maxOps = 100
 
 // ErrUnsupported says that the API cannot do what lbsync needs, being too old.
 var ErrUnsupported = errors.New("this Data Plane API is not supported")
@@ -159,6 +163,7 @@ func (c *Client) Read(ctx context.Context, backend string) (lbsync.State, error)
 }
 
 // Apply sends ops in order, one by one, and reads back every server they name.
+// Other calls may have their turn after each 100 ops.
 // If one op cannot be rendered, it returns that error and sends none of them.
 // On any other error some of the ops may have been carried out.
 //
@@ -182,27 +187,39 @@ func (c *Client) Apply(ctx context.Context, backend string, ops []lbsync.Op) (lb
 	}
 	var applied lbsync.Applied
 	refused := map[string]bool{}
-	p, err := c.exchange(ctx, func() error {
-		for _, op := range ops {
-			var err error = errEarlier
-			if !refused[op.Name] || !serves(op) {
-				err = c.perform(ctx, backend, op)
-			}
-			var r refusal
-			if errors.As(err, &r) {
-				applied.Refused = append(applied.Refused, fmt.Sprintf("server %s: %s", op.Name, r))
-				applied.Static = applied.Static || strings.Contains(string(r), staticAlgorithm)
-				refused[op.Name] = true
-			} else if err != nil {
-				return err
-			}
-		}
-		return c.pick(ctx, backend, touched, &applied)
-	})
-	if err != nil {
-		return lbsync.Applied{}, fmt.Errorf("apply %d ops to backend %s: %w", len(ops), backend, err)
+	parts := slices.Collect(slices.Chunk(ops, maxOps))
+	if len(parts) == 0 {
+		parts = [][]lbsync.Op{nil}
 	}
-	applied.Process = p
+	for i, part := range parts {
+		p, err := c.exchange(ctx, func() error {
+			for _, op := range part {
+				var err error = errEarlier
+				if !refused[op.Name] || !serves(op) {
+					err = c.perform(ctx, backend, op)
+				}
+				var r refusal
+				if errors.As(err, &r) {
+					applied.Refused = append(applied.Refused, fmt.Sprintf("server %s: %s", op.Name, r))
+					applied.Static = applied.Static || strings.Contains(string(r), staticAlgorithm)
+					refused[op.Name] = true
+				} else if err != nil {
+					return err
+				}
+			}
+			if i < len(parts)-1 {
+				return nil
+			}
+			return c.pick(ctx, backend, touched, &applied)
+		})
+		if err == nil && i > 0 && !applied.Process.Same(p) {
+			err = fmt.Errorf("%w between two ops", lbsync.ErrReplaced)
+		}
+		if err != nil {
+			return lbsync.Applied{}, fmt.Errorf("apply %d ops to backend %s: %w", len(ops), backend, err)
+		}
+		applied.Process = p
+	}
 	return applied, nil
 }
 

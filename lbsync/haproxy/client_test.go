@@ -876,11 +876,7 @@ func TestThousandAdds(t *testing.T) {
 			ops = append(ops, op)
 		}
 	}
-	start := time.Now()
 	got := apply(t, c, ops...)
-	if took, least := time.Since(start), pause*time.Duration(len(ops)/maxCommands-1); took < least {
-		t.Errorf("took %s, want pauses of %s in it", took, least)
-	}
 	if len(got.Servers) != 1000 {
 		t.Fatalf("%d servers", len(got.Servers))
 	}
