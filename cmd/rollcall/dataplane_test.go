@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -17,7 +18,12 @@ import (
 // TLS, and what must change nothing.
 func TestDataplane(t *testing.T) {
 	t.Setenv("TMPDIR", t.TempDir()) // where the lock is
-	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Balance: "roundrobin", Slots: 4}}})}
+	t.Run("slots", func(t *testing.T) { testDataplane(t, 4, "PUT /v3/services/haproxy/runtime/backends/be/servers/") })
+	t.Run("dynamic", func(t *testing.T) { testDataplane(t, 0, "POST /v3/services/haproxy/runtime/backends/be/servers") })
+}
+
+func testDataplane(t *testing.T, slots int, change string) {
+	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Balance: "roundrobin", Slots: slots}}})}
 	sum := s.ha.ConfigSum(t)
 	api := dataplanetest.Start(t, s.ha.Socket, dataplanetest.Options{TLS: true})
 	old := dataplanetest.Start(t, s.ha.Socket, dataplanetest.Options{Version: "v3.3.0 0123abcd", Old: true})
@@ -49,7 +55,8 @@ func TestDataplane(t *testing.T) {
 	}{
 		{"wrong password", "", "does not accept the user and password", 1, lbsync(api, wrong, "--once")},
 		{"old", "", "v3.3.0", 1, lbsync(old, old.PasswordFile, "--once")},
-		{"dry run", "PUT /v3/services/haproxy/runtime/backends/be/servers/", "", 3, lbsync(api, api.PasswordFile, "--dry-run")},
+		{"signed by nobody known", "", "certificate", 1, slices.Delete(lbsync(api, api.PasswordFile, "--once"), 11, 13)}, // no --dataplane-ca
+		{"dry run", change, "", 3, lbsync(api, api.PasswordFile, "--dry-run")},
 		{"socket too", "", "give one of them", 2, lbsync(api, api.PasswordFile, "--socket", s.ha.Socket)},
 		{"no password file", "", "--dataplane-password-file", 2, lbsync(api, wrong+"er")},
 		{"check", "", "server option check", 2, lbsync(api, api.PasswordFile, "--server-options", "check")},
