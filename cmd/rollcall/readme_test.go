@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,10 +19,16 @@ import (
 	"rollcall/registrar/redistest"
 )
 
-// blocks returns the README's fenced blocks of one language.
-func blocks(t *testing.T, language string) []string {
+// readme and migration are the pages whose commands are run.
+const (
+	readme    = "../../README.md"
+	migration = "../../scripts/deploy/migration.md"
+)
+
+// blocks returns a page's fenced blocks of one language.
+func blocks(t *testing.T, page, language string) []string {
 	t.Helper()
-	text, err := os.ReadFile("../../README.md")
+	text, err := os.ReadFile(page)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +57,7 @@ func TestReadmeCommands(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	script := strings.Join(blocks(t, "sh"), "\n")
+	script := strings.Join(blocks(t, readme, "sh"), "\n")
 	if n := strings.Count(script, "\n"); n < 30 {
 		t.Fatalf("the README has only %d lines to run", n)
 	}
@@ -79,10 +86,16 @@ redis-cli zrange 'rollcall:{web}:instances' 0 -1 | grep -qx 127.0.0.1:9002
 	}
 }
 
-// TestReadmeHAProxy has HAProxy itself check the README's configuration.
-func TestReadmeHAProxy(t *testing.T) {
+// TestPagesHAProxy has HAProxy itself check the pages' configurations.
+func TestPagesHAProxy(t *testing.T) {
+	for _, page := range []string{readme, migration} {
+		checkHAProxy(t, strings.Join(blocks(t, page, "haproxy"), "\n"))
+	}
+}
+
+func checkHAProxy(t *testing.T, text string) {
+	t.Helper()
 	dir := t.TempDir()
-	text := strings.Join(blocks(t, "haproxy"), "\n")
 	text = strings.ReplaceAll(text, "/run/haproxy/admin.sock", filepath.Join(dir, "s"))
 	text = strings.ReplaceAll(text, "\ndefaults\n", "\ndefaults\n    mode http\n    timeout connect 1s\n    timeout client 1s\n    timeout server 1s\n")
 	file := filepath.Join(dir, "haproxy.cfg")
@@ -106,7 +119,7 @@ func TestReadmeConsole(t *testing.T) {
 		"rollcall lbsync --dataplane https://lb1:5555 --dataplane-user rollcall --dataplane-password-file /etc/rollcall/password --dataplane-ca /etc/rollcall/ca.pem --backend web=be_web", // TestDataplane
 	}
 	var got []string
-	for _, b := range blocks(t, "console") {
+	for _, b := range blocks(t, readme, "console") {
 		got = append(got, strings.Split(strings.TrimSpace(b), "\n")...)
 	}
 	slices.Sort(got)
@@ -118,12 +131,14 @@ func TestReadmeConsole(t *testing.T) {
 
 // TestReadmeReference holds the table of commands to the commands.
 func TestReadmeReference(t *testing.T) {
-	text, err := os.ReadFile("../../README.md")
+	text, err := os.ReadFile(readme)
 	if err != nil {
 		t.Fatal(err)
 	}
+	_, section, _ := strings.Cut(string(text), "\n## Commands\n")
+	section, _, _ = strings.Cut(section, "\n## ")
 	rows := map[string]string{}
-	for _, m := range regexp.MustCompile("(?m)^\\| `([a-z]+)(?: [^`]*)?` \\|(.*)$").FindAllStringSubmatch(string(text), -1) {
+	for _, m := range regexp.MustCompile("(?m)^\\| `([a-z]+)(?: [^`]*)?` \\|(.*)$").FindAllStringSubmatch(section, -1) {
 		rows[m[1]] = m[2]
 	}
 	common := map[string]bool{}
@@ -155,6 +170,45 @@ func TestReadmeReference(t *testing.T) {
 		slices.Sort(listed)
 		if !slices.Equal(flags, listed) {
 			t.Errorf("%s has %v, the README %v", c.Name, flags, listed)
+		}
+	}
+}
+
+// TestReadmeMessages holds each row of the README's troubleshooting table to a
+// message that is in the program's source, part by part around the "…".
+func TestReadmeMessages(t *testing.T) {
+	text, err := os.ReadFile(readme)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(text), "| it says |")
+	if !ok {
+		t.Fatal("the README has no table of messages")
+	}
+	table, _, _ := strings.Cut(rest, "\n\n")
+	var source []byte
+	for _, dir := range []string{".", "../../registrar", "../../reaper", "../../notifier", "../../lbsync"} {
+		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+				return err
+			}
+			b, err := os.ReadFile(path)
+			source = append(source, b...)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	rows := regexp.MustCompile("(?m)^\\| `([^`]+)` \\|").FindAllStringSubmatch(table, -1)
+	if len(rows) < 15 {
+		t.Errorf("only %d rows", len(rows))
+	}
+	for _, row := range rows {
+		for _, part := range strings.Split(row[1], "…") {
+			if !strings.Contains(string(source), strings.TrimSpace(part)) {
+				t.Errorf("the program never says %q", part)
+			}
 		}
 	}
 }

@@ -264,6 +264,22 @@ func (h *HAProxy) ConfigSum(tb testing.TB) string {
 	return hex.EncodeToString(sum[:])
 }
 
+// Edit replaces old by text in haproxy.cfg, where it must be exactly once, as an
+// operator does before a Reload.
+func (h *HAProxy) Edit(tb testing.TB, old, text string) {
+	tb.Helper()
+	cfg, err := os.ReadFile(h.path("haproxy.cfg"))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if n := bytes.Count(cfg, []byte(old)); n != 1 {
+		tb.Fatalf("%q is %d times in haproxy.cfg", old, n)
+	}
+	if err := os.WriteFile(h.path("haproxy.cfg"), bytes.Replace(cfg, []byte(old), []byte(text), 1), 0o600); err != nil {
+		tb.Fatal(err)
+	}
+}
+
 // saveState writes the state file, as an operator's reload script does.
 func (h *HAProxy) saveState(tb testing.TB) {
 	tb.Helper()
