@@ -25,6 +25,7 @@ var imports = map[string][]string{
 	"lbsync/haproxy/haproxytest":     {},
 	"cmd/rollcall":                   {"lbsync", "lbsync/dataplane", "lbsync/haproxy", "notifier", "reaper", "registrar", "registrar/child", "registrar/health"},
 	"scripts/faultsuite":             {"lbsync/haproxy/haproxytest", "registrar/redistest"},
+	"scripts/recorder":               {},
 	"scripts/benchmark":              {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
 }
 
