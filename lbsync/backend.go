@@ -90,9 +90,13 @@ type leaving struct {
 }
 
 func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registrar.Service), acked func(), log zerolog.Logger) *backend {
+	allow := bc.Allow
+	if len(allow) == 0 {
+		allow = cfg.Allow
+	}
 	return &backend{
 		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh, acked: acked,
-		rules: rules{allow: cfg.Allow, hold: cfg.Hold},
+		rules: rules{allow: allow, hold: cfg.Hold},
 		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
 		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{},
 		fast: map[netip.AddrPort]time.Time{}, leaving: map[netip.AddrPort]*leaving{}, held: map[netip.AddrPort]time.Time{},
@@ -485,7 +489,9 @@ func (b *backend) state() (registrar.Token, bool) {
 	return b.applied, b.applied != registrar.Token{}
 }
 
-func (b *backend) config() BackendConfig { return BackendConfig{b.service, b.name, b.mode} }
+func (b *backend) config() BackendConfig {
+	return BackendConfig{b.service, b.name, b.mode, b.rules.allow}
+}
 
 // standing returns how the backend stands. Anybody may call it.
 func (b *backend) standing() BackendStatus {

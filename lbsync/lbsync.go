@@ -43,6 +43,7 @@ type BackendConfig struct {
 	Service registrar.Service
 	Backend string
 	Mode    Mode
+	Allow   []netip.Prefix // in the place of Config.Allow; none = that
 }
 
 // Config says what to keep true, and how carefully. The zero value of a
@@ -52,7 +53,7 @@ type Config struct {
 	// applied: the same over restarts, another for each HAProxy.
 	ID       string
 	Backends []BackendConfig
-	Allow    []netip.Prefix // of instances' addresses; none = DefaultAllow
+	Allow    []netip.Prefix // of instances' addresses, for every backend without its own; none = DefaultAllow
 	// Checks says that dynamic servers are added with a health check.
 	Checks       bool
 	Full         time.Duration

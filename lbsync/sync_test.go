@@ -1053,6 +1053,25 @@ func TestAcknowledged(t *testing.T) {
 	}
 }
 
+// A backend's own networks take the place of the general ones.
+func TestAllowOfBackend(t *testing.T) {
+	w := newWorld(t, haproxytest.Backend{Name: "be", Slots: 2}, "")
+	w.cfg.Backends = append(w.cfg.Backends, lbsync.BackendConfig{
+		Service: "web", Backend: "other", Mode: lbsync.Dynamic, Allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
+	})
+	w.run(t, w.client(t))
+	loop, ten := netip.MustParseAddrPort("127.0.0.1:9"), netip.MustParseAddrPort("10.0.0.1:9")
+	w.beat(t, loop, 100)
+	w.beat(t, ten, 100)
+	w.acked(t, w.version(t))
+	if got := w.servers(t, "be"); got[loop.String()] != "ready 100" || len(got) != 1 {
+		t.Errorf("the backend with the general networks has %v", got)
+	}
+	if got := w.servers(t, "other"); got[ten.String()] != "ready 100" || len(got) != 1 {
+		t.Errorf("the backend with its own has %v", got)
+	}
+}
+
 // A dry run writes what Once would send, and sends nothing.
 func TestDryRun(t *testing.T) {
 	for _, mode := range modes {

@@ -487,6 +487,8 @@ func TestBadInput(t *testing.T) {
 		{"backend twice", []string{"lbsync", "--backend", "web=be", "--backend", "api=be"}},
 		{"mode", []string{"lbsync", "--backend", "web=be", "--mode", "magic"}},
 		{"network", []string{"lbsync", "--backend", "web=be", "--allow", "10.0.0.1"}},
+		{"network of a backend", []string{"lbsync", "--backend", "web=be", "--allow", "be=10.0.0.1"}},
+		{"network of no backend", []string{"lbsync", "--backend", "web=be", "--allow", "web=10.0.0.0/8"}},
 		{"server option", []string{"lbsync", "--backend", "web=be", "--server-options", "check;disable frontend x"}},
 		{"ttl", []string{"reap", "--ttl", "-1s"}},
 		{"ttl that differs", []string{"reap", "--ttl", "16s"}},

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -35,7 +36,7 @@ func lbsyncCommand() *cli.Command {
 			&cli.StringSliceFlag{Name: "backend", EnvVars: env("backend"), Usage: "`SERVICE=BACKEND`; repeatable"},
 			&cli.StringFlag{Name: "mode", Value: string(lbsync.Auto), EnvVars: env("mode"), Usage: "auto, slots (server-template) or dynamic (add server)"},
 			&cli.StringSliceFlag{Name: "allow", EnvVars: env("allow"), DefaultText: "private networks, without loopback",
-				Usage: "`NETWORK` whose addresses may reach HAProxy; repeatable"},
+				Usage: "`NETWORK` whose addresses may reach HAProxy, or BACKEND=NETWORK for that backend alone; repeatable"},
 			&cli.StringFlag{Name: "server-options", EnvVars: env("server-options"), Usage: "`KEYWORDS` for dynamic servers, such as \"check inter 2s\""},
 			&cli.IntFlag{Name: "min-servers", Value: lbsync.DefaultMinServers, EnvVars: env("min-servers"), Usage: "that are up; absence alone takes nobody out below it"},
 			&cli.IntFlag{Name: "min-share", EnvVars: env("min-share"), Usage: "`PERCENT` of the instances that shall be ready that must be up before a drain or an absence takes one out"},
@@ -187,7 +188,13 @@ func drive(c *cli.Context, cfg lbsync.Config, t *target, s *session, mon *monito
 		return err
 	}
 	defer stop()
-	s.log.Info().Str(t.kind, t.at).Strs("backends", c.StringSlice("backend")).Stringers("allow", prefixes(cfg.Allow)).Msg("lbsync starts")
+	starts := s.log.Info().Str(t.kind, t.at).Strs("backends", c.StringSlice("backend")).Stringers("allow", prefixes(cfg.Allow))
+	for _, b := range cfg.Backends {
+		if len(b.Allow) > 0 {
+			starts.Stringers("allow "+b.Backend, prefixes(b.Allow))
+		}
+	}
+	starts.Msg("lbsync starts")
 	var lock *haproxy.Lock
 	if c.Bool("once") {
 		lock, err = haproxy.TryLock(t.lock)
@@ -251,17 +258,36 @@ func syncConfig(c *cli.Context) (lbsync.Config, error) {
 	if len(cfg.Backends) == 0 {
 		return cfg, usageError{errors.New("no backend; name at least one with --backend SERVICE=BACKEND")}
 	}
-	if c.IsSet("allow") {
-		cfg.Allow = nil
-		for _, a := range c.StringSlice("allow") {
-			p, err := netip.ParsePrefix(a)
-			if err != nil {
-				return cfg, usage("--allow %q: want a network such as 10.0.0.0/8", a)
-			}
-			cfg.Allow = append(cfg.Allow, p.Masked())
+	return cfg, parseAllow(c.StringSlice("allow"), &cfg)
+}
+
+// parseAllow reads NETWORK, for every backend that is not named, and
+// BACKEND=NETWORK.
+func parseAllow(words []string, cfg *lbsync.Config) error {
+	var general []netip.Prefix
+	for _, word := range words {
+		name, network, own := strings.Cut(word, "=")
+		if !own {
+			network = word
 		}
+		p, err := netip.ParsePrefix(network)
+		if err != nil {
+			return usage("--allow %q: want a network such as 10.0.0.0/8, or BACKEND=NETWORK", word)
+		}
+		if !own {
+			general = append(general, p.Masked())
+			continue
+		}
+		i := slices.IndexFunc(cfg.Backends, func(b lbsync.BackendConfig) bool { return b.Backend == name })
+		if i < 0 {
+			return usage("--allow %q: no --backend names %s", word, name)
+		}
+		cfg.Backends[i].Allow = append(cfg.Backends[i].Allow, p.Masked())
 	}
-	return cfg, nil
+	if len(general) > 0 {
+		cfg.Allow = general
+	}
+	return nil
 }
 
 // parseBackends reads SERVICE=BACKEND.
