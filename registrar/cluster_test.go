@@ -209,6 +209,53 @@ func TestClusterStore(t *testing.T) {
 		if own, _, err := of.Services(ctx); err != nil || !slices.Equal(own, []Service{svc}) {
 			t.Errorf("services of %s: %v, %v", svc, own, err)
 		}
+	}
+	// Each service has a log of its own; what reads them shows one.
+	r := s.EventReader(nil)
+	events, err := r.Last(ctx, "", 0)
+	must(t, err)
+	for _, svc := range names {
+		of := slices.DeleteFunc(slices.Clone(events), func(e Event) bool { return e.Service != svc })
+		if got := said(of); len(got) != 5 || of[4].What != EventExpired || of[4].Version != 5 {
+			t.Errorf("of %s the log has %q", svc, got)
+		}
+		if one := allEvents(t, s, svc); !slices.Equal(one, of) {
+			t.Errorf("by itself %s has %q", svc, said(one))
+		}
+	}
+	if len(events) != 5*len(names) || !slices.IsSortedFunc(events, func(a, b Event) int { return strings.Compare(a.ID, b.ID) }) {
+		t.Errorf("the log has %q", said(events))
+	}
+	if last, err := s.Events(ctx, nil, "", 3); err != nil || !slices.Equal(last, events[len(events)-3:]) {
+		t.Errorf("the last 3 are %q, %v", said(last), err)
+	}
+	eventually(t, func() error { // there is nothing else
+		events, err := r.Next(ctx)
+		if len(events) > 0 {
+			t.Errorf("read twice: %q", said(events))
+		}
+		return err
+	})
+	for _, svc := range append(slices.Clone(names), "a-new-one") {
+		_, err := s.Beat(ctx, svc, Beat{Addr: a, Token: "v", Meta: metaOf("v"), Claim: true})
+		must(t, err)
+	}
+	var came []string
+	eventually(t, func() error {
+		events, err := r.Next(ctx)
+		for _, e := range events {
+			came = append(came, fmt.Sprint(e.What, " ", e.Service))
+		}
+		if err == nil && len(came) <= len(names) {
+			err = fmt.Errorf("came %q", came)
+		}
+		return err
+	})
+	slices.Sort(came)
+	for _, svc := range append(slices.Clone(names), "a-new-one") {
+		if i, ok := slices.BinarySearch(came, "joined "+string(svc)); !ok || len(came) != len(names)+1 {
+			t.Errorf("%s: %d of %q", svc, i, came)
+		}
 		must(t, s.Unlist(ctx, svc))
 	}
 	if listed, _, err := s.Services(ctx); err != nil || len(listed) > 0 {

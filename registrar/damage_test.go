@@ -92,6 +92,53 @@ func TestWrongTypeChangesNothing(t *testing.T) {
 	}
 }
 
+// TestChangesWithoutEvents checks that the log of changes is no part of the
+// register: whatever its key holds, a change is made and announced as ever.
+func TestChangesWithoutEvents(t *testing.T) {
+	srv := redistest.Start(t)
+	for _, c := range changes {
+		var want []string
+		for _, damage := range []string{"none", "gone", "another type", "no further id"} {
+			s := fresh(t, srv)
+			t.Run(c.name+"/"+damage, func(t *testing.T) {
+				joined(t, s)
+				key := s.keys.Events()
+				if damage != "none" {
+					do(t, s, "DEL", key)
+				}
+				switch damage {
+				case "another type":
+					do(t, s, "RPUSH", key, "x")
+				case "no further id":
+					do(t, s, "XADD", key, "18446744073709551615-18446744073709551615", "at", "1")
+				}
+				l := listen(t, s)
+				before := dump(t, s)
+				if err := c.call(t, s); err != nil {
+					t.Fatal(err)
+				}
+				wrote := diff(before, dump(t, s))
+				entry := slices.Index(wrote, "events")
+				if writable := damage == "none" || damage == "gone"; writable != (entry >= 0) {
+					t.Errorf("it wrote %q", wrote)
+				}
+				if entry >= 0 {
+					wrote = slices.Delete(wrote, entry, entry+1)
+				}
+				if damage == "none" {
+					want = wrote
+				}
+				if !slices.Equal(wrote, want) {
+					t.Errorf("it wrote %q, want %q", wrote, want)
+				}
+				if said := l.heard(t); len(said) != 1 {
+					t.Errorf("it said %q", said)
+				}
+			})
+		}
+	}
+}
+
 // TestHeartbeatOnWrongType checks which keys a plain heartbeat depends on: a
 // broken key that it does not need must not make the living look dead.
 func TestHeartbeatOnWrongType(t *testing.T) {

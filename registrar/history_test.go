@@ -205,7 +205,7 @@ func (p *player) register(svc Service, a netip.AddrPort) {
 func (p *player) change(rt *rapid.T, sc *redis.Script, name string, svc Service, keys []string, epoch string, want []any, args ...any) {
 	p.did.count(fmt.Sprint(name, " ", want[0]))
 	argv := append([]any{p.store.keys.Changes(), string(svc), p.now, epoch}, args...)
-	p.call(rt, sc, name, append(p.store.keys.change(svc), keys...), want, argv...)
+	p.call(rt, sc, name, p.store.keys.change(svc, keys...), want, argv...)
 }
 
 func (p *player) call(rt *rapid.T, sc *redis.Script, name string, keys []string, want []any, argv ...any) {
@@ -265,10 +265,10 @@ func (p *player) stepOf(rt *rapid.T, kind string, svc Service) {
 		p.tokens[svc] = append(states[max(0, len(states)-7):len(states):len(states)], now)
 		return
 	}
-	before, version := p.services[svc].view(), p.services[svc].version
+	before, version, logged := p.services[svc].view(), p.services[svc].version, len(p.events)
 	if kind == "reap" {
 		p.reapOne(rt, svc, epoch)
-		p.audit(rt, svc, before, version, nil)
+		p.audit(rt, svc, before, version, logged, nil)
 		return
 	}
 	a := drawAddr.Draw(rt, "addr")
@@ -331,19 +331,29 @@ func (p *player) stepOf(rt *rapid.T, kind string, svc Service) {
 		want := p.admin(svc, a, verb, weight, reason, epoch)
 		p.change(rt, p.store.admin, kind, svc, nil, epoch, want, a.String(), verb, text, reason)
 	}
-	p.audit(rt, svc, before, version, func() bool { return word != p.services[svc].word(a) })
+	p.audit(rt, svc, before, version, logged, func() bool { return word != p.services[svc].word(a) })
 }
 
 // audit holds the model itself to its promise: the version grows by one at
-// every visible change, and not without one. Old notes go without one.
-func (p *player) audit(rt *rapid.T, svc Service, before view, version int64, other func() bool) {
+// every visible change, and not without one, and the log has an entry for each
+// address that changed. Old notes go without one.
+func (p *player) audit(rt *rapid.T, svc Service, before view, version int64, logged int, other func() bool) {
 	s := p.services[svc]
 	after := s.view()
-	changed := other != nil && other()
+	changes := 0
 	for _, a := range modelAddrs {
 		x, y := before[a], after[a]
 		dropped := !x.here && y == seen{} && x.gone.At < p.now-pruneAfter
-		changed = changed || x != y && !dropped
+		if x != y && !dropped {
+			changes++
+		}
+	}
+	if changes == 0 && other != nil && other() {
+		changes = 1 // a word about somebody absent
+	}
+	changed := changes > 0
+	if len(p.events)-logged != changes {
+		rt.Fatalf("%d changes, and the log has %q", changes, p.events[logged:])
 	}
 	if grew := s.version - version; grew != 0 && grew != 1 || (grew == 1) != changed {
 		rt.Fatalf("version of %s from %d to %d, and changed is %v\nfrom %v\nto   %v", svc, version, s.version, changed, before, after)
@@ -476,7 +486,7 @@ func (p *player) flush(rt *rapid.T) {
 		}
 	}
 	p.call(rt, p.store.versions, "versions", []string{k.Epoch(), k.Version(), k.ServiceVersion("api"), k.ServiceVersion("web")}, want)
-	members := p.pipe.SMembers(ctx, k.Services())
+	members, entries := p.pipe.SMembers(ctx, k.Services()), p.pipe.XRange(ctx, k.Events(), "-", "+")
 	p.pipe.Publish(ctx, k.Changes(), "mark")
 	_, err := p.pipe.Exec(ctx)
 	check(rt, err)
@@ -488,6 +498,14 @@ func (p *player) flush(rt *rapid.T) {
 	slices.Sort(listed)
 	if !slices.Equal(listed, named) {
 		rt.Fatalf("services %q, want %q", listed, named)
+	}
+	var entered []string
+	for _, e := range entries.Val() {
+		v := e.Values
+		entered = append(entered, fmt.Sprintf("%s %s %s %s %s %s %q", v["at"], v["service"], v["addr"], v["what"], v["version"], v["id"], v["why"]))
+	}
+	if !slices.Equal(entered, p.events) {
+		rt.Fatalf("the log has %q\n    want %q", entered, p.events)
 	}
 	var heard []string
 	for {

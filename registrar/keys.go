@@ -50,6 +50,9 @@ func (k Keys) Config() string    { return k.shared("config") }    // HASH: ttl_m
 func (k Keys) Changes() string   { return k.ns + ":changes" }     // channel: "<global> <service> <service version>"
 func (k Keys) Balancers() string { return k.shared("balancers") } // ZSET: balancer id, score = last seen, unix ms
 
+// Events is a STREAM, the log of changes: at, service, addr, what, version, id, why.
+func (k Keys) Events() string { return k.shared("events") }
+
 func (k Keys) Instances(s Service) string { return k.of(s, "instances") } // ZSET: addr, score = last heartbeat, unix ms
 func (k Keys) Meta(s Service) string      { return k.of(s, "meta") }      // HASH: addr → JSON of Meta
 func (k Keys) Admin(s Service) string     { return k.of(s, "admin") }     // HASH: addr → JSON of Admin
@@ -91,12 +94,14 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 	switch key {
 	case k.Services():
 		return "", "set"
-	case k.Version(), k.Epoch():
+	case k.Version(), k.Epoch(), k.LetGo():
 		return "", "string"
 	case k.Config(), k.Reapers():
 		return "", "hash"
 	case k.Balancers():
 		return "", "zset"
+	case k.Events():
+		return "", "stream"
 	}
 	if strings.HasPrefix(key, k.Reaper("")) {
 		return "", "string"
@@ -121,14 +126,15 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 }
 
 // change lists the keys of every script that changes one service, in the order
-// that lua/lib.lua names them.
-func (k Keys) change(s Service) []string {
+// that lua/lib.lua names them: with a script's own before the last.
+func (k Keys) change(s Service, own ...string) []string {
 	version := k.Version()
 	if k.scope != "" {
 		version = k.ServiceVersion(s) // a Cluster's service has one counter, and its canary another
 	}
-	return []string{
+	keys := append([]string{
 		k.Instances(s), k.Meta(s), k.Admin(s), k.Gone(s), k.GoneAt(s), k.Changed(s), k.ServiceVersion(s),
 		k.Services(), version, k.Epoch(), k.Config(),
-	}
+	}, own...)
+	return append(keys, k.Events())
 }

@@ -21,6 +21,7 @@ type model struct {
 	pulses        map[string]string // by reaper
 	letGo         bool              // a reaper has let one go of late
 	messages      []string          // announced since the last look
+	events        []string          // the log of changes, all of it
 }
 
 type serviceModel struct {
@@ -70,6 +71,7 @@ func newModel(svcs ...Service) *model {
 func (m *model) clone() *model {
 	c := *m
 	c.messages, c.pulses, c.services = nil, maps.Clone(m.pulses), map[Service]*serviceModel{}
+	c.events = slices.Clone(m.events)
 	for svc, s := range m.services {
 		d := *s
 		d.words, d.gone, d.noted, d.changed = maps.Clone(s.words), maps.Clone(s.gone), maps.Clone(s.noted), maps.Clone(s.changed)
@@ -92,9 +94,25 @@ func (m *model) bump(svc Service, epoch string) int64 {
 	return m.services[svc].version
 }
 
+// event writes an entry of the log of changes.
+func (m *model) event(svc Service, addr netip.AddrPort, what, id, why string) {
+	m.events = append(m.events, fmt.Sprintf("%d %s %s %s %d %s %q", m.now, svc, addr, what, m.services[svc].version, id, why))
+}
+
 // note says how addr went, and drops what is older than 10 min.
 func (m *model) note(svc Service, addr netip.AddrPort, why Reason, token string) {
 	s := m.services[svc]
+	what, text := string(why), ""
+	switch i := s.here[addr]; {
+	case i == nil:
+		text = "it was not there"
+	case why == Operator:
+		what = "deregistered"
+		fallthrough
+	case why == Expired:
+		text = fmt.Sprintf("silent for %d ms", m.now-i.beat)
+	}
+	m.event(svc, addr, what, token, text)
 	delete(s.here, addr)
 	s.gone[addr] = Gone{why, m.now, token}
 	s.noted[addr], s.changed[addr] = m.now, s.version
@@ -135,6 +153,21 @@ func (m *model) beat(svc Service, addr netip.AddrPort, c client, claim bool, int
 		return answer("NOTOWNER", 0)
 	}
 	v := m.bump(svc, epoch)
+	switch {
+	case i == nil:
+		m.event(svc, addr, "joined", c.token, "")
+	case i.token != c.token:
+		m.event(svc, addr, "takeover", c.token, "from "+i.token)
+	default:
+		what, why := "changed", ""
+		if c.draining && !i.draining {
+			what = "draining"
+		}
+		if c.weight != i.weight {
+			why = fmt.Sprintf("weight %d", c.weight)
+		}
+		m.event(svc, addr, what, c.token, why)
+	}
 	s.here[addr] = &instanceModel{c.token, c.meta(), c.weight, c.draining, m.now}
 	s.changed[addr] = v
 	delete(s.gone, addr)
@@ -192,6 +225,16 @@ func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int,
 	}
 	v := m.bump(svc, epoch)
 	s.words[addr], s.changed[addr] = w, v
+	what, why := verb, w.reason
+	switch {
+	case verb == "drain":
+		what = "drained"
+	case verb == "weight" && weight < 0:
+		why = "own"
+	case verb == "weight":
+		why = strconv.Itoa(weight)
+	}
+	m.event(svc, addr, what, "", why)
 	if _, ok := s.noted[addr]; here == 0 && !ok {
 		s.noted[addr] = m.now
 	}

@@ -52,7 +52,8 @@ func (s *Store) Report(ctx context.Context, id string, st *ReaperStatus) error {
 		}
 		state = string(b)
 	}
-	if err := s.report.Run(ctx, s.rdb, []string{s.keys.Reapers()}, id, state, reaperForget.Milliseconds(), s.now).Err(); err != nil {
+	if err := s.report.Run(ctx, s.rdb, []string{s.keys.Reapers(), s.keys.Events()},
+		id, state, reaperForget.Milliseconds(), s.now, ReaperLive.Milliseconds()).Err(); err != nil {
 		return fmt.Errorf("report of reaper %s: %w", id, err)
 	}
 	return nil

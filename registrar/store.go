@@ -58,11 +58,15 @@ func script(name string) *redis.Script {
 	if err != nil {
 		panic(err) // a file named in this package is not in this package
 	}
-	lib, err := sources.ReadFile("lua/lib.lua")
-	if err != nil {
-		panic(err)
+	text := string(src)
+	for _, part := range []string{"lib", "event"} { // in this order: lib names event
+		src, err := sources.ReadFile("lua/" + part + ".lua")
+		if err != nil {
+			panic(err)
+		}
+		text = strings.Replace(text, "-- "+part+"\n", string(src), 1)
 	}
-	return redis.NewScript(strings.Replace(string(src), "-- lib\n", string(lib), 1))
+	return redis.NewScript(text)
 }
 
 // Store runs the register's scripts on one Redis. It keeps no state of its own,
@@ -425,8 +429,7 @@ type Reaped struct {
 func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) {
 	argv := []any{s.keys.Changes(), string(svc), s.now, rand.Text(), w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds()}
 	k := s.keys.Of(svc)
-	keys := append(k.change(svc), k.Reaper(w.ID), k.LetGo())
-	r, err := s.reap.Run(ctx, s.rdb, keys, argv...).Slice()
+	r, err := s.reap.Run(ctx, s.rdb, k.change(svc, k.Reaper(w.ID), k.LetGo()), argv...).Slice()
 	if err != nil {
 		if broken(err) {
 			err = fmt.Errorf("%w: %w", ErrBroken, err)

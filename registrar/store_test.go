@@ -182,6 +182,8 @@ func dump(tb testing.TB, s *Store) map[string]string {
 			v = m
 		case "list":
 			v, err = s.rdb.LRange(ctx, k, 0, -1).Result()
+		case "stream":
+			v, err = s.rdb.XRange(ctx, k, "-", "+").Result()
 		default:
 			tb.Fatalf("%s is a %q", k, typ)
 		}
@@ -342,7 +344,7 @@ func TestKeys(t *testing.T) {
 	want := []string{
 		"rollcall:{web}:instances", "rollcall:{web}:meta", "rollcall:{web}:admin", "rollcall:{web}:gone",
 		"rollcall:{web}:gone-at", "rollcall:{web}:changed", "rollcall:{web}:version",
-		"rollcall:services", "rollcall:version", "rollcall:epoch", "rollcall:config",
+		"rollcall:services", "rollcall:version", "rollcall:epoch", "rollcall:config", "rollcall:events",
 		"rollcall:changes", "rollcall:reaper:r1", "rollcall:reapers",
 	}
 	if !slices.Equal(got, want) {

@@ -87,6 +87,7 @@ func TestRolesWhole(t *testing.T) {
 	own := s.spawn(t, as("reaper", "reap", "--ttl", "1500ms")...) // its canary is the reaper itself
 	says(own, "armed")
 	web, all := s.spawn(t, as("watcher", "watch", "web")...), s.spawn(t, as("operator", "watch")...)
+	follow := s.spawn(t, as("watcher", "events", "-f")...)
 	lb := s.spawn(t, as("lbsync", "lbsync", "--socket", s.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8")...)
 	a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
 	sideA := s.spawn(t, as("sidecar-web", "register", "--service", "web", "--addr", a.Addr().String())...)
@@ -101,6 +102,7 @@ func TestRolesWhole(t *testing.T) {
 		done(as(role, "wait", "web", "--for", "ready=2"), "applied by 1 balancers")
 		done(as(role, "lb"), "yes")
 		done(as(role, "status"), "REAPER")
+		done(as(role, "events"), "joined")
 	}
 	for _, word := range [][]string{
 		{"drain", "web", a.Addr().String(), "--wait"}, {"maint", "web", a.Addr().String()}, {"ready", "web", a.Addr().String()},
@@ -112,6 +114,7 @@ func TestRolesWhole(t *testing.T) {
 
 	sideB.signal(t, syscall.SIGKILL)
 	says(web, "expired")
+	says(follow, "expired")
 	if code := sideA.signal(t, syscall.SIGTERM); code != 0 || !strings.Contains(sideA.out.String(), "drained") || !strings.Contains(sideA.out.String(), "left") {
 		t.Errorf("the sidecar: exit %d\n%s", code, sideA.out)
 	}
@@ -229,8 +232,10 @@ func TestRolesBounds(t *testing.T) {
 		{"set rollcall:reaper:x y", []string{reap}}, {"set rollcall:let-go y", []string{reap}},
 		{"hset rollcall:reapers f y", []string{reap}}, {"hdel rollcall:reapers f", []string{reap}}, {"hgetall rollcall:reapers", []string{reap, operate, watch}},
 		{"hset rollcall:{web}:applied a 1", []string{sync}}, {"hdel rollcall:{web}:applied a", []string{sync}}, {"zadd rollcall:balancers 1 a", []string{sync}},
+		{"xadd rollcall:events * what x", []string{sidecar, reap, operate}}, {"xtrim rollcall:events maxlen 0", no}, {"xdel rollcall:events 1-1", no}, {"del rollcall:events", no},
 		{"publish rollcall:changes x", []string{sidecar, reap, operate}}, {"publish other x", no},
 		// Reading.
+		{"xrevrange rollcall:events + - count 1", []string{operate, watch}}, {"xread count 1 streams rollcall:events 0", []string{operate, watch}},
 		{"smembers rollcall:services", []string{reap, operate, watch}}, {"hgetall rollcall:config", []string{sidecar, sync, operate, watch}},
 		{"hgetall rollcall:{web}:meta", []string{sidecar, sync, operate, watch}}, {"hgetall rollcall:{api}:meta", []string{sync, operate, watch}},
 		{"get rollcall:{api}:version", []string{reap, sync, operate, watch}}, {"get rollcall:reaper:x", []string{reap, operate, watch}},

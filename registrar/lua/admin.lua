@@ -53,5 +53,8 @@ redis.call('ZADD', KEYS[6], v, addr)
 -- `changed`.
 if here == 0 then redis.call('ZADD', KEYS[5], 'NX', now, addr) end
 prune(now)
+local what, why = verb == 'drain' and 'drained' or verb, word.reason or ''
+if verb == 'weight' then why = weight and string.format('%.0f', weight) or 'own' end
+event(now, ARGV[2], addr, what, v, '', why)
 announce(g, v)
 return {'OK', v, here}

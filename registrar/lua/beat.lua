@@ -43,9 +43,9 @@ if gone then
   if by == token and (reason == 'left' or reason == 'unhealthy') then return {'LEFT', now, 0, ttl, interval} end
 end
 
-local status = 'NEW'
+local status, holder = 'NEW', ''
 if score then
-  local holder = token_of(addr)
+  holder = token_of(addr)
   if holder == token then
     status = 'CHANGED'
   elseif holder == '' or claim or now - tonumber(score) > 2 * interval then
@@ -63,5 +63,15 @@ redis.call('ZADD', KEYS[1], now, addr)
 redis.call('ZADD', KEYS[6], v, addr)
 redis.call('HDEL', KEYS[4], addr)
 redis.call('ZREM', KEYS[5], addr)
+
+local what, why = 'joined', ''
+if status == 'TAKEN' then
+  what, why = 'takeover', holder ~= '' and 'from ' .. holder or ''
+elseif status == 'CHANGED' then
+  local before, after = decoded(held), decoded(meta)
+  what = after.draining == true and before.draining ~= true and 'draining' or 'changed'
+  if before.weight ~= after.weight and type(after.weight) == 'number' then why = 'weight ' .. tostring(after.weight) end
+end
+event(now, ARGV[2], addr, what, v, token, why)
 announce(g, v)
 return {status, now, v, ttl, interval}

@@ -34,7 +34,7 @@ if not g then return v end
 if here then
   take_out(addr, reason, now, v)
 else
-  note_gone(addr, reason, token, now, v)
+  note_gone(addr, reason, token, now, v, 'it was not there')
 end
 tidy(now)
 announce(g, v)

@@ -4,6 +4,7 @@
 -- KEYS  1 instances ZSET   2 meta HASH      3 admin HASH   4 gone HASH
 --       5 gone-at ZSET     6 changed ZSET   7 service version STRING
 --       8 services SET     9 version STRING 10 epoch STRING 11 config HASH
+--       the last one, after the script's own: events STREAM
 -- ARGV  1 channel   2 service   3 now, unix ms, '' = the server's TIME
 --       4 epoch to set if there is none   5… the script's own
 
@@ -40,21 +41,27 @@ local function announce(g, v)
   redis.call('PUBLISH', ARGV[1], string.format('%.0f %s %.0f', g, ARGV[2], v))
 end
 
+-- event
+
+-- Metadata as a table; an empty one if it is none.
+local function decoded(meta)
+  local ok, m = pcall(cjson.decode, meta or '')
+  return ok and type(m) == 'table' and m or {}
+end
+
 local function token_of(addr)
-  local meta = redis.call('HGET', KEYS[2], addr)
-  if not meta then return '' end
-  local ok, m = pcall(cjson.decode, meta)
-  if ok and type(m) == 'table' and type(m.id) == 'string' then return m.id end
-  return ''
+  local id = decoded(redis.call('HGET', KEYS[2], addr)).id
+  return type(id) == 'string' and id or ''
 end
 
 -- Notes that addr is gone and drops old notes: at most 100, older than 10 min.
 -- With a note goes the address's place in `changed`; `pruned` remembers the
 -- highest version that went that way.
-local function note_gone(addr, reason, token, now, v)
+local function note_gone(addr, reason, token, now, v, why)
   redis.call('HSET', KEYS[4], addr, string.format('%s %.0f %s', reason, now, token))
   redis.call('ZADD', KEYS[5], now, addr)
   redis.call('ZADD', KEYS[6], v, addr)
+  event(now, ARGV[2], addr, reason == 'operator' and 'deregistered' or reason, v, token, why)
 end
 
 local function prune(now)
@@ -76,10 +83,13 @@ end
 
 -- Takes addr out. The caller has bumped and announces.
 local function take_out(addr, reason, now, v)
-  local token = token_of(addr)
+  local token, why = token_of(addr), ''
+  if reason == 'expired' or reason == 'operator' then
+    why = string.format('silent for %.0f ms', now - redis.call('ZSCORE', KEYS[1], addr))
+  end
   redis.call('ZREM', KEYS[1], addr)
   redis.call('HDEL', KEYS[2], addr)
-  note_gone(addr, reason, token, now, v)
+  note_gone(addr, reason, token, now, v, why)
 end
 
 local function tidy(now)
