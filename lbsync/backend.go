@@ -47,6 +47,7 @@ type backend struct {
 	rules    rules
 	refresh  func(registrar.Service)
 	acked    func() // applied has changed; must not block
+	looked   func() // there is something new in sights; must not block
 	log      zerolog.Logger
 
 	wake chan struct{} // of capacity 1: look at what mu guards
@@ -62,6 +63,7 @@ type backend struct {
 	reread   bool            // the process was replaced, or may have been
 	applied  registrar.Token // the state that HAProxy has, read back; zero before the first
 	status   BackendStatus   // after the last step; without Synced and Behind
+	sights   sights          // what was seen, for the register
 
 	since      time.Time  // the oldest change that is not applied was heard; zero = none
 	have       *Inventory // nil: unknown
@@ -89,13 +91,13 @@ type leaving struct {
 	maint time.Time // maint was first seen; zero before
 }
 
-func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registrar.Service), acked func(), log zerolog.Logger) *backend {
+func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registrar.Service), acked, looked func(), log zerolog.Logger) *backend {
 	allow := bc.Allow
 	if len(allow) == 0 {
 		allow = cfg.Allow
 	}
 	return &backend{
-		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh, acked: acked,
+		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh, acked: acked, looked: looked,
 		rules: rules{allow: allow, hold: cfg.Hold},
 		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
 		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{},
@@ -225,7 +227,8 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	// there is nothing else to do: a change need not wait for a whole read.
 	waits := len(b.held)+len(b.postponed) > 0 && now.Sub(b.readAt) >= waitPoll ||
 		b.have != nil && b.have.Rising > 0 && len(dirty) == 0 && now.Sub(b.readAt) >= b.riseIn
-	if b.have == nil || waits || now.Sub(b.readAt) >= b.nextFull {
+	whole := b.have == nil || waits || now.Sub(b.readAt) >= b.nextFull
+	if whole {
 		if addrs, err = b.readWhole(ctx); err != nil {
 			return 0, err
 		}
@@ -256,6 +259,7 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	b.mu.Lock()
 	b.status = BackendStatus{Serving: b.have.Serving, Held: len(b.held), Postponed: len(b.postponed), Unplaced: len(b.unplaced)}
 	b.mu.Unlock()
+	b.observe(addrs, whole)
 	return b.pause(time.Now()), nil
 }
 

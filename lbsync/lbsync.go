@@ -141,6 +141,9 @@ type Syncer struct {
 	acks  chan struct{}                         // of capacity 1: a backend has applied something
 	acked map[registrar.Service]registrar.Token // told to the register; for acknowledge alone
 	mute  bool                                  // the last acknowledgement failed; for acknowledge alone
+
+	looks chan struct{}               // of capacity 1: a backend has seen something new
+	told  map[registrar.Service]*told // what the register has been told of that; for publish alone
 }
 
 // New checks cfg and returns a Syncer. It does no I/O.
@@ -152,6 +155,7 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 	s := &Syncer{
 		cfg: cfg, balancer: bal, store: store, backends: map[registrar.Service][]*backend{},
 		acks: make(chan struct{}, 1), acked: map[registrar.Service]registrar.Token{},
+		looks: make(chan struct{}, 1), told: map[registrar.Service]*told{},
 		log: log.With().Str("component", "lbsync").Logger(),
 	}
 	var svcs []registrar.Service
@@ -159,7 +163,7 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 		if s.backends[bc.Service] == nil {
 			svcs = append(svcs, bc.Service)
 		}
-		b := newBackend(cfg, bc, bal, func(svc registrar.Service) { s.watcher.Refresh(svc) }, s.applied, s.log)
+		b := newBackend(cfg, bc, bal, func(svc registrar.Service) { s.watcher.Refresh(svc) }, s.applied, s.looked, s.log)
 		s.backends[bc.Service] = append(s.backends[bc.Service], b)
 	}
 	s.services = svcs
@@ -191,6 +195,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 	}
 	running.Go(func() { s.probe(ctx) })
 	running.Go(func() { s.acknowledge(ctx) })
+	running.Go(func() { s.publish(ctx) })
 	return s.watcher.Run(ctx, func(c notifier.Change) {
 		for _, b := range s.backends[c.Service] {
 			b.change(c)

@@ -149,6 +149,8 @@ func (s *Store) rights(svc Service) []right {
 		{RoleReaper, []any{"hset", k.Reapers(), "-", "-"}}, {RoleReaper, []any{"hdel", k.Reapers(), "-"}}, {RoleReaper, []any{"hgetall", k.Reapers()}},
 		{RoleReaper, []any{"set", k.Reaper("-"), "-"}}, {RoleReaper, []any{"zcount", z, 0, 0}}, {RoleReaper, []any{"hsetnx", k.Config(), "-", "-"}},
 		{RoleSync, []any{"subscribe", k.Changes()}}, {RoleSync, []any{"hkeys", k.Applied(svc)}}, {RoleSync, []any{"hset", k.Applied(svc), "-", "-"}}, {RoleSync, []any{"hdel", k.Applied(svc), "-"}},
+		{RoleSync, []any{"hset", k.Seen(svc, "-"), "-", "-"}}, {RoleSync, []any{"hdel", k.Seen(svc, "-"), "-"}}, {RoleSync, []any{"hlen", k.Seen(svc, "-")}},
+		{RoleSync, []any{"unlink", k.Seen(svc, "-")}}, {RoleSync, []any{"pexpire", k.Seen(svc, "-"), 0}},
 		{RoleSync, []any{"zadd", k.Balancers(), 0, "-"}}, {RoleSync, []any{"zremrangebyscore", k.Balancers(), 0, 0}},
 	}
 }

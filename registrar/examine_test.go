@@ -26,8 +26,8 @@ func TestRightsCoverScripts(t *testing.T) {
 	}
 	roles := map[string][]string{
 		"beat": {RoleSidecar}, "still": {RoleSidecar}, "leave": {RoleSidecar}, "deregister": {RoleAdmin}, "admin": {RoleAdmin},
-		"reap": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "report": {RoleReaper}, "ack": {RoleSync},
-		"read": nil, "versions": nil, "applied": nil, "lib": {RoleSidecar, RoleReaper, RoleAdmin}, "event": {RoleSidecar, RoleReaper, RoleAdmin},
+		"reap": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "report": {RoleReaper}, "ack": {RoleSync}, "seen": {RoleSync},
+		"read": nil, "versions": nil, "applied": nil, "entry": nil, "lib": {RoleSidecar, RoleReaper, RoleAdmin}, "event": {RoleSidecar, RoleReaper, RoleAdmin},
 	}
 	err = fs.WalkDir(sources, ".", func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -107,7 +107,7 @@ func TestKind(t *testing.T) {
 		{k.Balancers(), "", "zset"}, {k.Reaper("a"), "", "string"}, {"x:reapers", "", "hash"}, {k.Events(), "", "stream"}, {k.LetGo(), "", "string"},
 		{k.Instances("web"), "web", "zset"}, {k.Meta("web"), "web", "hash"}, {k.Admin("web"), "web", "hash"}, {k.Gone("web"), "web", "hash"},
 		{k.GoneAt("web"), "web", "zset"}, {k.Changed("web"), "web", "zset"}, {k.Applied("web"), "web", "hash"}, {k.ServiceVersion("web"), "web", "string"},
-		{"x:{web}:fence:a", "web", "string"},
+		{"x:{web}:fence:a", "web", "string"}, {k.Seen("web", "lb"), "web", "hash"},
 		{"x:{web}:other", "", ""}, {"x:{web}", "", ""}, {"x:web:meta", "", ""}, {"x:other", "", ""}, {"y:services", "", ""}, {"y:{web}:meta", "", ""}, {"{web}:meta", "", ""},
 	} {
 		if svc, typ := k.kind(tt.key); svc != tt.svc || typ != tt.typ {

@@ -60,6 +60,11 @@ func (k Keys) Gone(s Service) string      { return k.of(s, "gone") }      // HAS
 func (k Keys) GoneAt(s Service) string    { return k.of(s, "gone-at") }   // ZSET: addr, score = unix ms
 func (k Keys) Changed(s Service) string   { return k.of(s, "changed") }   // ZSET: addr, score = service version
 func (k Keys) Applied(s Service) string   { return k.of(s, "applied") }   // HASH: balancer id → service version it has applied
+
+// Seen is a HASH of one balancer: addr → JSON, backend → ServerState; at → the time of
+// its last look at all servers, unix ms. It expires.
+func (k Keys) Seen(s Service, balancer string) string { return k.of(s, "seen:"+balancer) }
+
 func (k Keys) ServiceVersion(s Service) string {
 	return k.of(s, "version") // STRING, never deleted
 }
@@ -121,6 +126,9 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 	}
 	if strings.HasPrefix(what, "fence:") {
 		return svc, "string"
+	}
+	if strings.HasPrefix(what, "seen:") {
+		return svc, "hash"
 	}
 	return "", ""
 }

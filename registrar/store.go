@@ -80,7 +80,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, still, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report *redis.Script
+	beat, still, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report, seen, entry *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -96,6 +96,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		reap: script("reap"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), applied: script("applied"), report: script("report"),
+		seen: script("seen"), entry: script("entry"),
 	}
 	if _, s.keys.cluster = rdb.(*redis.ClusterClient); s.keys.cluster {
 		s.listing = &listing{at: map[Service]time.Time{}}

@@ -232,6 +232,8 @@ func TestRolesBounds(t *testing.T) {
 		{"set rollcall:reaper:x y", []string{reap}}, {"set rollcall:let-go y", []string{reap}},
 		{"hset rollcall:reapers f y", []string{reap}}, {"hdel rollcall:reapers f", []string{reap}}, {"hgetall rollcall:reapers", []string{reap, operate, watch}},
 		{"hset rollcall:{web}:applied a 1", []string{sync}}, {"hdel rollcall:{web}:applied a", []string{sync}}, {"zadd rollcall:balancers 1 a", []string{sync}},
+		{"hset rollcall:{web}:seen:lb a 1", []string{sync}}, {"hdel rollcall:{web}:seen:lb a", []string{sync}}, {"unlink rollcall:{web}:seen:lb", []string{sync}},
+		{"hgetall rollcall:{api}:seen:lb", []string{sync, operate, watch}}, {"pexpire rollcall:{web}:seen:lb 1", []string{sync}}, {"pexpire rollcall:{web}:applied 1", no}, {"unlink rollcall:{web}:applied", no},
 		{"xadd rollcall:events * what x", []string{sidecar, reap, operate}}, {"xtrim rollcall:events maxlen 0", no}, {"xdel rollcall:events 1-1", no}, {"del rollcall:events", no},
 		{"publish rollcall:changes x", []string{sidecar, reap, operate}}, {"publish other x", no},
 		// Reading.

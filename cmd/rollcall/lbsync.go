@@ -216,7 +216,7 @@ func drive(c *cli.Context, cfg lbsync.Config, t *target, s *session, mon *monito
 		defer func() { _ = lock.Close() }() // the process ends next
 	}
 	if c.Bool("once") {
-		return errors.Join(syncer.Once(c.Context), syncer.Acknowledge(c.Context, true))
+		return errors.Join(syncer.Once(c.Context), syncer.Acknowledge(c.Context, true), syncer.Publish(c.Context))
 	}
 	driving.Store(true)
 	return syncer.Run(c.Context)

@@ -1,0 +1,310 @@
+package lbsync
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"sync"
+	"time"
+
+	"rollcall/registrar"
+)
+
+// This file tells the register what HAProxy has, for those who ask why. Nothing
+// waits for it, and nothing is decided by it.
+
+const (
+	// publishAfter is how long after a look the register is told of it: first goes
+	// the acknowledgement, and what changes together is told together.
+	publishAfter = 100 * time.Millisecond
+	// publishRetry is the longest pause after a failure.
+	publishRetry = 5 * time.Second
+	// publishTimeout bounds one publication, of 20 calls with 10,000 servers.
+	publishTimeout = 10 * registrar.Timeout
+	// sameTime is how far two readings of one moment may differ: Redis' clock is
+	// known by the last read only.
+	sameTime = 1000 // ms
+)
+
+// sights is what a backend has seen: after each step, of the addresses that it
+// dealt with.
+type sights struct {
+	states  map[netip.AddrPort]registrar.ServerState
+	changed map[netip.AddrPort]bool // since they were taken last
+	wholeAt time.Time               // the last look at all; zero: there was none
+	fresh   bool                    // it was after they were taken last
+}
+
+// told is what the register has been told of one service.
+type told struct {
+	history registrar.Token // without a version
+	addrs   map[netip.AddrPort]bool
+}
+
+// observe takes in what the backend has of addrs, after a step; whole says that
+// these are all, just read.
+func (b *backend) observe(addrs []netip.AddrPort, whole bool) {
+	news := whole
+	for _, a := range addrs {
+		news = b.observeOne(a) || news // each by itself: a change must not wait for all
+	}
+	if whole {
+		all := make(map[netip.AddrPort]bool, len(addrs))
+		for _, a := range addrs {
+			all[a] = true
+		}
+		b.mu.Lock()
+		b.sights.wholeAt, b.sights.fresh = b.readAt, true
+		for a := range b.sights.states {
+			if !all[a] {
+				b.sights.set(a, registrar.ServerState{}, false)
+			}
+		}
+		b.mu.Unlock()
+	}
+	if news {
+		b.looked()
+	}
+}
+
+// observeOne tells whether there is something new of addr.
+func (b *backend) observeOne(addr netip.AddrPort) bool {
+	s, there := b.have.Lookup(addr)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	e := b.view.Lookup(addr)
+	if !there && !e.Present {
+		return b.sights.set(addr, registrar.ServerState{}, false)
+	}
+	st := registrar.ServerState{}
+	if there {
+		st.Server, st.State, st.Weight = s.Name, s.Admin.String(), s.Weight
+		if s.Checked {
+			st.Check = "down"
+			if s.Up {
+				st.Check = "up"
+			}
+		}
+	}
+	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, interrupted: b.broken, empty: b.have.Serving == 0}
+	v := b.rules.decide(e, s, there, rd)
+	since, held := b.held[addr]
+	switch l := b.leaving[addr]; {
+	case l != nil:
+		st.Note, st.Why = registrar.NoteLeaving, v.why
+		st.Since, st.Until = b.redisTime(l.since), b.redisTime(l.since.Add(b.cfg.DrainTimeout))
+	case held:
+		st.Note, st.Why = registrar.NoteHeld, "too few servers are up to let it go"
+		st.Since = b.redisTime(since)
+		if end := since.Add(v.hold); time.Now().Before(end) {
+			st.Why, st.Until = v.why, b.redisTime(end)
+		}
+	case b.postponed[addr]:
+		st.Note, st.Why = registrar.NoteWaits, "too few other servers are up to drain it"
+	case b.unplaced[addr]:
+		st.Note = registrar.NoteUnplaced
+	case e.Present && v.goal != Serve:
+		st.Note, st.Why = registrar.NoteRefused, v.why
+	case e.Present && there && Human(s) && admin(e.Instance.State()) != Maint:
+		st.Note = registrar.NoteHuman
+	}
+	return b.sights.set(addr, st, true)
+}
+
+// redisTime is the time, unix ms by Redis' clock, at t. The caller has mu.
+func (b *backend) redisTime(t time.Time) int64 { return b.now + t.Sub(b.viewAt).Milliseconds() }
+
+// set enters the state of addr, or that there is none, and tells whether it is
+// another than before.
+func (s *sights) set(addr netip.AddrPort, st registrar.ServerState, there bool) bool {
+	old, had := s.states[addr]
+	if had && old.Note == st.Note {
+		st.Since, st.Until = settled(old.Since, st.Since), settled(old.Until, st.Until)
+	}
+	if had == there && old == st {
+		return false
+	}
+	if s.states == nil {
+		s.states, s.changed = map[netip.AddrPort]registrar.ServerState{}, map[netip.AddrPort]bool{}
+	}
+	if there {
+		s.states[addr] = st
+	} else {
+		delete(s.states, addr)
+	}
+	s.changed[addr] = true
+	return true
+}
+
+// settled is the earlier reading of one moment.
+func settled(before, now int64) int64 {
+	if now > before-sameTime && now < before+sameTime {
+		return before
+	}
+	return now
+}
+
+// news tells how old the last look at all servers is, and whether there has been
+// one and there is something to tell.
+func (b *backend) news() (age time.Duration, known, news bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s := &b.sights
+	return time.Since(s.wholeAt), !s.wholeAt.IsZero(), s.fresh || len(s.changed) > 0
+}
+
+// take returns the addresses that changed, or all of them, and counts them as
+// told.
+func (b *backend) take(all bool) []netip.AddrPort {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	addrs := make([]netip.AddrPort, 0, len(b.sights.changed))
+	for a := range b.sights.changed {
+		addrs = append(addrs, a)
+	}
+	if all {
+		for a := range b.sights.states {
+			if !b.sights.changed[a] {
+				addrs = append(addrs, a)
+			}
+		}
+	}
+	clear(b.sights.changed)
+	b.sights.fresh = false
+	return addrs
+}
+
+// seenOf adds to servers what this backend has of each of its addresses.
+func (b *backend) seenOf(servers map[netip.AddrPort]map[string]registrar.ServerState) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for a := range servers {
+		if st, ok := b.sights.states[a]; ok {
+			if servers[a] == nil {
+				servers[a] = map[string]registrar.ServerState{}
+			}
+			servers[a][b.name] = st
+		}
+	}
+}
+
+// history is the one that the list of the service is of.
+func (b *backend) history() registrar.Token {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return registrar.Token{ReplID: b.view.Token.ReplID, Epoch: b.view.Token.Epoch}
+}
+
+func (s *Syncer) looked() {
+	select {
+	case s.looks <- struct{}{}:
+	default: // it has been told, and has not looked since
+	}
+}
+
+// publish tells the register what the backends see, soon after.
+func (s *Syncer) publish(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	<-timer.C
+	failures := 0
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.looks:
+		}
+		timer.Reset(registrar.Shorten(publishAfter))
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		}
+		err := s.Publish(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
+			if failures > 0 {
+				s.log.Info().Int("failures", failures).Msg("the register knows again what HAProxy has")
+			}
+			failures = 0
+			continue
+		case failures == 0:
+			s.log.Warn().Err(err).Msg("cannot say what HAProxy has, so explain cannot tell; trying again")
+		}
+		failures++
+		timer.Reset(registrar.Backoff(failures, publishRetry))
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		}
+		s.looked()
+	}
+}
+
+// Publish tells the register what HAProxy has of each service, if there is
+// anything new. It is for one goroutine.
+func (s *Syncer) Publish(ctx context.Context) error {
+	errs := make([]error, len(s.services))
+	var telling sync.WaitGroup
+	for i, svc := range s.services {
+		if s.told[svc] == nil {
+			s.told[svc] = &told{}
+		}
+		if s.store.Cluster() {
+			telling.Go(func() { errs[i] = s.publishOne(ctx, svc) }) // of a shard that hangs the others hear nothing
+		} else {
+			errs[i] = s.publishOne(ctx, svc)
+		}
+	}
+	telling.Wait()
+	return errors.Join(errs...)
+}
+
+func (s *Syncer) publishOne(ctx context.Context, svc registrar.Service) error {
+	bs, t := s.backends[svc], s.told[svc]
+	seen := registrar.Seen{Servers: map[netip.AddrPort]map[string]registrar.ServerState{}}
+	history := bs[0].history()
+	seen.Anew = t.addrs == nil || t.history != history // it may have none of it, or what was told long ago
+	known, due := false, seen.Anew
+	for _, b := range bs {
+		if age, looked, news := b.news(); looked {
+			known, due, seen.Age = true, due || news, max(seen.Age, age)
+		}
+	}
+	if !known || !due {
+		return nil
+	}
+	for _, b := range bs {
+		for _, a := range b.take(seen.Anew) {
+			seen.Servers[a] = nil
+		}
+	}
+	for _, b := range bs {
+		b.seenOf(seen.Servers)
+	}
+	if seen.Anew {
+		t.addrs, t.history = map[netip.AddrPort]bool{}, history
+	}
+	for a, states := range seen.Servers {
+		if len(states) > 0 {
+			t.addrs[a] = true
+		} else {
+			delete(t.addrs, a)
+		}
+	}
+	tctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	defer cancel()
+	addrs, err := s.store.Publish(tctx, s.cfg.ID, svc, seen)
+	if err != nil {
+		t.addrs = nil
+		return err
+	}
+	if addrs != len(t.addrs) {
+		t.addrs = nil // somebody else wrote there, or it expired
+		s.looked()
+	}
+	return nil
+}
