@@ -52,6 +52,14 @@ type reaperRow struct {
 	Seen   int64  `json:"seen,omitempty"`
 }
 
+func newReaperRow(r registrar.ReaperReport) reaperRow {
+	row := reaperRow{Reaper: r.ID, Live: r.Live, Armed: r.Armed, Cause: r.Cause, Error: r.Error, Since: r.Since, Until: r.Until, Seen: r.Seen}
+	if r.Garbage {
+		row.Cause = "its entry cannot be read"
+	}
+	return row
+}
+
 type heldRow struct {
 	registrar.Hold
 	Rule  string `json:"rule"`   // why it is held
@@ -123,11 +131,7 @@ func (s *session) status(c *cli.Context) (statusDoc, error) {
 	}
 	armed := false
 	for _, r := range o.Reapers {
-		row := reaperRow{Reaper: r.ID, Live: r.Live, Armed: r.Armed, Cause: r.Cause, Error: r.Error, Since: r.Since, Until: r.Until, Seen: r.Seen}
-		if r.Garbage {
-			row.Cause = "its entry cannot be read"
-		}
-		doc.Reapers = append(doc.Reapers, row)
+		doc.Reapers = append(doc.Reapers, newReaperRow(r))
 		armed = armed || r.Live && r.Armed
 	}
 	for _, b := range o.Balancers {
