@@ -216,9 +216,11 @@ func TestSaysItAnew(t *testing.T) {
 
 	w.redis.Kill(t)
 	w.redis.Launch(t)
+	old := `{"be":{"server":"x","state":"maint","weight":0}}`
+	do("HSET", key, "at", 1, a.String(), old, b.String(), old) // as many as there were
 	w.beat(t, a, 70)
 	w.beat(t, b, 70)
-	steady("after a restart without data")
+	steady("after a restart with old data")
 
 	stop()
 	do("HSET", key, a.String(), `{"be":{"state":"maint"}}`)

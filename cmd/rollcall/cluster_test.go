@@ -59,6 +59,15 @@ func TestCluster(t *testing.T) {
 	if out, stderr, code := s.rollcall(t, "drain", at, "--wait", web, stays); code != 0 {
 		t.Errorf("drain: exit %d, %s%s", code, out, stderr)
 	}
+	haproxytest.Poll(t, "explain knows it", func() error {
+		if out, stderr, code := s.rollcall(t, "explain", at, web, stays); code != 0 || !strings.Contains(out, "drain, weight 100") || !strings.Contains(out, "drained") {
+			return fmt.Errorf("exit %d, %s%s", code, out, stderr)
+		}
+		return nil
+	})
+	if out, stderr, code := s.rollcall(t, "events", at); code != 0 || !strings.Contains(out, elsewhere) || !strings.Contains(out, "drained") {
+		t.Errorf("events: exit %d, %s%s", code, out, stderr)
+	}
 	if state := s.ha.Command(t, "show servers state be"); !strings.Contains(state, "127.0.0") {
 		t.Errorf("HAProxy has no instance:\n%s", state)
 	}
@@ -82,6 +91,9 @@ func TestCluster(t *testing.T) {
 		}
 		return nil
 	})
+	if out, stderr, code := s.rollcall(t, "events", at); code != 1 || !strings.Contains(out, stays) || strings.Contains(out, elsewhere) || stderr == "" {
+		t.Errorf("events without a shard: exit %d, %s%s", code, out, stderr)
+	}
 	_, late := register(web)
 	says(late, "here")
 	if out, stderr, code := s.rollcall(t, "instances", at, web); code != 0 || !strings.Contains(out, stays) || !strings.Contains(out, late) || strings.Contains(out, crashing) {
