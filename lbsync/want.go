@@ -75,7 +75,9 @@ func (r rules) decide(e registrar.Entry, s Server, there bool, rd read) verdict 
 		}
 		return verdict{goal: Keep, why: why}
 	case e.Present:
-		if age := rd.now - e.Instance.Beat; !there && rd.interrupted && !rd.empty && age >= rd.ttl.Milliseconds() {
+		// A slot keeps the address of who has left it.
+		out := !there || s.Admin == Maint && s.Weight == 0
+		if age := rd.now - e.Instance.Beat; out && rd.interrupted && !rd.empty && age >= rd.ttl.Milliseconds() {
 			return verdict{goal: Keep, stale: true, why: "its heartbeat is older than the TTL, and the register has been interrupted"}
 		}
 		return verdict{goal: Serve}
