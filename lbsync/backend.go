@@ -75,7 +75,8 @@ type backend struct {
 	fast       map[netip.AddrPort]time.Time // up in the process before, and when it was last known
 	leaving    map[netip.AddrPort]*leaving  // being drained
 	held       map[netip.AddrPort]time.Time // due to leave, but kept; since when
-	stale      bool                         // an address waits for a fresh heartbeat
+	doubted    map[netip.AddrPort]bool      // refused for an old heartbeat after an interruption, and not heard of since
+	asked      time.Time                    // for a whole read of the register, because of them
 	unplaced   map[netip.AddrPort]bool      // no slot for it
 	static     bool                         // HAProxy refused a weight for the balance algorithm
 	process    Process                      // that the next two are of
@@ -102,7 +103,7 @@ func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registr
 		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
 		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{},
 		fast: map[netip.AddrPort]time.Time{}, leaving: map[netip.AddrPort]*leaving{}, held: map[netip.AddrPort]time.Time{},
-		unplaced: map[netip.AddrPort]bool{}, said: map[string]time.Time{}, postponed: map[netip.AddrPort]bool{},
+		unplaced: map[netip.AddrPort]bool{}, said: map[string]time.Time{}, postponed: map[netip.AddrPort]bool{}, doubted: map[netip.AddrPort]bool{},
 	}
 }
 
@@ -514,14 +515,22 @@ func (b *backend) standing() BackendStatus {
 func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, interrupted: b.broken, empty: b.have.Serving == 0}
-	serving := b.have.Serving
+	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, empty: b.have.Serving == 0}
+	interrupted, serving := b.broken, b.have.Serving
 	floor := sync.OnceValue(b.share)
 	wants := make([]Want, 0, len(addrs))
 	for _, addr := range addrs {
 		e := b.view.Lookup(addr)
 		s, there := b.have.Lookup(addr)
+		// An interruption ends a TTL later, but not for the dead that it brought
+		// back: they are in the register until a reaper is armed again.
+		rd.interrupted = interrupted || b.doubted[addr]
 		v := b.rules.decide(e, s, there, rd)
+		if v.stale {
+			b.doubted[addr] = true
+		} else {
+			delete(b.doubted, addr)
+		}
 		if v.goal != Leave {
 			delete(b.leaving, addr)
 			delete(b.held, addr)
@@ -531,7 +540,6 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 			delete(b.postponed, addr)
 		}
 		if e.Present && v.goal == Keep {
-			b.stale = b.stale || rd.interrupted
 			b.once(addr.String()+v.why, func(l *zerolog.Event) { l.Stringer("addr", addr).Str("why", v.why).Msg("not served") })
 		}
 		if v.goal != goal {
@@ -743,10 +751,15 @@ func (b *backend) pause(now time.Time) time.Duration {
 		}
 		next = min(next, max(b.riseIn-now.Sub(b.readAt), firstPoll))
 	}
-	if b.stale {
-		b.stale = false
-		next = min(next, registrar.Shorten(b.cfg.Full/6))
-		b.refresh(b.service)
+	if len(b.doubted) > 0 {
+		// The answer wakes the next step: asked for by each, it would never end.
+		if pace := b.cfg.Full / 6; now.Sub(b.asked) >= pace {
+			b.asked = now
+			b.refresh(b.service)
+			next = min(next, pace)
+		} else {
+			next = min(next, pace-now.Sub(b.asked))
+		}
 	}
 	return max(next, time.Millisecond)
 }

@@ -199,9 +199,10 @@ func TestDecide(t *testing.T) {
 	interrupted, alone := normal, normal
 	interrupted.interrupted = true
 	alone.interrupted, alone.empty = true, true
-	passes := Server{Checked: true, Up: true, Passed: true}
-	fails := Server{Checked: true}
-	none := Server{Up: true}
+	passes := Server{Checked: true, Up: true, Passed: true, Admin: Ready, Weight: 100}
+	fails := Server{Checked: true, Admin: Ready, Weight: 100}
+	none := Server{Up: true, Admin: Ready, Weight: 100}
+	out := Server{Slot: true, Admin: Maint}
 	const ttl = 15_000
 	for _, tt := range []struct {
 		name   string
@@ -218,6 +219,8 @@ func TestDecide(t *testing.T) {
 		{"silent, after an interruption", here("10.0.0.1:80", now-ttl), nil, interrupted, Keep, 0, false},
 		{"fresh, after an interruption", here("10.0.0.1:80", now-ttl+1), nil, interrupted, Serve, 0, false},
 		{"silent, after an interruption, but served", here("10.0.0.1:80", now-ttl), &none, interrupted, Serve, 0, false},
+		{"silent, after an interruption, and out of a slot that has its address", here("10.0.0.1:80", now-ttl), &out, interrupted, Keep, 0, false},
+		{"fresh, after an interruption, and out of such a slot", here("10.0.0.1:80", now), &out, interrupted, Serve, 0, false},
 		{"silent, after an interruption, but all there is", here("10.0.0.1:80", now-ttl), nil, alone, Serve, 0, false},
 		{"network not allowed", here("127.0.0.1:80", now), nil, normal, Keep, 0, false},
 		{"public", here("8.8.8.8:80", now), nil, normal, Keep, 0, false},

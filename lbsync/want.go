@@ -45,7 +45,9 @@ type verdict struct {
 	hold time.Duration
 	// word says that somebody said so: the floor does not apply.
 	word bool
-	why  string // for a hold or a refusal
+	// stale says that the heartbeat is too old to be believed.
+	stale bool
+	why   string // for a hold or a refusal
 }
 
 // read is what a decision needs to know of the read that its entry came from.
@@ -53,7 +55,7 @@ type read struct {
 	now           int64 // unix ms by Redis' clock
 	ttl, interval time.Duration
 	// interrupted says that this history began with an interruption, so that
-	// the scores may be those of an old snapshot.
+	// this address's score may be that of an old snapshot.
 	interrupted bool
 	// empty says that the backend has no other server that is up.
 	empty bool
@@ -73,8 +75,10 @@ func (r rules) decide(e registrar.Entry, s Server, there bool, rd read) verdict 
 		}
 		return verdict{goal: Keep, why: why}
 	case e.Present:
-		if age := rd.now - e.Instance.Beat; !there && rd.interrupted && !rd.empty && age >= rd.ttl.Milliseconds() {
-			return verdict{goal: Keep, why: "its heartbeat is older than the TTL, and the register has been interrupted"}
+		// A slot keeps the address of who has left it.
+		out := !there || s.Admin == Maint && s.Weight == 0
+		if age := rd.now - e.Instance.Beat; out && rd.interrupted && !rd.empty && age >= rd.ttl.Milliseconds() {
+			return verdict{goal: Keep, stale: true, why: "its heartbeat is older than the TTL, and the register has been interrupted"}
 		}
 		return verdict{goal: Serve}
 	case !there:

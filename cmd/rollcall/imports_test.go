@@ -24,7 +24,7 @@ var imports = map[string][]string{
 	"lbsync/dataplane/dataplanetest": {},
 	"lbsync/haproxy/haproxytest":     {},
 	"cmd/rollcall":                   {"lbsync", "lbsync/dataplane", "lbsync/haproxy", "notifier", "reaper", "registrar", "registrar/child", "registrar/health"},
-	"scripts/faultsuite":             {"lbsync/haproxy/haproxytest", "registrar/redistest"},
+	"scripts/faultsuite":             {"lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
 	"scripts/recorder":               {},
 	"scripts/benchmark":              {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os/exec"
 	"slices"
@@ -68,7 +69,10 @@ type cast struct {
 	// The ways to Redis: half of the sidecars each, reapers, lbsync.
 	even, odd, toReap, toSync *relay
 
-	ha      *haproxytest.HAProxy // nil if the cast has none
+	follow bool // its sidecars beat at the registry's interval
+
+	ha      *haproxytest.HAProxy
+	config  string // checksum of its configuration
 	lbsync  *process
 	syncing []string // its arguments
 	members []*member
@@ -76,21 +80,34 @@ type cast struct {
 	mu      sync.Mutex
 	reapers []*process
 	seen    sighting
+
+	late bool // of a mutant: it was not right when rollcall was
 }
+
+// ways are all ways to Redis.
+func (c *cast) ways() []*relay { return []*relay{c.even, c.odd, c.toReap, c.toSync} }
 
 // member is an instance and its sidecar.
 type member struct {
 	addr    netip.AddrPort
-	app     *haproxytest.Instance // nil in a cast without a HAProxy
+	app     *haproxytest.Instance
 	way     *relay
 	sidecar *process
+	check   bool // its sidecar asks its app
 	dead    bool // guarded by cast.mu: it was made so, and must go
 	lonely  bool // guarded by cast.mu: it cannot beat, so the registry may drop it
+	free    bool // guarded by cast.mu: it comes and goes, or a human has it: no loss
+	// known is when the register must know that it is dead; guarded by cast.mu.
+	known time.Time
 }
 
 func (c *cast) spawn(way *relay, args ...string) *process {
 	p := &process{args: args, cmd: exec.Command(c.binary, args...), done: make(chan struct{})}
-	p.cmd.Env = append(p.cmd.Environ(), "ROLLCALL_REDIS="+way.url(), "ROLLCALL_NAMESPACE="+c.namespace, "ROLLCALL_LOG_FORMAT=json")
+	url := way.url()
+	if c.w.url != "" {
+		url = c.w.url
+	}
+	p.cmd.Env = append(p.cmd.Environ(), "ROLLCALL_REDIS="+url, "ROLLCALL_NAMESPACE="+c.namespace, "ROLLCALL_LOG_FORMAT=json")
 	p.cmd.Stdout, p.cmd.Stderr = p, p
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {
@@ -105,8 +122,11 @@ func (c *cast) spawn(way *relay, args ...string) *process {
 }
 
 // reap starts one more reaper.
-func (c *cast) reap() *process {
-	p := c.spawn(c.toReap, "reap", "--ttl", c.w.ttl.String(), "--heartbeat", c.w.beat.String(), "--interval", c.w.scaled(10*time.Second).String())
+func (c *cast) reap() *process { return c.reapAt(c.w.ttl, c.w.beat) }
+
+func (c *cast) reapAt(ttl, beat time.Duration, more ...string) *process {
+	args := []string{"reap", "--ttl", ttl.String(), "--heartbeat", beat.String(), "--interval", c.w.scaled(10 * time.Second).String()}
+	p := c.spawn(c.toReap, append(args, more...)...)
 	c.mu.Lock()
 	c.reapers = append(c.reapers, p)
 	c.mu.Unlock()
@@ -115,16 +135,19 @@ func (c *cast) reap() *process {
 
 // join starts an instance and its sidecar.
 func (c *cast) join() *member {
+	m := c.enroll()
+	c.beat(m)
+	return m
+}
+
+// enroll starts an instance without a sidecar.
+func (c *cast) enroll() *member {
 	n := len(c.members)
-	m := &member{way: c.even, addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(n >> 8), byte(n)}), 80)}
+	m := &member{way: c.even, app: haproxytest.NewInstance(c.w)}
+	m.addr = m.app.Addr()
 	if n%2 == 1 {
 		m.way = c.odd
 	}
-	if c.ha != nil {
-		m.app = haproxytest.NewInstance(c.w)
-		m.addr = m.app.Addr()
-	}
-	c.beat(m)
 	c.mu.Lock()
 	c.members = append(c.members, m)
 	c.mu.Unlock()
@@ -133,17 +156,49 @@ func (c *cast) join() *member {
 
 // beat starts a sidecar for m.
 func (c *cast) beat(m *member) {
-	m.sidecar = c.spawn(m.way, "register", "--service", "web", "--addr", m.addr.String(), "--interval", c.w.beat.String())
+	args := []string{"register", "--service", "web", "--addr", m.addr.String()}
+	if !c.follow {
+		args = append(args, "--interval", c.w.beat.String())
+	}
+	if m.check {
+		args = append(args, "--check", "http://"+m.addr.String()+"/healthz", "--check-interval", (c.w.beat / 5).String())
+	}
+	m.sidecar = c.spawn(m.way, args...)
+}
+
+// leave has m leave in order. Its app goes on.
+func (c *cast) leave(m *member) {
+	c.mark(m, func(m *member) { m.dead = true })
+	m.sidecar.end(c.w, syscall.SIGTERM)
+}
+
+// mark changes what counts of m.
+func (c *cast) mark(m *member, change func(*member)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change(m)
+}
+
+// counted has m, which was free, count from the next look on.
+func (c *cast) counted(m *member) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	m.free = false
+	c.seen.admitted = maps.Clone(c.seen.admitted) // it is being read
+	delete(c.seen.admitted, m.addr.String())
+}
+
+// forget forgets what was seen.
+func (c *cast) forget() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.seen.known, c.seen.rotation = false, nil
 }
 
 // die has the app fail its check and kills the sidecar. Nobody is told.
 func (c *cast) die(m *member) {
-	c.mu.Lock()
-	m.dead = true
-	c.mu.Unlock()
-	if m.app != nil {
-		m.app.SetHealthy(false)
-	}
+	c.mark(m, func(m *member) { m.dead, m.known = true, time.Now().Add(c.w.ttl+time.Second) })
+	m.app.SetHealthy(false)
 	m.sidecar.end(c.w, syscall.SIGKILL)
 }
 
@@ -170,10 +225,23 @@ func (c *cast) innocent(addr string) bool {
 	defer c.mu.Unlock()
 	for _, m := range c.members {
 		if m.addr.String() == addr {
-			return !m.dead && !m.lonely
+			return !m.dead && !m.lonely && !m.free
 		}
 	}
 	return false
+}
+
+// claimed tells whether addr is of somebody alive, or of somebody dead, whom it
+// is a loss to take out or to take in: who cannot reach Redis still serves.
+func (c *cast) claimed(addr string) (alive, dead bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, m := range c.members {
+		if m.addr.String() == addr && !m.free {
+			return !m.dead, m.dead && time.Now().After(m.known)
+		}
+	}
+	return false, false
 }
 
 const tookOut = "took out who stopped answering"

@@ -1,8 +1,8 @@
 // Command faultsuite plays faults on real servers: a Redis, a HAProxy, the real
 // rollcall in every role, and requests all the while. For each fault it counts
 // what must not happen: instances alive that were taken out of Redis or of
-// HAProxy, requests that failed; and it measures how long after the fault's
-// end everything was right again.
+// HAProxy, dead ones that were taken into it, requests that failed; and it
+// measures how long after the fault's end everything was right again.
 //
 // scripts/faults builds and runs it.
 package main
@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"text/tabwriter"
@@ -31,6 +32,7 @@ type row struct {
 	What    string   `json:"what"`
 	Redis   int      `json:"alive_taken_out_of_redis"`
 	HAProxy int      `json:"alive_taken_out_of_haproxy"`
+	Revived int      `json:"dead_taken_into_haproxy"`
 	Failed  int      `json:"failed_requests"`
 	Sent    int      `json:"requests"`
 	Right   float64  `json:"right_after_s"`
@@ -40,6 +42,8 @@ type row struct {
 
 	Mutants []loss `json:"mutants,omitempty"`
 }
+
+func (r row) lost() int { return r.Redis + r.HAProxy + r.Revived }
 
 func main() {
 	short := flag.Bool("short", false, "the twelve worst only, without mutants")
@@ -108,57 +112,93 @@ func run(picked []fault, real, prove, asJSON bool) (ok bool, err error) {
 	}
 	defer os.RemoveAll(dir)
 	binary := filepath.Join(dir, "rollcall")
-	if out, err := exec.Command("go", "build", "-o", binary, "./cmd/rollcall").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-ldflags=-s -w", "-o", binary, "./cmd/rollcall").CombinedOutput(); err != nil {
 		return false, fmt.Errorf("build: %w\n%s", err, out)
 	}
-	begun := time.Now()
-	stage := func(f fault) (*world, error) {
-		w := &world{play: newPlay(f.name), ttl: 3 * time.Second, beat: time.Second}
-		if real {
-			w.ttl, w.beat = 15*time.Second, 5*time.Second
-		}
-		built := map[string]string{}
-		if prove {
-			var err error
-			if built, err = build(dir, f.name); err != nil {
-				return nil, err
-			}
-		}
-		w.do(func() { w.setup(f, binary, built) })
-		return w, nil
+	library, err := buildClock(dir)
+	if err != nil {
+		return false, err
 	}
-	type staged struct {
+	// Those that are alone come last, so that few others wait beside them, and
+	// before them those with mutants, which are built meanwhile.
+	rank := func(f fault) int {
+		switch {
+		case f.alone:
+			return 2
+		case prove && slices.ContainsFunc(mutants, func(m mutant) bool { return m.fault == f.name }):
+			return 1
+		}
+		return 0
+	}
+	slices.SortStableFunc(picked, func(a, b fault) int { return rank(a) - rank(b) })
+	begun := time.Now()
+	rows := make([]row, len(picked))
+	// The mutants of the next faults are built, and their servers start and get
+	// warm, while others are played.
+	type act struct {
+		n   int // of the fault
 		w   *world
 		err error
 	}
-	// The next fault's servers start and get warm while one is played.
-	next := make(chan staged, 1)
-	prepare := func(i int) {
-		if i < len(picked) {
-			go func() { w, err := stage(picked[i]); next <- staged{w, err} }()
+	built, ready := make(chan act, len(picked)), make(chan act, len(picked))
+	house, scene := make(room, 2*casts), make(room, casts)
+	var playing sync.WaitGroup
+	defer playing.Wait()
+	shop := workshop{dir, map[string]string{}}
+	playing.Go(func() {
+		for n, f := range picked {
+			w := &world{play: newPlay(f.name), ttl: 3 * time.Second, beat: time.Second, rollcall: binary, library: library}
+			if real {
+				w.ttl, w.beat = 15*time.Second, 5*time.Second
+			}
+			var err error
+			if prove {
+				w.built, err = shop.build(f.name)
+			}
+			built <- act{n, w, err}
+			if err != nil {
+				return
+			}
 		}
+	})
+	playing.Go(func() {
+		for range picked {
+			a := <-built
+			if a.err != nil {
+				ready <- a
+				return
+			}
+			house.enter(a.w.size())
+			playing.Go(func() {
+				a.w.do(func() { a.w.setup(picked[a.n]) })
+				ready <- a
+			})
+		}
+	})
+	for done := range picked {
+		a := <-ready
+		if a.err != nil {
+			return false, a.err
+		}
+		f, w := picked[a.n], a.w
+		cost := w.size()
+		if f.alone {
+			cost = casts
+		}
+		scene.enter(cost)
+		playing.Go(func() {
+			rows[a.n] = perform(w, f)
+			scene.leave(cost)
+			w.close()
+			house.leave(w.size())
+			fmt.Fprintf(os.Stderr, "%s %s (%d of %d)\n", rows[a.n].Verdict, f.name, done+1, len(picked))
+			for _, what := range rows[a.n].Wrong {
+				fmt.Fprintf(os.Stderr, "  %s\n", what)
+			}
+		})
 	}
-	prepare(0)
-	var closing sync.WaitGroup
-	defer closing.Wait()
-	var rows []row
-	ok = true
-	for i, f := range picked {
-		s := <-next
-		if s.err != nil {
-			return false, s.err
-		}
-		prepare(i + 1)
-		r := perform(s.w, f)
-		closing.Wait()
-		closing.Go(s.w.close)
-		rows = append(rows, r)
-		ok = ok && r.Verdict == "met"
-		fmt.Fprintf(os.Stderr, "%s %s (%d of %d)\n", r.Verdict, f.name, i+1, len(picked))
-		for _, what := range r.Wrong {
-			fmt.Fprintf(os.Stderr, "  %s\n", what)
-		}
-	}
+	playing.Wait()
+	ok = !slices.ContainsFunc(rows, func(r row) bool { return r.Verdict != "met" })
 	if asJSON {
 		e := json.NewEncoder(os.Stdout)
 		e.SetIndent("", "  ")
@@ -167,13 +207,35 @@ func run(picked []fault, real, prove, asJSON bool) (ok bool, err error) {
 	return ok, table(rows, time.Since(begun))
 }
 
+// casts is how many play at a time: those of several faults that mostly wait,
+// or of one that is alone.
+const casts = 4
+
+// room holds so many casts as its capacity; one who is greater takes it all.
+// Only one goroutine may enter, so that no two wait for each other's half.
+type room chan struct{}
+
+func (r room) enter(n int) {
+	for range min(n, cap(r)) {
+		r <- struct{}{}
+	}
+}
+
+func (r room) leave(n int) {
+	for range min(n, cap(r)) {
+		<-r
+	}
+}
+
 // perform plays a fault in its world and judges.
 func perform(w *world, f fault) row {
-	r := row{Name: f.name, What: f.what, Bound: f.bound * w.ttl.Seconds()}
+	r := row{Name: f.name, What: f.what, Bound: f.limit(w.ttl).Seconds()}
+	if w.Failed() {
+		r.Verdict, r.Wrong = "MISSED", w.failures()
+		return r
+	}
 	w.do(func() {
-		if w.Failed() {
-			return
-		}
+		w.traffic = startTraffic(w.play, w.cast.ha.Addr("be"))
 		if !f.calm {
 			for _, c := range w.casts() {
 				c.die(c.members[0])
@@ -184,7 +246,7 @@ func perform(w *world, f fault) row {
 		// Right is what stays right: a reaper's next pulses may still find that
 		// nothing from before counts.
 		var since time.Time
-		w.until("all is right", time.Duration(f.bound*float64(w.ttl))+w.ttl/10, func() error {
+		w.until("all is right", f.limit(w.ttl)+w.ttl/10, func() error {
 			if err := w.cast.right(); err != nil {
 				since = time.Time{}
 				return err
@@ -198,23 +260,29 @@ func perform(w *world, f fault) row {
 			return nil
 		})
 		r.Right = since.Sub(w.over).Seconds()
+		w.compare()
 		if f.check != nil {
 			if err := f.check(w); err != nil {
 				w.Error(err)
 			}
 		}
 	})
-	r.Redis, r.HAProxy = w.cast.losses()
-	if w.traffic != nil {
-		w.traffic.stop()
-		var why string
-		r.Sent, r.Failed, why = w.traffic.count()
-		if r.Failed > f.fails {
-			w.Errorf("%d requests failed: %s", r.Failed, why)
+	w.do(func() {
+		if w.cast.ha.ConfigSum(w) != w.cast.config {
+			w.Error("haproxy.cfg has been changed")
 		}
+	})
+	r.Redis, r.HAProxy, r.Revived = w.cast.losses()
+	w.traffic.stop()
+	var why string
+	r.Sent, r.Failed, why = w.traffic.count()
+	if r.Failed > f.fails {
+		w.Errorf("%d requests failed: %s", r.Failed, why)
 	}
-	if r.Redis+r.HAProxy > 0 {
-		w.Errorf("%d alive were taken out of redis, %d of haproxy", r.Redis, r.HAProxy)
+	if r.lost() > 0 {
+		w.cast.mu.Lock()
+		w.Errorf("alive and taken out of redis: %d %v, of haproxy: %v; dead and taken into it: %v", r.Redis, w.cast.seen.expired, w.cast.seen.unserved, w.cast.seen.revived)
+		w.cast.mu.Unlock()
 	}
 	r.Mutants = w.judgeMutants()
 	r.Verdict, r.Wrong = "met", w.failures()
@@ -226,9 +294,9 @@ func perform(w *world, f fault) row {
 
 func table(rows []row, took time.Duration) error {
 	tw := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(tw, "FAULT\tREDIS\tHAPROXY\tFAILED\tOF\tRIGHT AFTER\tBOUND\t")
+	fmt.Fprintln(tw, "FAULT\tREDIS\tHAPROXY\tREVIVED\tFAILED\tOF\tRIGHT AFTER\tBOUND\t")
 	for _, r := range rows {
-		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%.1f s\t%.1f s\t%s\n", r.Name, r.Redis, r.HAProxy, r.Failed, r.Sent, r.Right, r.Bound, r.Verdict)
+		fmt.Fprintf(tw, "%s\t%d\t%d\t%d\t%d\t%d\t%.1f s\t%.1f s\t%s\n", r.Name, r.Redis, r.HAProxy, r.Revived, r.Failed, r.Sent, r.Right, r.Bound, r.Verdict)
 	}
 	if err := tw.Flush(); err != nil {
 		return err
@@ -238,7 +306,11 @@ func table(rows []row, took time.Duration) error {
 	for _, r := range rows {
 		for _, m := range r.Mutants {
 			mutated = true
-			fmt.Fprintf(tw, "%s\t%s\t%d\t%d\t%s\n", m.Guard, r.Name, m.Lost, r.Redis+r.HAProxy, m.Verdict)
+			lost := strconv.Itoa(m.Lost)
+			if m.Late {
+				lost = "late"
+			}
+			fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%s\n", m.Guard, r.Name, lost, r.lost(), m.Verdict)
 		}
 		if r.Verdict != "met" {
 			missed++
@@ -249,6 +321,6 @@ func table(rows []row, took time.Duration) error {
 			return err
 		}
 	}
-	_, err := fmt.Printf("\nREDIS, HAPROXY: alive, and taken out of it. %d faults in %d s, %d missed%s\n", len(rows), int(took.Seconds()), missed, strings.Repeat("!", min(missed, 1)))
+	_, err := fmt.Printf("\nREDIS, HAPROXY: alive, and taken out of it. REVIVED: dead, and taken into HAProxy. %d faults in %d s, %d missed%s\n", len(rows), int(took.Seconds()), missed, strings.Repeat("!", min(missed, 1)))
 	return err
 }

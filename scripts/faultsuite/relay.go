@@ -1,43 +1,59 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
+	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"sync"
 	"sync/atomic"
 )
 
-// relay is a TCP proxy in front of a Redis, and the place of network faults. Its
-// methods may be called concurrently.
+// relay is a proxy in front of a Redis, or of a HAProxy's socket, and the place
+// of network faults. Its methods may be called concurrently.
 type relay struct {
-	addr string
-	l    net.Listener
+	network string
+	addr    string
+	l       net.Listener
 
 	running sync.WaitGroup
 
-	mu     sync.Mutex
-	target string
-	away   bool // new connections are closed at once
-	pairs  map[*pair]bool
+	mu      sync.Mutex
+	target  string
+	away    bool   // new connections are closed at once
+	lossy   bool   // no message of a channel passes
+	clips   bool   // an answer ends anywhere
+	mark    []byte // of the next request to hold; nil = none
+	arrived func() // is called with it; the request goes on when it returns
+	pairs   map[*pair]bool
 }
 
 // pair is one client's connection and the one to the target.
 type pair struct {
-	client, server net.Conn
-	gate           sync.RWMutex // held for writing while nothing passes
-	hung           bool         // guarded by relay.mu
+	client net.Conn
+	gate   sync.RWMutex // held for writing while nothing passes
+	hung   bool         // guarded by relay.mu
+
+	mu     sync.Mutex
+	server net.Conn // guarded by mu; nil while a request is held
+	ended  bool     // guarded by mu
 }
 
 var relays atomic.Uint32
 
 func newRelay(p *play, target string) *relay {
 	n, pid := relays.Add(1), os.Getpid()
-	l, err := net.Listen("tcp", fmt.Sprintf("127.%d.%d.%d:0", 150+pid>>8&63, pid&255, n%250+1))
+	return relayOn(p, "tcp", fmt.Sprintf("127.%d.%d.%d:0", 150+pid>>8&63, pid&255, n%250+1), target)
+}
+
+func relayOn(p *play, network, addr, target string) *relay {
+	l, err := net.Listen(network, addr)
 	if err != nil {
 		p.Fatal(err)
 	}
-	r := &relay{addr: l.Addr().String(), l: l, target: target, pairs: map[*pair]bool{}}
+	r := &relay{network: network, addr: l.Addr().String(), l: l, target: target, pairs: map[*pair]bool{}}
 	r.running.Go(r.accept)
 	p.Cleanup(func() { r.close() })
 	return r
@@ -63,7 +79,7 @@ func (r *relay) accept() {
 }
 
 func (r *relay) serve(client net.Conn, target string) {
-	server, err := net.Dial("tcp", target)
+	server, err := net.Dial(r.network, target)
 	if err != nil {
 		_ = client.Close()
 		return
@@ -72,23 +88,51 @@ func (r *relay) serve(client net.Conn, target string) {
 	r.mu.Lock()
 	r.pairs[c] = true
 	r.mu.Unlock()
-	var copying sync.WaitGroup
-	copying.Go(func() { c.copy(server, client) })
-	copying.Go(func() { c.copy(client, server) })
-	copying.Wait()
+	var answering sync.WaitGroup
+	answering.Go(func() { r.answers(c, server) })
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := client.Read(buf)
+		if arrived := r.holds(buf[:n]); arrived != nil {
+			// Whatever becomes of the server meanwhile, the request reaches the
+			// one that is there then, as over a pool's next connection.
+			c.attach(nil)
+			_ = server.Close()
+			arrived()
+			if another, derr := net.Dial(r.network, target); derr == nil {
+				server = another
+				c.attach(server)
+				answering.Go(func() { r.answers(c, another) })
+			}
+		}
+		c.gate.RLock()
+		_, werr := server.Write(buf[:n])
+		c.gate.RUnlock()
+		if err != nil || werr != nil {
+			break
+		}
+	}
+	c.end()
+	answering.Wait()
 	r.mu.Lock()
 	delete(r.pairs, c)
 	r.mu.Unlock()
 }
 
-// copy ends both connections when one ends.
-func (c *pair) copy(to, from net.Conn) {
-	defer c.end()
+// answers copies what a server says, and ends the pair when it ends.
+func (r *relay) answers(c *pair, server net.Conn) {
+	defer c.endOf(server)
 	buf := make([]byte, 32<<10)
 	for {
-		n, err := from.Read(buf)
+		n, err := server.Read(buf)
+		if n > 0 && r.loses(buf[:n]) {
+			continue
+		}
+		if r.clipping() {
+			n, err = rand.N(n+1), io.EOF
+		}
 		c.gate.RLock()
-		_, werr := to.Write(buf[:n])
+		_, werr := c.client.Write(buf[:n])
 		c.gate.RUnlock()
 		if err != nil || werr != nil {
 			return
@@ -96,7 +140,81 @@ func (c *pair) copy(to, from net.Conn) {
 	}
 }
 
-func (c *pair) end() { _, _ = c.client.Close(), c.server.Close() }
+// attach makes server the pair's, unless the pair has ended.
+func (c *pair) attach(server net.Conn) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.server = server
+	if c.ended && server != nil {
+		_ = server.Close()
+	}
+}
+
+// end closes both connections.
+func (c *pair) end() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ended = true
+	_ = c.client.Close()
+	if c.server != nil {
+		_ = c.server.Close()
+	}
+}
+
+// endOf ends the pair if its server is still this one.
+func (c *pair) endOf(server net.Conn) {
+	c.mu.Lock()
+	current := c.server == server
+	c.mu.Unlock()
+	if current {
+		c.end()
+	}
+}
+
+// hold stops the next request that contains mark, and calls arrived, after
+// which the request goes on.
+func (r *relay) hold(mark string, arrived func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mark, r.arrived = []byte(mark), arrived
+}
+
+func (r *relay) holds(request []byte) func() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.mark == nil || !bytes.Contains(request, r.mark) {
+		return nil
+	}
+	r.mark = nil
+	return r.arrived
+}
+
+// lose has every message of a channel be lost from now on; the subscription
+// itself lives.
+func (r *relay) lose() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.lossy = true
+}
+
+// clip has every answer end after any number of bytes, or pass whole again.
+func (r *relay) clip(clips bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.clips = clips
+}
+
+func (r *relay) clipping() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.clips
+}
+
+func (r *relay) loses(answer []byte) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.lossy && bytes.Contains(answer, []byte("\r\nmessage\r\n"))
+}
 
 // hang has every connection that is open now pass nothing any more, without a
 // word to either side; new ones work.

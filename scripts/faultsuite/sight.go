@@ -20,6 +20,7 @@ const lookEvery = 40 * time.Millisecond
 type sighting struct {
 	expired  map[string]string // note in `gone` of somebody alive → address
 	unserved map[string]int    // somebody alive was taken out of the rotation: address → times
+	revived  map[string]int    // somebody dead was taken in: address → times
 	known    bool              // Redis has answered the last question
 	listed   []string          // in the registry
 	pid      string            // of the HAProxy that answered last
@@ -103,18 +104,25 @@ func (c *cast) watchHAProxy(ctx context.Context) {
 		before := c.seen.admitted
 		c.seen.pid, c.seen.rotation, c.seen.admitted = pid, rotation, admitted
 		c.mu.Unlock()
+		if before == nil {
+			continue
+		}
 		for a := range before {
-			if !admitted[a] && c.innocentOrLonely(a) {
+			if alive, _ := c.claimed(a); alive && !admitted[a] {
 				c.mu.Lock()
 				c.seen.unserved[a]++
 				c.mu.Unlock()
 			}
 		}
+		for a := range admitted {
+			if _, dead := c.claimed(a); dead && !before[a] {
+				c.mu.Lock()
+				c.seen.revived[a]++
+				c.mu.Unlock()
+			}
+		}
 	}
 }
-
-// innocentOrLonely: who cannot reach Redis still serves, and must stay.
-func (c *cast) innocentOrLonely(addr string) bool { return slices.Contains(c.living(), addr) }
 
 // parseServers reads `show servers state`; the columns are in HAProxy's
 // management guide, section 9.3.
@@ -172,17 +180,15 @@ func (c *cast) right() error {
 	case !slices.Equal(listed, living):
 		return fmt.Errorf("the registry lists %v, alive are %v", listed, living)
 	}
-	if c.ha != nil {
-		var serving []string
-		for a, up := range rotation {
-			if up {
-				serving = append(serving, a)
-			}
+	var serving []string
+	for a, up := range rotation {
+		if up {
+			serving = append(serving, a)
 		}
-		slices.Sort(serving)
-		if !slices.Equal(serving, living) {
-			return fmt.Errorf("haproxy serves %v, alive are %v", serving, living)
-		}
+	}
+	slices.Sort(serving)
+	if !slices.Equal(serving, living) {
+		return fmt.Errorf("haproxy serves %v, alive are %v", serving, living)
 	}
 	if !c.armed() {
 		return fmt.Errorf("a reaper is not armed")
@@ -191,8 +197,9 @@ func (c *cast) right() error {
 }
 
 // losses counts who was alive and was taken out: of the registry, by the
-// greater of what the reapers say and what was seen, and of HAProxy.
-func (c *cast) losses() (redis, haproxy int) {
+// greater of what the reapers say and what was seen, and of HAProxy; and who
+// was dead and was taken into HAProxy.
+func (c *cast) losses() (redis, haproxy, revived int) {
 	said := 0
 	for _, a := range c.taken() {
 		if c.innocent(a) {
@@ -204,5 +211,8 @@ func (c *cast) losses() (redis, haproxy int) {
 	for _, n := range c.seen.unserved {
 		haproxy += n
 	}
-	return max(said, len(c.seen.expired)), haproxy
+	for _, n := range c.seen.revived {
+		revived += n
+	}
+	return max(said, len(c.seen.expired)), haproxy, revived
 }

@@ -25,7 +25,7 @@ func startTraffic(p *play, addr string) *traffic {
 	var running sync.WaitGroup
 	for n := range 4 {
 		running.Go(func() {
-			c := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{}}
+			c := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{}}
 			defer c.CloseIdleConnections()
 			pace := time.NewTicker(10 * time.Millisecond)
 			defer pace.Stop()

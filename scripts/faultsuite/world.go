@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,18 +29,27 @@ var clockSource []byte
 // and one of each mutant.
 type world struct {
 	*play
+	rollcall  string            // the binary
+	built     map[string]string // those of the mutants
 	ttl, beat time.Duration
-	srv       *redistest.Server
-	rdb       *redis.Client
+	srv       *redistest.Server // that holds the service
+	rdb       redis.UniversalClient
+	url       string // of Redis, if it is more than that one server
+	nodes     redistest.Cluster
+	second    *redistest.Server
+	sentinels []*redistest.Server
 	cast      *cast
 	mutants   []*cast
 	traffic   *traffic
+	library   string // what is preloaded into a Redis whose clock moves
 	clock     string // the file that shifts Redis' clock, if the fault needs one
 
 	watching sync.WaitGroup
 	mu       sync.Mutex
 	front    string    // the address of the Redis that counts
 	over     time.Time // the fault's end
+
+	last int64 // heartbeat of the dead one, unix ms by Redis' clock; for a fault that looks
 }
 
 // scaled makes a time of the real scale, with its TTL of 15 s, one of this.
@@ -52,6 +62,9 @@ func (w *world) primary() string {
 	defer w.mu.Unlock()
 	return w.front
 }
+
+// size is how many casts there will be.
+func (w *world) size() int { return 1 + len(w.built) }
 
 func (w *world) casts() []*cast { return append([]*cast{w.cast}, w.mutants...) }
 
@@ -67,9 +80,7 @@ func (w *world) sleep(d time.Duration) {
 // and forgets what was seen before it.
 func (w *world) ended() {
 	for _, c := range w.casts() {
-		c.mu.Lock()
-		c.seen.known, c.seen.rotation = false, nil
-		c.mu.Unlock()
+		c.forget()
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -92,28 +103,33 @@ func (w *world) until(what string, bound time.Duration, fn func() error) {
 }
 
 // setup starts everything and returns when all is well.
-func (w *world) setup(f fault, binary string, mutants map[string]string) {
-	w.srv = redistest.Start(w, f.redis...)
-	if f.clock {
-		w.shiftable()
+func (w *world) setup(f fault) {
+	if f.stage != nil {
+		f.stage(w)
+	} else {
+		w.srv = redistest.Start(w, f.redis...)
 	}
-	w.rdb = w.srv.Client(w)
+	if w.rdb == nil {
+		w.rdb = w.srv.Client(w)
+	}
 	w.front = w.srv.Addr
-	w.cast = w.newCast("rollcall", binary, f)
-	for name, path := range mutants {
+	w.cast = w.newCast("rollcall", w.rollcall, f)
+	for name, path := range w.built {
 		w.mutants = append(w.mutants, w.newCast(name, path, f))
 	}
+	if f.among > 0 {
+		w.crowd(f.among)
+	}
 	for _, c := range w.casts() {
-		w.until(c.namespace+" is ready", 30*time.Second, func() error {
+		w.until(c.namespace+" is ready", 30*time.Second+2*w.ttl, func() error {
 			return c.right()
 		})
 	}
-	w.traffic = startTraffic(w.play, w.cast.ha.Addr("be"))
 }
 
 func (w *world) newCast(namespace, binary string, f fault) *cast {
-	c := &cast{w: w, namespace: namespace, binary: binary}
-	c.seen = sighting{expired: map[string]string{}, unserved: map[string]int{}}
+	c := &cast{w: w, namespace: namespace, binary: binary, follow: f.follow}
+	c.seen = sighting{expired: map[string]string{}, unserved: map[string]int{}, revived: map[string]int{}}
 	c.even, c.odd = newRelay(w.play, w.srv.Addr), newRelay(w.play, w.srv.Addr)
 	c.toReap, c.toSync = newRelay(w.play, w.srv.Addr), newRelay(w.play, w.srv.Addr)
 	c.reap()
@@ -121,10 +137,15 @@ func (w *world) newCast(namespace, binary string, f fault) *cast {
 		return w.rdb.HGet(w.ctx, c.key("config"), "ttl_ms").Err()
 	})
 	c.ha = haproxytest.Start(w, haproxytest.Options{
-		Backends:  []haproxytest.Backend{{Name: "be", Balance: "roundrobin", Slots: size + 3, Check: true}},
+		Backends:  []haproxytest.Backend{{Name: "be", Balance: "roundrobin", Slots: size + 3, Check: !f.unchecked}},
 		StateFile: true,
 	})
-	for range size {
+	c.config = c.ha.ConfigSum(w)
+	n := size
+	if f.lone {
+		n = 1
+	}
+	for range n {
 		c.join()
 	}
 	if f.again {
@@ -139,20 +160,28 @@ func (w *world) newCast(namespace, binary string, f fault) *cast {
 	return c
 }
 
-// shiftable starts Redis again with a clock that shift moves.
-func (w *world) shiftable() {
+// shiftable is a stage: a Redis with a clock that shift moves.
+func shiftable(w *world) {
+	w.srv = redistest.Start(w)
+	w.srv.Kill(w)
 	w.clock = filepath.Join(w.srv.Dir, "clock")
-	source, library := filepath.Join(w.srv.Dir, "clock.c"), filepath.Join(w.srv.Dir, "clock.so")
-	err := errors.Join(os.WriteFile(w.clock, make([]byte, 8), 0o600), os.WriteFile(source, clockSource, 0o600))
-	if err != nil {
+	if err := os.WriteFile(w.clock, make([]byte, 8), 0o600); err != nil {
 		w.Fatal(err)
 	}
-	if out, err := exec.Command("gcc", "-shared", "-fPIC", "-O1", "-o", library, source).CombinedOutput(); err != nil {
-		w.Fatalf("build the clock: %v\n%s", err, out)
-	}
-	w.srv.Kill(w)
-	w.srv.Env = []string{"LD_PRELOAD=" + library, "CLOCK_SHIFT=" + w.clock}
+	w.srv.Env = []string{"LD_PRELOAD=" + w.library, "CLOCK_SHIFT=" + w.clock}
 	w.srv.Launch(w)
+}
+
+// buildClock compiles what makes a Redis' clock move.
+func buildClock(dir string) (library string, err error) {
+	source, library := filepath.Join(dir, "clock.c"), filepath.Join(dir, "clock.so")
+	if err := os.WriteFile(source, clockSource, 0o600); err != nil {
+		return "", err
+	}
+	if out, err := exec.Command("gcc", "-shared", "-fPIC", "-O1", "-o", library, source).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the clock: %w\n%s", err, out)
+	}
+	return library, nil
 }
 
 // shift moves Redis' wall clock to d beside the machine's.
@@ -216,12 +245,17 @@ func (w *world) stopped(d time.Duration) {
 
 // moved has everybody find another Redis.
 func (w *world) moved(to string) {
-	w.mu.Lock()
-	w.front = to
-	w.mu.Unlock()
+	w.face(to)
 	for _, c := range w.casts() {
-		for _, r := range []*relay{c.even, c.odd, c.toReap, c.toSync} {
+		for _, r := range c.ways() {
 			r.move(to)
 		}
 	}
+}
+
+// face says which Redis counts from now on.
+func (w *world) face(addr string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.front = addr
 }

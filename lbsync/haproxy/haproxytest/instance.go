@@ -47,7 +47,7 @@ func NewInstance6(tb testing.TB) *Instance {
 
 func newInstance(tb testing.TB, addr string) *Instance {
 	tb.Helper()
-	l, err := net.Listen("tcp", addr)
+	l, err := listen(addr)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -135,21 +135,27 @@ func (i *Instance) Shutdown(ctx context.Context) error {
 	return err
 }
 
-// Listen starts again at the same address, after Shutdown. A process that is
-// being started holds this one's sockets for a moment, so it tries for a second.
+// Listen starts again at the same address, after Shutdown.
 func (i *Instance) Listen() error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	l, err := listen(i.addr.String())
+	if err != nil {
+		return err
+	}
+	i.serve(l)
+	return nil
+}
+
+// listen tries for a second: a process that is being started holds this one's
+// sockets for a moment, closed ones too.
+func listen(addr string) (net.Listener, error) {
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
 	for begun := time.Now(); ; <-tick.C {
-		l, err := net.Listen("tcp", i.addr.String())
-		if err == nil {
-			i.serve(l)
-			return nil
-		}
-		if !errors.Is(err, syscall.EADDRINUSE) || time.Since(begun) > time.Second {
-			return err
+		l, err := net.Listen("tcp", addr)
+		if err == nil || !errors.Is(err, syscall.EADDRINUSE) || time.Since(begun) > time.Second {
+			return l, err
 		}
 	}
 }
