@@ -159,16 +159,6 @@ func (c *secured) as(role string, args ...string) []string {
 	return append([]string{args[0], "--redis", c.url(role)}, args[1:]...)
 }
 
-// done runs a command that must succeed.
-func (c *secured) done(t *testing.T, role string, args ...string) (stdout string) {
-	t.Helper()
-	stdout, stderr, code := c.rollcall(t, c.as(role, args...)...)
-	if code != 0 {
-		t.Errorf("%v: exit %d, %s%s", args, code, stdout, stderr)
-	}
-	return stdout
-}
-
 // TestClusterMoves has a service's slot move, stick half way for longer than a
 // TTL, and arrive; then its primary handed over, and the next one killed. All of
 // it over TLS and with the rights of the roles' files, while requests flow.

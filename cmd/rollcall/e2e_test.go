@@ -600,6 +600,26 @@ func TestOutput(t *testing.T) {
 	if code := watch.signal(t, syscall.SIGINT); code != 0 {
 		t.Errorf("watch ends with %d", code)
 	}
+	// A Redis that hangs for longer than one exchange may take is asked again.
+	s.redis.Signal(t, syscall.SIGSTOP)
+	begun := time.Now()
+	var commands []*process
+	for _, args := range [][]string{{"services"}, {"instances", "web"}, {"lb"}, {"ready", "web", "127.0.0.1:9009"}} {
+		commands = append(commands, s.spawn(t, args...))
+	}
+	haproxytest.Poll(t, "the first exchange has timed out", func() error {
+		if took := time.Since(begun); took < 1500*time.Millisecond {
+			return fmt.Errorf("%v", took)
+		}
+		return nil
+	})
+	s.redis.Signal(t, syscall.SIGCONT)
+	for _, p := range commands {
+		<-p.done
+		if code := p.cmd.ProcessState.ExitCode(); code != 0 {
+			t.Errorf("%v: exit %d, %s", p.cmd.Args, code, p.out)
+		}
+	}
 	s.redis.Kill(t)
 	if _, stderr, code := s.rollcall(t, "services"); code != exitFailed || stderr == "" {
 		t.Errorf("services without Redis: exit %d, %s", code, stderr)
