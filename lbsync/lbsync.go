@@ -236,9 +236,7 @@ func (s *Syncer) Status() Status {
 func (s *Syncer) Once(ctx context.Context) error {
 	var errs []error
 	for svc, bs := range s.backends {
-		tctx, cancel := registrar.WithTimeout(ctx)
-		snap, err := s.store.Read(tctx, svc, nil)
-		cancel()
+		snap, err := registrar.Try(ctx, func(ctx context.Context) (registrar.Snapshot, error) { return s.store.Read(ctx, svc, nil) })
 		if err != nil {
 			errs = append(errs, err)
 			continue

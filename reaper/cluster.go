@@ -38,12 +38,15 @@ type Directory interface {
 // It costs Redis about three calls a service each pulse, and a new connection
 // with every third.
 type Cluster struct {
-	cfg    Config
-	list   Directory
-	of     func(registrar.Service) (Store, Canary)
-	log    zerolog.Logger
-	fleet  fleet
-	listed bool // the list has been read, at least once
+	cfg   Config
+	list  Directory
+	of    func(registrar.Service) (Store, Canary)
+	log   zerolog.Logger
+	fleet fleet
+
+	mu      sync.Mutex
+	reapers map[registrar.Service]*Reaper // that run; guarded by mu
+	listed  bool                          // the list has been read, at least once; guarded by mu
 }
 
 // NewCluster checks cfg; of returns what the Reaper of a service works with. It
@@ -55,7 +58,7 @@ func NewCluster(cfg Config, list Directory, of func(registrar.Service) (Store, C
 	}
 	// The others must hear of suspects while they decide.
 	cfg.Sweep = min(cfg.Sweep, cfg.TTL/pulsesPerTTL)
-	return &Cluster{cfg: cfg, list: list, of: of, log: log, fleet: fleet{of: map[registrar.Service]registrar.Count{}}}, nil
+	return &Cluster{cfg: cfg, list: list, of: of, log: log, fleet: fleet{of: map[registrar.Service]registrar.Count{}}, reapers: map[registrar.Service]*Reaper{}}, nil
 }
 
 // running is the reaper of one service.
@@ -128,11 +131,26 @@ func (c *Cluster) services(ctx context.Context) ([]registrar.Service, error) {
 	tctx, cancel := registrar.WithTimeout(ctx)
 	defer cancel()
 	svcs, garbage, err := c.list.Services(tctx)
-	if err == nil && !c.listed && len(garbage) > 0 {
+	c.mu.Lock()
+	first := err == nil && !c.listed
+	c.listed = c.listed || err == nil
+	c.mu.Unlock()
+	if first && len(garbage) > 0 {
 		c.log.Warn().Strs("names", garbage[:min(len(garbage), shownErrors)]).Msg("ignoring what is no service name")
 	}
-	c.listed = c.listed || err == nil
 	return svcs, err
+}
+
+// Status returns the state of the Reaper of each service that is known, and
+// whether the list of services has ever been read. Any goroutine may call it.
+func (c *Cluster) Status() (of map[registrar.Service]registrar.ReaperStatus, listed bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	of = make(map[registrar.Service]registrar.ReaperStatus, len(c.reapers))
+	for svc, r := range c.reapers {
+		of[svc] = r.Status()
+	}
+	return of, c.listed
 }
 
 // reaper makes the Reaper of one service.
@@ -152,6 +170,16 @@ func (c *Cluster) reap(ctx context.Context, svc registrar.Service) error {
 	if err != nil {
 		return err
 	}
+	c.mu.Lock()
+	c.reapers[svc] = r
+	c.mu.Unlock()
+	defer func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.reapers[svc] == r { // else the service came back meanwhile
+			delete(c.reapers, svc)
+		}
+	}()
 	return r.Run(ctx)
 }
 

@@ -307,3 +307,63 @@ func TestClusterOnce(t *testing.T) {
 		}
 	}
 }
+
+// TestClusterSlotStuck has a slot move half way and back again. Meanwhile, for
+// more than a TTL, no beat is accepted, and nothing but the instances' key is
+// elsewhere: the pulse must see that.
+func TestClusterSlotStuck(t *testing.T) {
+	t.Parallel()
+	const ttl, interval, n = 1500 * time.Millisecond, 500 * time.Millisecond, 1 // which the protection does not hold
+	s := newShards(t)
+	s.live(t, n, interval)
+	var log logBuffer
+	c := s.cluster(t, Config{ID: "r1", TTL: ttl, Interval: interval}, zerolog.New(&log))
+	run(t, c)
+	c.eventuallyArmed(t, s.all)
+	ctx, svc := t.Context(), s.names[0][0]
+	key := s.store.Keys().Instances(svc)
+	from, to := s.nodes[0], s.nodes[1]
+	source, target := from.Client(t), to.Client(t)
+	slot, err := source.ClusterKeySlot(ctx, key).Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, err := range []error{
+		target.Do(ctx, "CLUSTER", "SETSLOT", slot, "IMPORTING", source.ClusterMyID(ctx).Val()).Err(),
+		source.Do(ctx, "CLUSTER", "SETSLOT", slot, "MIGRATING", target.ClusterMyID(ctx).Val()).Err(),
+		source.Migrate(ctx, to.Host, "6379", key, 0, time.Second).Err(),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	begun := time.Now()
+	eventually(t, func() error {
+		if time.Since(begun) < 2*ttl {
+			return errors.New("it is too early")
+		}
+		return nil
+	})
+	if _, known := c.fleet.count(svc); known {
+		t.Errorf("the reaper of %s is armed, and no beat is accepted", svc)
+	}
+	for _, other := range s.all {
+		if _, known := c.fleet.count(other); other != svc && !known {
+			t.Errorf("the reaper of %s is not armed, and another's slot moves", other)
+		}
+	}
+	for _, err := range []error{
+		source.Do(ctx, "CLUSTER", "SETSLOT", slot, "STABLE").Err(),
+		target.Do(ctx, "MIGRATE", from.Host, "6379", key, 0, 1000, "REPLACE").Err(),
+		target.Do(ctx, "CLUSTER", "SETSLOT", slot, "STABLE").Err(),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.eventuallyArmed(t, s.all)
+	s.wantLive(t, s.all, n)
+	if went := log.lines("took out"); len(went) > 0 {
+		t.Errorf("went: %q", went)
+	}
+}

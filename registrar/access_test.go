@@ -1,19 +1,10 @@
 package registrar
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
-	"math/big"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/redis/go-redis/v9"
 
@@ -84,31 +75,21 @@ func TestPasswordReload(t *testing.T) {
 
 // TestTLS speaks to a server that demands client certificates.
 func TestTLS(t *testing.T) {
-	dir := t.TempDir()
-	ca, caKey := certificate(t, dir, "ca", nil, nil, nil)
-	certificate(t, dir, "other", nil, nil, nil)
-	certificate(t, dir, "client", nil, ca, caKey)
-	in := func(name string) string { return filepath.Join(dir, name) }
-	certificate(t, dir, "server", net.IPv4(127, 0, 0, 1), ca, caKey)
-	// redistest itself asks on the unix socket, so no plain port is needed.
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	must(t, l.Close())
-	redistest.Start(t, "--bind", "127.0.0.1", "--port", "0", "--tls-port", port, "--tls-auth-clients", "yes",
-		"--tls-cert-file", in("server.pem"), "--tls-key-file", in("server.key"), "--tls-ca-cert-file", in("ca.pem"))
+	own, other := redistest.NewCertificates(t), redistest.NewCertificates(t)
+	srv := redistest.Start(t, own.Args()...)
 	for _, c := range []struct {
 		name string
 		a    Access
 		ok   bool
 	}{
-		{"CA and client certificate", Access{CA: in("ca.pem"), Cert: in("client.pem"), Key: in("client.key")}, true},
-		{"no client certificate", Access{CA: in("ca.pem")}, false},
-		{"another CA", Access{CA: in("other.pem"), Cert: in("client.pem"), Key: in("client.key")}, false},
-		{"the system's CAs", Access{Cert: in("client.pem"), Key: in("client.key")}, false},
+		{"CA and client certificate", Access{CA: own.CA, Cert: own.Cert, Key: own.Key}, true},
+		{"no client certificate", Access{CA: own.CA}, false},
+		{"another CA", Access{CA: other.CA, Cert: own.Cert, Key: own.Key}, false},
+		{"a client certificate of another CA", Access{CA: own.CA, Cert: other.Cert, Key: other.Key}, false},
+		{"the system's CAs", Access{Cert: own.Cert, Key: own.Key}, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			rdb, err := c.a.Open("rediss://127.0.0.1:"+port+"/0", 1)
+			rdb, err := c.a.Open("rediss://"+srv.Addr+"/0", 1)
 			must(t, err)
 			defer rdb.Close()
 			ctx, cancel := WithTimeout(t.Context())
@@ -119,45 +100,16 @@ func TestTLS(t *testing.T) {
 		})
 	}
 	for name, a := range map[string]Access{
-		"half a pair": {Cert: in("client.pem")}, "no such CA": {CA: in("none")}, "a key as CA": {CA: in("ca.key")},
-		"not its key": {Cert: in("client.pem"), Key: in("server.key")},
+		"half a pair": {Cert: own.Cert}, "no such CA": {CA: own.CA + ".none"}, "a key as CA": {CA: own.Key},
+		"not its key": {Cert: own.Cert, Key: other.Key},
 	} {
 		if rdb, err := a.Open("rediss://127.0.0.1", 1); err == nil {
 			rdb.Close()
 			t.Errorf("%s was accepted", name)
 		}
 	}
-	if rdb, err := (Access{CA: in("ca.pem")}).Open("redis://127.0.0.1", 1); err == nil {
+	if rdb, err := (Access{CA: own.CA}).Open("redis://127.0.0.1", 1); err == nil {
 		rdb.Close()
 		t.Error("a CA without TLS was accepted")
 	}
-}
-
-// certificate writes name.pem and name.key into dir: a CA of its own if parent
-// is nil.
-func certificate(t *testing.T, dir, name string, ip net.IP, parent *x509.Certificate, parentKey *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
-	c := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		BasicConstraintsValid: true, IsCA: parent == nil, KeyUsage: x509.KeyUsageDigitalSignature,
-	}
-	if ip != nil {
-		c.IPAddresses = []net.IP{ip}
-	}
-	if parent == nil {
-		c.KeyUsage |= x509.KeyUsageCertSign
-		parent, parentKey = c, key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, parent, &key.PublicKey, parentKey)
-	must(t, err)
-	keyDER, err := x509.MarshalECPrivateKey(key)
-	must(t, err)
-	must(t, os.WriteFile(filepath.Join(dir, name+".pem"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
-	must(t, os.WriteFile(filepath.Join(dir, name+".key"), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER}), 0o600))
-	made, err := x509.ParseCertificate(der)
-	must(t, err)
-	return made, key
 }

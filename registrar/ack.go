@@ -107,6 +107,7 @@ func (s *Store) WaitApplied(ctx context.Context, svc Service, version int64, eac
 	defer wait.Stop()
 	var first *Token
 	var last error
+	failures := 0
 	for pause := ackPoll; ; pause = min(2*pause, lastAckPoll) {
 		select {
 		case <-ctx.Done():
@@ -121,7 +122,12 @@ func (s *Store) WaitApplied(ctx context.Context, svc Service, version int64, eac
 		tctx, cancel := WithTimeout(ctx)
 		acks, err := s.Acks(tctx, svc)
 		cancel()
-		if err == nil {
+		next := Shorten(pause)
+		if err != nil {
+			failures++
+			next = Backoff(failures, lastAckPoll)
+		} else {
+			failures = 0
 			if first == nil {
 				first = &acks.Token
 			}
@@ -138,6 +144,6 @@ func (s *Store) WaitApplied(ctx context.Context, svc Service, version int64, eac
 		if last == nil || ctx.Err() == nil { // else it is the read that was cut short
 			last = err
 		}
-		wait.Reset(Shorten(pause))
+		wait.Reset(next)
 	}
 }

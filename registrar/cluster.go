@@ -1,9 +1,11 @@
 package registrar
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -120,12 +122,41 @@ func (s *Store) enlist(ctx context.Context, svc Service) {
 	s.listing.at[svc] = time.Now().Add(Shorten(listEvery))
 }
 
-// node is what to ask for the clock.
-func (s *Store) node(ctx context.Context) (redis.Cmdable, error) {
+// node is what to ask for what no key says, such as the clock.
+func (s *Store) node(ctx context.Context) (redis.UniversalClient, error) {
 	if c, ok := s.rdb.(*redis.ClusterClient); ok {
 		return c.MasterForKey(ctx, s.keys.Config())
 	}
 	return s.rdb, nil
+}
+
+// primaries returns a client of each primary of a Cluster that has slots, in the
+// order of their addresses; else the only one there is.
+func (s *Store) primaries(ctx context.Context) ([]redis.UniversalClient, error) {
+	c, ok := s.rdb.(*redis.ClusterClient)
+	if !ok {
+		return []redis.UniversalClient{s.rdb}, nil
+	}
+	var mu sync.Mutex
+	var nodes []redis.UniversalClient
+	if err := c.ForEachMaster(ctx, func(_ context.Context, node *redis.Client) error {
+		mu.Lock()
+		defer mu.Unlock()
+		nodes = append(nodes, node)
+		return nil
+	}); err != nil {
+		return nil, fmt.Errorf("find the primaries: %w", err)
+	}
+	slices.SortFunc(nodes, func(a, b redis.UniversalClient) int { return cmp.Compare(addrOf(a), addrOf(b)) })
+	return nodes, nil
+}
+
+func addrOf(node redis.UniversalClient) string {
+	c, ok := node.(*redis.Client)
+	if !ok {
+		return ""
+	}
+	return c.Options().Addr
 }
 
 // ping asks nodes of a Cluster at random, until one answers.

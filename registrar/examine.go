@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -40,6 +41,82 @@ type Server struct {
 	ClockMin, ClockMax time.Duration
 }
 
+// Node is a primary of a Cluster. With Err nothing of it is known but Addr.
+type Node struct {
+	Addr string
+	Err  error
+	Server
+	State    string   // cluster_state, as it sees it
+	Unowned  int64    // slots without an owner, as it sees them
+	Failed   int64    // slots whose node is down, as it sees them
+	Coverage string   // cluster-require-full-coverage: yes, no, or empty: unknown
+	Moving   []string // slots that it is giving or taking
+}
+
+// Nodes examines every primary of a Cluster, all at the same time.
+func (s *Store) Nodes(ctx context.Context) ([]Node, error) {
+	primaries, err := s.primaries(ctx)
+	if err != nil {
+		return nil, err
+	}
+	nodes := make([]Node, len(primaries))
+	var asking sync.WaitGroup
+	for i, p := range primaries {
+		asking.Go(func() { nodes[i] = s.On(p).examineNode(ctx, addrOf(p)) })
+	}
+	asking.Wait()
+	return nodes, nil
+}
+
+// clusterSlots is how many slots a Cluster has.
+const clusterSlots = 16384
+
+func (s *Store) examineNode(ctx context.Context, addr string) Node {
+	n := Node{Addr: addr}
+	if n.Server, n.Err = s.Examine(ctx); n.Err != nil {
+		return n
+	}
+	text, err := s.rdb.ClusterInfo(ctx).Result()
+	if err != nil {
+		n.Err = fmt.Errorf("read CLUSTER INFO: %w", err)
+		return n
+	}
+	info := fields(text)
+	n.State, n.Failed = info["cluster_state"], field(info, "cluster_slots_fail")
+	if n.Unowned = Unknown; field(info, "cluster_slots_assigned") != Unknown {
+		n.Unowned = clusterSlots - field(info, "cluster_slots_assigned")
+	}
+	if text, err = s.rdb.ClusterNodes(ctx).Result(); err != nil {
+		n.Err = fmt.Errorf("read CLUSTER NODES: %w", err)
+		return n
+	}
+	for line := range strings.Lines(text) {
+		// id, address, flags, primary, ping, pong, epoch, link, then the slots
+		if f := strings.Fields(line); len(f) > 8 && slices.Contains(strings.Split(f[2], ","), "myself") {
+			for _, slot := range f[8:] {
+				if strings.HasPrefix(slot, "[") { // [93->-id], [77-<-id]
+					n.Moving = append(n.Moving, strings.Trim(slot, "[]"))
+				}
+			}
+		}
+	}
+	if got, err := s.rdb.ConfigGet(ctx, "cluster-require-full-coverage").Result(); err == nil {
+		n.Coverage = got["cluster-require-full-coverage"]
+	}
+	return n
+}
+
+// fields reads what INFO prints.
+func fields(text string) map[string]string {
+	m := map[string]string{}
+	for line := range strings.Lines(text) {
+		if k, v, ok := strings.Cut(strings.TrimSpace(line), ":"); ok {
+			m[k] = v
+		}
+	}
+	return m
+}
+
 // Examine asks Redis what it is and how it is set up.
 func (s *Store) Examine(ctx context.Context) (Server, error) {
 	sent := time.Now()
@@ -52,12 +129,7 @@ func (s *Store) Examine(ctx context.Context) (Server, error) {
 	if err != nil {
 		return Server{}, fmt.Errorf("read redis' INFO: %w", err)
 	}
-	info := map[string]string{}
-	for line := range strings.Lines(text) {
-		if k, v, ok := strings.Cut(strings.TrimSpace(line), ":"); ok {
-			info[k] = v
-		}
-	}
+	info := fields(text)
 	settings := map[string]string{}
 	for _, name := range []string{"save", "min-replicas-to-write", "client-output-buffer-limit"} {
 		// Many users may not read the configuration: then it is unknown.
@@ -129,11 +201,19 @@ type right struct {
 // rights lists every command that the store and its scripts send, once with a
 // key of each kind that it is used on.
 func (s *Store) rights(svc Service) []right {
-	k := s.keys
+	k, whole := s.keys.Of(svc), s.keys
 	const changers = RoleSidecar + " " + RoleReaper + " " + RoleAdmin
 	const writers = changers + " " + RoleSync
 	z, h, str := k.Instances(svc), k.Meta(svc), k.ServiceVersion(svc)
-	return []right{
+	var more []right
+	if whole != k {
+		more = []right{
+			{"", []any{"cluster", "slots"}}, {RoleSidecar, []any{"sadd", whole.Services(), "-"}}, {RoleSidecar, []any{"hmget", whole.Config(), "-"}},
+			{RoleSidecar, []any{"hsetnx", k.Config(), "-", "-"}}, {RoleReaper, []any{"hsetnx", whole.Config(), "-", "-"}},
+			{RoleReaper, []any{"smembers", whole.Services()}}, {RoleReaper, []any{"srem", whole.Services(), "-"}},
+		}
+	}
+	return append(more, []right{
 		{"", []any{"ping"}}, {"", []any{"time"}}, {"", []any{"info"}}, {"", []any{"eval_ro", "return 1", 0}},
 		{"", []any{"evalsha_ro", "-", 0}}, {"", []any{"get", str}}, {"", []any{"get", k.Epoch()}}, {"", []any{"get", k.Version()}},
 		{"", []any{"hget", h, "-"}}, {"", []any{"hmget", k.Config(), "-"}}, {"", []any{"hgetall", h}}, {"", []any{"hgetall", k.Applied(svc)}},
@@ -152,7 +232,7 @@ func (s *Store) rights(svc Service) []right {
 		{RoleSync, []any{"hset", k.Seen(svc, "-"), "-", "-"}}, {RoleSync, []any{"hdel", k.Seen(svc, "-"), "-"}}, {RoleSync, []any{"hlen", k.Seen(svc, "-")}},
 		{RoleSync, []any{"unlink", k.Seen(svc, "-")}}, {RoleSync, []any{"pexpire", k.Seen(svc, "-"), 0}},
 		{RoleSync, []any{"zadd", k.Balancers(), 0, "-"}}, {RoleSync, []any{"zremrangebyscore", k.Balancers(), 0, 0}},
-	}
+	}...)
 }
 
 // ErrNoTrial says that this user may not even try: MULTI and DISCARD.
@@ -165,10 +245,14 @@ var ErrNoTrial = errors.New("the user may not use MULTI and DISCARD")
 func (s *Store) Rights(ctx context.Context, svc Service) (map[string][]string, error) {
 	// Outside of a transaction the trial would be real, and without DISCARD the
 	// connection would stay in one: so first these. A DISCARD alone is an error.
-	if err := s.rdb.Do(ctx, "discard").Err(); err != nil && strings.HasPrefix(err.Error(), "NOPERM ") {
+	rdb, err := s.Of(svc).node(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("try rights: %w", err)
+	}
+	if err := rdb.Do(ctx, "discard").Err(); err != nil && strings.HasPrefix(err.Error(), "NOPERM ") {
 		return nil, ErrNoTrial
 	}
-	if _, err := s.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+	if _, err := rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 		p.Do(ctx, "multi")
 		p.Do(ctx, "discard")
 		return nil
@@ -179,7 +263,7 @@ func (s *Store) Rights(ctx context.Context, svc Service) (map[string][]string, e
 		return nil, fmt.Errorf("try rights: %w", err)
 	}
 	rs := s.rights(svc)
-	cmds, err := s.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+	cmds, err := rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 		p.Do(ctx, "multi")
 		for _, r := range rs {
 			p.Do(ctx, r.args...)
@@ -236,42 +320,34 @@ type Inventory struct {
 	Orphans  []Service // have instances and are not in services: no reaper sees them
 	Empty    []Service // in services without instances
 	Services []Service // in services
-	Reapers  []string  // ids of reapers with a pulse that has not expired
+	// Reapers are ids of reapers with a pulse that has not expired: of a Cluster
+	// by service, else all under "".
+	Reapers map[Service][]string
 }
 
 // Mistyped is a key of rollcall's that holds something else.
 type Mistyped struct{ Key, Type, Want string }
 
-// Inventory looks at every key of the namespace, in small steps.
+// Inventory looks at every key of the namespace, in small steps. Of a Cluster, an
+// error can say that a node was not looked at; the rest is true.
 func (s *Store) Inventory(ctx context.Context) (Inventory, error) {
-	var inv Inventory
+	inv := Inventory{Complete: true, Reapers: map[Service][]string{}}
 	seen := map[string]bool{}
 	withInstances := map[Service]bool{}
-	var cursor uint64
-	for calls := 0; ; calls++ {
-		if calls == scanCalls {
-			break
-		}
-		keys, next, err := s.rdb.Scan(ctx, cursor, s.keys.ns+":*", scanCount).Result()
-		if err != nil {
-			return inv, fmt.Errorf("scan the keys: %w", err)
-		}
-		keys = slices.DeleteFunc(keys, func(k string) bool { was := seen[k]; seen[k] = true; return was })
-		if err := s.sort(ctx, keys, &inv, withInstances); err != nil {
-			return inv, err
-		}
-		if cursor = next; cursor == 0 {
-			inv.Complete = true
-			break
-		}
-		select {
-		case <-ctx.Done():
-			return inv, fmt.Errorf("scan the keys: %w", ctx.Err())
-		case <-time.After(Shorten(scanPause)):
+	nodes, err := s.primaries(ctx)
+	if err != nil {
+		return inv, err
+	}
+	var failed error
+	for _, node := range nodes {
+		if err := s.On(node).scan(ctx, &inv, seen, withInstances); err != nil {
+			inv.Complete, failed = false, err // of many nodes, the others'
 		}
 	}
+	if failed != nil && !s.keys.cluster {
+		return inv, failed
+	}
 	inv.Keys = len(seen)
-	var err error
 	if inv.Services, inv.BadNames, err = s.Services(ctx); err != nil && !broken(err) {
 		return inv, err
 	}
@@ -284,22 +360,51 @@ func (s *Store) Inventory(ctx context.Context) (Inventory, error) {
 	for _, svc := range doubtful {
 		listed, has, err := s.listed(ctx, svc)
 		switch {
+		case err != nil && s.keys.cluster:
+			failed = err
 		case err != nil && !broken(err):
 			return inv, err
 		case err == nil && has && !listed:
 			inv.Orphans = append(inv.Orphans, svc)
-		case err == nil && listed && !has:
+		case err == nil && listed && !has && !s.keys.cluster: // there the name stays for 2 min
 			inv.Empty = append(inv.Empty, svc)
 		}
 	}
-	for _, l := range []*[]string{&inv.Unowned, &inv.BadNames, &inv.Reapers} {
-		slices.Sort(*l)
+	slices.Sort(inv.Unowned)
+	slices.Sort(inv.BadNames)
+	for _, ids := range inv.Reapers {
+		slices.Sort(ids)
 	}
 	slices.SortFunc(inv.Mistyped, func(a, b Mistyped) int { return cmp.Compare(a.Key, b.Key) })
 	for _, l := range []*[]Service{&inv.Orphans, &inv.Empty, &inv.Services} {
 		slices.Sort(*l)
 	}
-	return inv, nil
+	return inv, failed
+}
+
+// scan looks at every key of the namespace on one node.
+func (s *Store) scan(ctx context.Context, inv *Inventory, seen map[string]bool, withInstances map[Service]bool) error {
+	var cursor uint64
+	for range scanCalls {
+		keys, next, err := s.rdb.Scan(ctx, cursor, s.keys.ns+":*", scanCount).Result()
+		if err != nil {
+			return fmt.Errorf("scan the keys: %w", err)
+		}
+		keys = slices.DeleteFunc(keys, func(k string) bool { was := seen[k]; seen[k] = true; return was })
+		if err := s.sort(ctx, keys, inv, withInstances); err != nil {
+			return err
+		}
+		if cursor = next; cursor == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("scan the keys: %w", ctx.Err())
+		case <-time.After(Shorten(scanPause)):
+		}
+	}
+	inv.Complete = false
+	return nil
 }
 
 // sort puts keys where they belong in inv.
@@ -327,8 +432,8 @@ func (s *Store) sort(ctx context.Context, keys []string, inv *Inventory, withIns
 			inv.Mistyped = append(inv.Mistyped, Mistyped{key, got, want})
 		case key == s.keys.Instances(svc):
 			withInstances[svc] = true
-		case strings.HasPrefix(key, s.keys.Reaper("")):
-			inv.Reapers = append(inv.Reapers, strings.TrimPrefix(key, s.keys.Reaper("")))
+		case strings.HasPrefix(key, s.keys.Of(svc).Reaper("")):
+			inv.Reapers[svc] = append(inv.Reapers[svc], strings.TrimPrefix(key, s.keys.Of(svc).Reaper("")))
 		}
 	}
 	return nil
@@ -361,14 +466,16 @@ type Registry struct {
 	Fault         string // why the config key cannot be believed
 }
 
-// Registry reads the epoch and the config.
+// Registry reads the epoch and the config. The whole of a Cluster has no epoch.
 func (s *Store) Registry(ctx context.Context) (Registry, error) {
 	r := Registry{TTL: DefaultTTL, Interval: DefaultInterval}
-	epoch, err := s.rdb.Get(ctx, s.keys.Epoch()).Result()
-	if err != nil && !errors.Is(err, redis.Nil) && !broken(err) {
-		return r, fmt.Errorf("read %s: %w", s.keys.Epoch(), err)
+	if !s.keys.cluster || s.keys.scope != "" {
+		epoch, err := s.rdb.Get(ctx, s.keys.Epoch()).Result()
+		if err != nil && !errors.Is(err, redis.Nil) && !broken(err) {
+			return r, fmt.Errorf("read %s: %w", s.keys.Epoch(), err)
+		}
+		r.Epoch = epoch
 	}
-	r.Epoch = epoch
 	got, err := s.rdb.HGetAll(ctx, s.keys.Config()).Result()
 	switch {
 	case err != nil && broken(err):

@@ -104,7 +104,8 @@ func TestKind(t *testing.T) {
 		typ string
 	}{
 		{k.Services(), "", "set"}, {k.Version(), "", "string"}, {k.Epoch(), "", "string"}, {k.Config(), "", "hash"},
-		{k.Balancers(), "", "zset"}, {k.Reaper("a"), "", "string"}, {"x:reapers", "", "hash"}, {k.Events(), "", "stream"}, {k.LetGo(), "", "string"},
+		{k.Balancers(), "", "zset"}, {k.Reaper("a"), "", "string"}, {"x:reapers", "", "hash"}, {k.LetGo(), "", "string"}, {k.Events(), "", "stream"}, {"x:{_canary}:meta", "_canary", "hash"},
+		{"x:{web}:services", "", ""}, {"x:{web}:_canary:meta", "", ""},
 		{k.Instances("web"), "web", "zset"}, {k.Meta("web"), "web", "hash"}, {k.Admin("web"), "web", "hash"}, {k.Gone("web"), "web", "hash"},
 		{k.GoneAt("web"), "web", "zset"}, {k.Changed("web"), "web", "zset"}, {k.Applied("web"), "web", "hash"}, {k.ServiceVersion("web"), "web", "string"},
 		{"x:{web}:fence:a", "web", "string"}, {k.Seen("web", "lb"), "web", "hash"},
@@ -113,6 +114,95 @@ func TestKind(t *testing.T) {
 		if svc, typ := k.kind(tt.key); svc != tt.svc || typ != tt.typ {
 			t.Errorf("%s: %q %q, want %q %q", tt.key, svc, typ, tt.svc, tt.typ)
 		}
+	}
+}
+
+func TestClusterKind(t *testing.T) {
+	k := Keys{ns: "x", cluster: true}
+	of := k.Of("web")
+	for _, tt := range []struct {
+		key string
+		svc Service
+		typ string
+	}{
+		{k.Services(), "", "set"}, {k.Config(), "", "hash"}, {"x:version", "", ""}, {"x:epoch", "", ""}, {"x:balancers", "", ""}, {"x:reapers", "", ""}, {"x:reaper:a", "", ""},
+		{of.Services(), "web", "set"}, {of.Version(), "web", "string"}, {of.Epoch(), "web", "string"}, {of.Config(), "web", "hash"}, {of.Balancers(), "web", "zset"},
+		{of.Reaper("a"), "web", "string"}, {of.Reapers(), "web", "hash"}, {of.LetGo(), "web", "string"},
+		{of.Instances("web"), "web", "zset"}, {of.Meta("web"), "web", "hash"}, {of.Applied("web"), "web", "hash"}, {of.GoneAt("web"), "web", "zset"},
+		{of.Instances(canary), "web", "zset"}, {of.Meta(canary), "web", "hash"}, {of.ServiceVersion(canary), "web", "string"},
+		{"x:{web}:other", "", ""}, {"x:{web}", "", ""}, {"x:web:meta", "", ""}, {"y:{web}:meta", "", ""}, {"x:{web}:_canary:other", "", ""},
+	} {
+		if svc, typ := k.kind(tt.key); svc != tt.svc || typ != tt.typ {
+			t.Errorf("%s: %q %q, want %q %q", tt.key, svc, typ, tt.svc, tt.typ)
+		}
+	}
+}
+
+// TestClusterExamine looks at a Cluster of which a part is broken: what is of
+// the other nodes is found nevertheless.
+func TestClusterExamine(t *testing.T) {
+	t.Parallel()
+	c := redistest.StartCluster(t, 3)
+	s, ctx := newClusterStore(t, c), t.Context()
+	names := onEach(t, c)
+	for _, of := range names {
+		_, err := s.Beat(ctx, of[0], Beat{Addr: host(1), Token: "t", Meta: metaOf("t"), Claim: true})
+		must(t, err)
+		_, err = s.Of(of[0]).Pulse(ctx, "r", "p", time.Minute)
+		must(t, err)
+		must(t, s.Of(of[0]).Canary(ctx))
+		missing, err := s.Rights(ctx, of[0])
+		if err != nil || len(missing) > 0 {
+			t.Errorf("rights for %s: %v, %v", of[0], missing, err)
+		}
+	}
+	inv, err := s.Inventory(ctx)
+	if err != nil || !inv.Complete || len(inv.Services) != 3 || len(inv.Unowned)+len(inv.Mistyped)+len(inv.Orphans)+len(inv.Empty) > 0 {
+		t.Errorf("%+v, %v", inv, err)
+	}
+	list := c.Shard(t, s.keys.Services())
+	down, broken := (list+1)%3, (list+2)%3
+	rdb := c[broken].Client(t)
+	for _, err := range []error{
+		c[list].Client(t).Set(ctx, s.keys.Meta(names[list][1]), "x", 0).Err(),
+		rdb.ClusterDelSlotsRange(ctx, broken*16384/3+10, broken*16384/3+11).Err(), // of nobody's names
+		rdb.ConfigSet(ctx, "cluster-require-full-coverage", "yes").Err(),
+		rdb.Do(ctx, "CLUSTER", "SETSLOT", broken*16384/3+12, "MIGRATING", c[list].Client(t).ClusterMyID(ctx).Val()).Err(),
+		c[list].Client(t).SAdd(ctx, s.keys.Services(), "~").Err(),
+	} {
+		must(t, err)
+	}
+	c[down].Kill(t)
+	eventually(t, func() error { // until the others know
+		tctx, cancel := WithTimeout(ctx)
+		defer cancel()
+		nodes, err := s.Nodes(tctx)
+		if err != nil {
+			return err
+		}
+		for _, n := range nodes {
+			ok := false
+			switch n.Addr {
+			case c[down].Addr:
+				ok = n.Err != nil
+			case c[broken].Addr:
+				ok = n.Err == nil && n.Role == "master" && n.Coverage == "yes" && n.State == "fail" && n.Failed > 5000 && n.Unowned == 2 && len(n.Moving) == 1
+			default:
+				ok = n.Err == nil && n.Version != "" && n.Coverage == "no" && n.State == "ok" && n.Failed > 5000 && len(n.Moving) == 0 && n.Replicas == 0
+			}
+			if !ok {
+				return fmt.Errorf("%+v", n)
+			}
+		}
+		if len(nodes) != 3 {
+			return fmt.Errorf("%d nodes", len(nodes))
+		}
+		return nil
+	})
+	inv, err = s.Inventory(ctx)
+	if err == nil || inv.Complete || len(inv.Services) != 3 || len(inv.Mistyped) != 1 || !slices.Equal(inv.BadNames, []string{"~"}) ||
+		!slices.Equal(inv.Reapers[names[list][0]], []string{"r"}) || inv.Reapers[names[down][0]] != nil {
+		t.Errorf("%+v, %v", inv, err)
 	}
 }
 

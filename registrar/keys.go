@@ -96,6 +96,23 @@ func (k Keys) shared(what string) string {
 // kind returns the Redis type that key must have and the service that it is of,
 // if it is of one. The type is empty for a key that nothing of rollcall owns.
 func (k Keys) kind(key string) (svc Service, typ string) {
+	name, what, braces := strings.Cut(strings.TrimPrefix(key, k.ns+":{"), "}:")
+	svc = Service(name)
+	braces = braces && key == k.ns+":{"+name+"}:"+what
+	if k.cluster && k.scope == "" {
+		switch {
+		case key == k.Services():
+			return "", "set"
+		case key == k.Config():
+			return "", "hash"
+		case !braces:
+			return "", "" // all else is of a service
+		}
+		if _, typ = k.Of(svc).kind(key); typ == "" {
+			return "", ""
+		}
+		return svc, typ
+	}
 	switch key {
 	case k.Services():
 		return "", "set"
@@ -111,18 +128,18 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 	if strings.HasPrefix(key, k.Reaper("")) {
 		return "", "string"
 	}
-	name, what, ok := strings.Cut(strings.TrimPrefix(key, k.ns+":{"), "}:")
-	svc = Service(name)
-	if !ok || key != k.of(svc, what) {
+	if !braces {
 		return "", ""
 	}
-	switch key {
-	case k.Instances(svc), k.GoneAt(svc), k.Changed(svc):
-		return svc, "zset"
-	case k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Applied(svc):
-		return svc, "hash"
-	case k.ServiceVersion(svc):
-		return svc, "string"
+	for _, s := range []Service{svc, canary} {
+		switch key {
+		case k.Instances(s), k.GoneAt(s), k.Changed(s):
+			return svc, "zset"
+		case k.Meta(s), k.Admin(s), k.Gone(s), k.Applied(s):
+			return svc, "hash"
+		case k.ServiceVersion(s):
+			return svc, "string"
+		}
 	}
 	if strings.HasPrefix(what, "fence:") {
 		return svc, "string"

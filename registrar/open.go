@@ -39,8 +39,10 @@ type Access struct {
 	// Password, if not nil, is asked for at every new connection to a data node
 	// and comes before the URL's; "" = the URL's own.
 	Password func() (string, error)
-	// SentinelUser and SentinelPassword are for the Sentinels themselves.
-	SentinelUser, SentinelPassword string
+	// SentinelUser and SentinelPassword are for the Sentinels themselves. The
+	// password, if not nil, is asked for at every new connection to one; "" = none.
+	SentinelUser     string
+	SentinelPassword func() (string, error)
 	// CA is a file of the certificates that vouch for the servers; "" = the
 	// system's. Cert and Key are files of this client's own certificate, read at
 	// every new connection; "" = none.
@@ -51,8 +53,8 @@ type Access struct {
 func Open(url string, pool int) (redis.UniversalClient, error) { return Access{}.Open(url, pool) }
 
 // Open returns a client for one server, for the primary that Sentinels name or
-// for the primaries of a Cluster, which never retries by itself and never waits
-// for more than Timeout:
+// for the primaries of a Cluster, which never retries by itself. Every exchange ends
+// within Timeout, whatever its context says; a subscription's Receive is none:
 //
 //	redis://[user[:password]@]host[:port][/db]
 //	redis+sentinel://[user[:password]@]host[:port],host[:port]…/primary[/db]
@@ -105,7 +107,9 @@ func (a Access) server(rawURL string, secure *tls.Config, pool int) (redis.Unive
 	o.PoolSize = pool
 	o.MinIdleConns = 0 // a URL that asks for some would make NewClient dial
 	o.DisableIdentity = true
-	return redis.NewClient(o), nil
+	rdb := redis.NewClient(o)
+	rdb.AddHook(bounded{})
+	return rdb, nil
 }
 
 func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
@@ -124,15 +128,35 @@ func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis
 		return nil, errURL
 	}
 	password, _ := u.User.Password()
-	return redis.NewFailoverClient(&redis.FailoverOptions{
+	rdb := redis.NewFailoverClient(&redis.FailoverOptions{
 		MasterName: primary, SentinelAddrs: addrs, DB: db,
-		SentinelUsername: a.SentinelUser, SentinelPassword: a.SentinelPassword,
+		OnConnect:                  a.greetSentinel,
 		CredentialsProviderContext: a.credentials(u.User.Username(), password),
 		TLSConfig:                  secure,
 		DialTimeout:                DialTimeout, DialerRetries: 1,
 		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
 		MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
-	}), nil
+	})
+	rdb.AddHook(bounded{})
+	return rdb, nil
+}
+
+// greetSentinel logs in to a Sentinel. go-redis does that by itself with one
+// password for ever; for the data nodes it asks for credentials each time.
+func (a Access) greetSentinel(ctx context.Context, cn *redis.Conn) error {
+	if a.SentinelPassword == nil || strings.Contains(cn.String(), "FailoverClient") { // what go-redis calls a data node
+		return nil
+	}
+	password, err := a.SentinelPassword()
+	switch {
+	case err != nil:
+		return fmt.Errorf("sentinel password: %w", err)
+	case password == "":
+		return nil
+	case a.SentinelUser == "":
+		return cn.Auth(ctx, password).Err()
+	}
+	return cn.AuthACL(ctx, a.SentinelUser, password).Err()
 }
 
 // cluster follows no MOVED by itself: that answer renews the map, and the
@@ -146,7 +170,7 @@ func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.
 		return nil, errURL // a Cluster has one database
 	}
 	password, _ := u.User.Password()
-	return redis.NewClusterClient(&redis.ClusterOptions{
+	rdb := redis.NewClusterClient(&redis.ClusterOptions{
 		Addrs:                      addrs,
 		CredentialsProviderContext: a.credentials(u.User.Username(), password),
 		TLSConfig:                  secure,
@@ -157,7 +181,50 @@ func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.
 		// Their table costs a COMMAND to a random node, for up to 5 s and with a
 		// right of its own; every command here has its key.
 		DisableRoutingPolicies: true,
-	}), nil
+	})
+	rdb.OnNewNode(func(node *redis.Client) { node.AddHook(bounded{lost: rdb.ReloadState}) })
+	rdb.AddHook(bounded{lost: rdb.ReloadState})
+	return rdb, nil
+}
+
+// bounded is a hook that gives every exchange Timeout at most, in all: the wait
+// for a connection, the Sentinels' or the Cluster's word on where to go, the
+// dial, the log-in, and the exchange itself. go-redis' own deadlines are of each
+// of these.
+type bounded struct {
+	lost func(context.Context) // of a Cluster: has the map read again
+}
+
+func (bounded) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (b bounded) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		ctx, cancel := WithTimeout(ctx)
+		defer cancel()
+		err := next(ctx, cmd)
+		b.look(ctx, err)
+		return err
+	}
+}
+
+func (b bounded) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(ctx context.Context, cmds []redis.Cmder) error {
+		ctx, cancel := WithTimeout(ctx)
+		defer cancel()
+		err := next(ctx, cmds)
+		b.look(ctx, err)
+		return err
+	}
+}
+
+// look has a Cluster's map read again when a node does not answer, or is not the
+// one to ask: another may have taken over. go-redis by itself asks for the map
+// only after a MOVED, which a dead node does not say.
+func (b bounded) look(ctx context.Context, err error) {
+	var answer redis.Error
+	if b.lost != nil && err != nil && (!errors.As(err, &answer) || strings.HasPrefix(answer.Error(), "MOVED ")) {
+		b.lost(ctx)
+	}
 }
 
 // OpenNode returns a client for one node of the Cluster that rawURL names: for

@@ -1,8 +1,16 @@
 package registrar
 
 import (
+	"context"
+	"errors"
+	"io"
 	"math/rand/v2"
+	"net"
+	"slices"
+	"strings"
 	"time"
+
+	"github.com/redis/go-redis/v9"
 )
 
 // FirstRetry is the ceiling of the first retry's delay.
@@ -20,3 +28,54 @@ func Backoff(failures int, limit time.Duration) time.Duration {
 // Shorten jitters d to 0.8 to 1.0 of it. It never lengthens: an interval is a
 // promise to somebody.
 func Shorten(d time.Duration) time.Duration { return d - rand.N(d/5+1) }
+
+const (
+	// TryFor is how long Try tries again.
+	TryFor = 3 * time.Second
+	// lastTry is its longest pause.
+	lastTry = time.Second
+)
+
+// Try is for who does a thing once. It calls f, with Timeout each time, until f
+// succeeds, fails for good, or TryFor has passed, and returns what f returned
+// last. f may have been carried out although it failed, so it must be such that
+// it can be called again.
+func Try[T any](ctx context.Context, f func(context.Context) (T, error)) (T, error) {
+	end := time.Now().Add(TryFor)
+	for failures := 1; ; failures++ {
+		tctx, cancel := WithTimeout(ctx)
+		v, err := f(tctx)
+		cancel()
+		pause := Backoff(failures, lastTry)
+		if !Passing(err) || time.Now().Add(pause).After(end) {
+			return v, err
+		}
+		wait := time.NewTimer(pause)
+		select {
+		case <-ctx.Done():
+			wait.Stop()
+			return v, err
+		case <-wait.C:
+		}
+	}
+}
+
+// passing are the codes of a Redis that cannot answer now.
+var passing = []string{
+	"LOADING", "READONLY", "MASTERDOWN", "MISCONF", "OOM", "NOREPLICAS", "BUSY",
+	"CLUSTERDOWN", "MOVED", "ASK", "TRYAGAIN",
+}
+
+// Passing tells whether the same call may succeed in a moment: err says that
+// there was no answer, or that Redis cannot give one now. What a caller of Store
+// decides on, and a refusal for want of rights, is none of these.
+func Passing(err error) bool {
+	var answer redis.Error
+	if errors.As(err, &answer) {
+		code, _, _ := strings.Cut(answer.Error(), " ")
+		return slices.Contains(passing, code)
+	}
+	var network net.Error
+	return errors.As(err, &network) || errors.Is(err, context.DeadlineExceeded) ||
+		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, redis.ErrPoolTimeout)
+}

@@ -78,10 +78,15 @@ type Overview struct {
 	Balancers     []Balancer // without what they have applied
 }
 
-// Overview reads it, reapers and balancers by id. It is no single instant.
+// Overview reads it, reapers and balancers by id. It is no single instant. Of a
+// Cluster the store must be that of a service.
 func (s *Store) Overview(ctx context.Context) (Overview, error) {
 	k := s.keys
-	pipe := s.rdb.Pipeline()
+	node, err := s.node(ctx) // whose clock it is by
+	if err != nil {
+		return Overview{}, fmt.Errorf("read who is at work: %w", err)
+	}
+	pipe := node.Pipeline()
 	reapers := pipe.HGetAll(ctx, k.Reapers())
 	balancers := pipe.ZRangeWithScores(ctx, k.Balancers(), 0, -1)
 	config := pipe.HMGet(ctx, k.Config(), "ttl_ms", "interval_ms")

@@ -326,7 +326,14 @@ type Pulse struct {
 // Pulse writes token as the last pulse of the reaper id. Redis forgets it after
 // expiry.
 func (s *Store) Pulse(ctx context.Context, id, token string, expiry time.Duration) (Pulse, error) {
-	r, err := s.pulse.Run(ctx, s.rdb, []string{s.keys.Reaper(id), s.keys.Epoch()}, token, rand.Text(), expiry.Milliseconds(), s.now).Slice()
+	keys := []string{s.keys.Reaper(id), s.keys.Epoch()}
+	if s.keys.scope != "" {
+		// While a slot moves, or is stuck half way, a node refuses a call for a key
+		// that it lacks. So that no pulse passes where a beat does not, it names all
+		// of a beat's keys.
+		keys = append(keys, s.keys.change(s.keys.scope)...)
+	}
+	r, err := s.pulse.Run(ctx, s.rdb, keys, token, rand.Text(), expiry.Milliseconds(), s.now).Slice()
 	if err != nil {
 		return Pulse{}, fmt.Errorf("pulse: %w", err)
 	}

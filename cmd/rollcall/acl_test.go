@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,13 +24,13 @@ const rolePassword = "a password"
 
 var passwordHash = regexp.MustCompile(`#SHA256_OF_[A-Z_]*_PASSWORD`)
 
-// startRoles starts a Redis with the users of scripts/deploy/acl, and a canary,
-// which is the sidecar of another service.
-func startRoles(t *testing.T) *redistest.Server {
+// roles writes the n users of a directory under scripts/deploy into one file for
+// a Redis. The canary on a single one is the sidecar of another service.
+func roles(t *testing.T, dir string, n int) (file string) {
 	t.Helper()
-	files, err := filepath.Glob("../../scripts/deploy/acl/*.acl")
-	if err != nil || len(files) != 5 {
-		t.Fatalf("files %v, %v; want 5", files, err)
+	files, err := filepath.Glob("../../scripts/deploy/" + dir + "/*.acl")
+	if err != nil || len(files) != n {
+		t.Fatalf("files %v, %v; want %d", files, err, n)
 	}
 	users := ""
 	for _, f := range files {
@@ -41,18 +42,24 @@ func startRoles(t *testing.T) *redistest.Server {
 			t.Fatalf("%s: %d places for a password, want 1, on one line", f, n)
 		}
 		users += string(text)
-		if filepath.Base(f) == "sidecar.acl" {
+		if f == "../../scripts/deploy/acl/sidecar.acl" {
 			users += strings.NewReplacer("{web}", "{_canary}", "sidecar-web", "canary").Replace(string(text))
 		}
 	}
-	file := filepath.Join(t.TempDir(), "users.acl")
+	file = filepath.Join(t.TempDir(), "users.acl")
 	hash := fmt.Sprintf("#%x", sha256.Sum256([]byte(rolePassword)))
 	if err := os.WriteFile(file, []byte(passwordHash.ReplaceAllString(users, hash)), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	return file
+}
+
+// startRoles starts a Redis with the users of scripts/deploy/acl, and a canary.
+func startRoles(t *testing.T) *redistest.Server {
+	t.Helper()
 	t.Setenv("ROLLCALL_REDIS_PASSWORD", rolePassword)
 	t.Setenv("ROLLCALL_CANARY_REDIS_PASSWORD", rolePassword)
-	return redistest.Start(t, "--aclfile", file)
+	return redistest.Start(t, "--aclfile", roles(t, "acl", 5))
 }
 
 func roleURL(srv *redistest.Server, role string) string {
@@ -201,11 +208,7 @@ func TestRolesBounds(t *testing.T) {
 		clients[role] = roleClient(t, srv, role)
 	}
 	no := []string(nil)
-	checks := 0
-	for _, c := range []struct {
-		command string
-		may     []string
-	}{
+	checks := bounds(t, clients, []bound{
 		// Redis itself.
 		{"flushall", no}, {"flushdb", no}, {"config get maxmemory", no}, {"config set maxmemory 1", no}, {"keys *", no}, {"scan 0", no},
 		{"client list", no}, {"client kill type normal", no}, {"acl setuser x on", no}, {"acl list", no}, {"script flush", no}, {"replicaof no one", no},
@@ -241,41 +244,8 @@ func TestRolesBounds(t *testing.T) {
 		{"smembers rollcall:services", []string{reap, operate, watch}}, {"hgetall rollcall:config", []string{sidecar, sync, operate, watch}},
 		{"hgetall rollcall:{web}:meta", []string{sidecar, sync, operate, watch}}, {"hgetall rollcall:{api}:meta", []string{sync, operate, watch}},
 		{"get rollcall:{api}:version", []string{reap, sync, operate, watch}}, {"get rollcall:reaper:x", []string{reap, operate, watch}},
-	} {
-		var args []any
-		for _, f := range strings.Fields(c.command) {
-			args = append(args, f)
-		}
-		for role, rdb := range clients {
-			run := "eval"
-			if role == watch { // it has no other
-				run = "eval_ro"
-			}
-			direct := rdb.Do(t.Context(), args...).Err()
-			inside := rdb.Do(t.Context(), append([]any{run, "return redis.call(unpack(ARGV))", 0}, args...)...).Err()
-			for how, err := range map[string]error{"directly": direct, "in a script": inside} {
-				checks++
-				want := false
-				for _, may := range c.may {
-					want = want || may == role
-				}
-				if got := !refused(err); got != want {
-					t.Errorf("%s %s: %s: allowed %v, want %v: %v", role, how, c.command, got, want, err)
-				}
-			}
-		}
-	}
-	for role, rdb := range clients {
-		for channel, want := range map[string]bool{"rollcall:changes": role == sync || role == operate || role == watch, "other": false} {
-			checks++
-			ps := rdb.Subscribe(t.Context(), channel)
-			_, err := ps.Receive(t.Context())
-			if got := !refused(err); got != want {
-				t.Errorf("%s: subscribe %s: allowed %v, want %v: %v", role, channel, got, want, err)
-			}
-			_ = ps.Close()
-		}
-	}
+	})
+	checks += listeners(t, clients, sync, operate, watch)
 	t.Logf("%d checks", checks)
 
 	// The product's own scripts, in the wrong hands.
@@ -328,6 +298,56 @@ func TestRolesBounds(t *testing.T) {
 			t.Errorf("%s: %v, want a refusal", what, err)
 		}
 	}
+}
+
+// bound is who may send a command.
+type bound struct {
+	command string
+	may     []string
+}
+
+// bounds has everybody try everything, directly and from within a script, and
+// returns how many checks that were.
+func bounds(t *testing.T, clients map[string]redis.UniversalClient, table []bound) (checks int) {
+	t.Helper()
+	for _, c := range table {
+		var args []any
+		for _, f := range strings.Fields(c.command) {
+			args = append(args, f)
+		}
+		for role, rdb := range clients {
+			run := "eval"
+			if role == "watcher" { // it has no other
+				run = "eval_ro"
+			}
+			direct := rdb.Do(t.Context(), args...).Err()
+			inside := rdb.Do(t.Context(), append([]any{run, "return redis.call(unpack(ARGV))", 0}, args...)...).Err()
+			for how, err := range map[string]error{"directly": direct, "in a script": inside} {
+				checks++
+				if got, want := !refused(err), slices.Contains(c.may, role); got != want {
+					t.Errorf("%s %s: %s: allowed %v, want %v: %v", role, how, c.command, got, want, err)
+				}
+			}
+		}
+	}
+	return checks
+}
+
+// listeners checks who may subscribe.
+func listeners(t *testing.T, clients map[string]redis.UniversalClient, may ...string) (checks int) {
+	t.Helper()
+	for role, rdb := range clients {
+		for channel, want := range map[string]bool{"rollcall:changes": slices.Contains(may, role), "other": false} {
+			checks++
+			ps := rdb.Subscribe(t.Context(), channel)
+			_, err := ps.Receive(t.Context())
+			if got := !refused(err); got != want {
+				t.Errorf("%s: subscribe %s: allowed %v, want %v: %v", role, channel, got, want, err)
+			}
+			_ = ps.Close()
+		}
+	}
+	return checks
 }
 
 func setConfig(ctx context.Context, s *registrar.Store) error {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -50,10 +51,10 @@ func adminCommand(verb, help string) *cli.Command {
 				w.Weight = &n
 			}
 			return onInstance(c, a[0], a[1], func(s *session, svc registrar.Service, addr netip.AddrPort) (outcome, error) {
-				ctx, cancel := registrar.WithTimeout(c.Context)
-				defer cancel()
-				version, present, err := s.store.SetAdmin(ctx, svc, addr, w)
-				return outcome{Done: verb, Version: version, Present: present}, err
+				return registrar.Try(c.Context, func(ctx context.Context) (outcome, error) {
+					version, present, err := s.store.SetAdmin(ctx, svc, addr, w)
+					return outcome{Done: verb, Version: version, Present: present}, err
+				})
 			})
 		},
 	}
@@ -73,9 +74,16 @@ func deregisterCommand() *cli.Command {
 				return usage("unexpected argument %q; want --service NAME --addr HOST:PORT", c.Args().First())
 			}
 			return onInstance(c, c.String("service"), c.String("addr"), func(s *session, svc registrar.Service, addr netip.AddrPort) (outcome, error) {
-				ctx, cancel := registrar.WithTimeout(c.Context)
-				defer cancel()
-				version, err := s.store.Deregister(ctx, svc, addr, c.Bool("force"))
+				tries := 0
+				version, err := registrar.Try(c.Context, func(ctx context.Context) (int64, error) {
+					tries++
+					version, err := s.store.Deregister(ctx, svc, addr, c.Bool("force"))
+					if tries > 1 && errors.Is(err, registrar.ErrAbsent) { // the try without an answer took it out
+						v, err := s.store.Versions(ctx, []registrar.Service{svc})
+						return v.Of[svc], err
+					}
+					return version, err
+				})
 				if errors.Is(err, registrar.ErrBeats) {
 					s.log.Warn().Msg("stop its sidecar, or use maint to keep it out, or --force to take it out until its next beat")
 				}

@@ -121,17 +121,16 @@ func open(c *cli.Context, flag string, pool int) (redis.UniversalClient, error) 
 
 func access(c *cli.Context, flag string) (registrar.Access, error) {
 	a := registrar.Access{
-		Password:     func() (string, error) { return secret(env(flag)[0] + "_PASSWORD") },
-		SentinelUser: os.Getenv("ROLLCALL_SENTINEL_USER"),
-		CA:           c.String("redis-ca"), Cert: c.String("redis-cert"), Key: c.String("redis-key"),
+		Password:         func() (string, error) { return secret(env(flag)[0] + "_PASSWORD") },
+		SentinelUser:     os.Getenv("ROLLCALL_SENTINEL_USER"),
+		SentinelPassword: func() (string, error) { return secret("ROLLCALL_SENTINEL_PASSWORD") },
+		CA:               c.String("redis-ca"), Cert: c.String("redis-cert"), Key: c.String("redis-key"),
 	}
 	// A file that is not there is a mistake now, and an outage later.
-	_, err := a.Password()
-	if err != nil {
-		return a, usageError{err}
-	}
-	if a.SentinelPassword, err = secret("ROLLCALL_SENTINEL_PASSWORD"); err != nil {
-		return a, usageError{err}
+	for _, read := range []func() (string, error){a.Password, a.SentinelPassword} {
+		if _, err := read(); err != nil {
+			return a, usageError{err}
+		}
 	}
 	return a, nil
 }

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/redis/go-redis/v9"
 	"github.com/urfave/cli/v2"
 
 	"rollcall/lbsync"
@@ -101,9 +102,6 @@ func doctorCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			if s.store.Cluster() {
-				return usage("doctor looks at one Redis and would misjudge a Cluster")
-			}
 			clients := make([]*haproxy.Client, len(sockets))
 			for i, socket := range sockets {
 				if clients[i], err = haproxy.New(haproxy.Config{Socket: socket}, s.log); err != nil {
@@ -193,104 +191,164 @@ func worst(bad, warn bool) state {
 
 // registry looks at Redis, at what is in it, and at the roles that write there.
 func (d *doctor) registry(ctx context.Context, ttl, heartbeat time.Duration) {
-	tctx, cancel := registrar.WithTimeout(ctx)
-	err := d.store.Ping(tctx)
-	cancel()
+	_, err := registrar.Try(ctx, func(ctx context.Context) (struct{}, error) { return struct{}{}, d.store.Ping(ctx) })
 	if err != nil {
 		d.add("redis", stateBad, "without it nobody's coming or going is heard of", "check --redis and its password, and that redis-server runs", "%v", err)
 		d.unknown("registry", errors.New("not looked at"), "the finding above comes first")
 		return
 	}
-	tctx, cancel = registrar.WithTimeout(ctx)
-	server, err := d.store.Examine(tctx)
-	cancel()
-	if err != nil {
-		d.unknown("redis", err, "allow INFO and TIME to the user of --redis")
+	if d.store.Cluster() {
+		d.nodes(ctx)
 	} else {
-		d.server(server)
+		tctx, cancel := registrar.WithTimeout(ctx)
+		server, err := d.store.Examine(tctx)
+		cancel()
+		if err != nil {
+			d.unknown("redis", err, examineFix)
+		} else {
+			d.server("redis", server)
+		}
 	}
 	d.rights(ctx)
 	d.namespace(ctx, ttl, heartbeat)
 }
 
-// server judges what Redis says of itself.
-func (d *doctor) server(o registrar.Server) {
+const examineFix = "allow INFO and TIME to the user of --redis"
+
+// nodes judges a Cluster's primaries, each by itself and as a whole.
+func (d *doctor) nodes(ctx context.Context) {
+	nodes, err := registrar.Try(ctx, d.store.Nodes)
+	if err != nil {
+		d.unknown("cluster", err, "allow CLUSTER SLOTS to the user of --redis")
+		return
+	}
+	var unowned, failed int64
+	var dead, without, stopped, moving []string
+	covered := "no" // by all that were asked
+	for _, n := range nodes {
+		name := "redis " + n.Addr
+		var refused redis.Error
+		switch {
+		case n.Err == nil:
+		case errors.As(n.Err, &refused) && !registrar.Passing(n.Err):
+			d.unknown(name, n.Err, examineFix+", and CLUSTER INFO and CLUSTER NODES")
+			continue
+		default:
+			dead = append(dead, n.Addr)
+			d.add(name, stateBad, "of its services nothing is known: nobody comes or goes", "look at that host and at redis-server's log", "%v", n.Err)
+			continue
+		}
+		d.server(name, n.Server)
+		unowned, failed = max(unowned, n.Unowned), max(failed, n.Failed)
+		if n.State != "ok" {
+			stopped = append(stopped, fmt.Sprintf("%s says %s", n.Addr, cmp.Or(n.State, "nothing")))
+		}
+		if n.Replicas == 0 {
+			without = append(without, n.Addr)
+		}
+		for _, slot := range n.Moving {
+			moving = append(moving, n.Addr+" "+slot)
+		}
+		if n.Coverage == "yes" || n.Coverage == "" && covered == "no" {
+			covered = n.Coverage
+		}
+	}
+	if len(dead) == len(nodes) {
+		return
+	}
+	d.add("cluster nodes", worst(len(stopped) > 0, false), "such a node refuses everything", "redis-cli --cluster check HOST:PORT", "%s", cmp.Or(few(stopped), fmt.Sprintf("%d primaries, all in order", len(nodes)-len(dead))))
+	d.add("cluster slots", worst(unowned+failed > 0, false), "a service whose name falls on such a slot has no register", "redis-cli --cluster fix HOST:PORT, or bring the node back",
+		"%d without an owner, %d whose owner is down", unowned, failed)
+	d.add("cluster moving slots", worst(false, len(moving) > 0), "while a slot has keys on two nodes the services in it stand still", "let it come to its end, or: redis-cli --cluster fix HOST:PORT", "%s", cmp.Or(few(moving), "none"))
+	switch covered {
+	case "":
+		d.unknown("cluster coverage", errors.New("no right to read cluster-require-full-coverage"), "ACL SETUSER <user> +config|get")
+	default:
+		d.add("cluster coverage", worst(false, covered != "no"), "one shard that is down stops the services of all", "redis-cli config set cluster-require-full-coverage no, on every node; and in redis.conf: cluster-require-full-coverage no",
+			"cluster-require-full-coverage %s", covered)
+	}
+	d.add("cluster replicas", worst(false, len(without) > 0), "when such a primary dies its services stand still until it is back", "redis-cli --cluster add-node REPLICA HOST:PORT --cluster-slave --cluster-master-id ID",
+		"%s", cmp.Or(also(without, "no replica follows: "), "every primary has one"))
+}
+
+// server judges what a Redis says of itself.
+func (d *doctor) server(name string, o registrar.Server) {
 	major, _, _ := strings.Cut(o.Version, ".")
 	n, err := strconv.Atoi(major)
 	switch {
 	case err != nil:
-		d.unknown("redis version", fmt.Errorf("redis says %q", o.Version), "look at redis-cli info server")
+		d.unknown(name+" version", fmt.Errorf("redis says %q", o.Version), "look at redis-cli info server")
 	default:
-		d.add("redis version", worst(n < 7, false), "rollcall's scripts need 7.0", "upgrade redis-server", "%s", o.Version)
+		d.add(name+" version", worst(n < 7, false), "rollcall's scripts need 7.0", "upgrade redis-server", "%s", o.Version)
 	}
 
 	switch o.Role {
 	case "master":
-		d.add("redis role", stateOK, "", "", "primary")
+		d.add(name+" role", stateOK, "", "", "primary")
 	case "":
-		d.unknown("redis role", errors.New("redis does not say"), "look at redis-cli info replication")
+		d.unknown(name+" role", errors.New("redis does not say"), "look at redis-cli info replication")
 	default:
-		d.add("redis role", stateBad, "it refuses every heartbeat", "point --redis at the primary", "%s: a replica", o.Role)
+		d.add(name+" role", stateBad, "it refuses every heartbeat", "point --redis at the primary", "%s: a replica", o.Role)
 	}
 
 	const policyFix = "redis-cli config set maxmemory-policy noeviction; and in redis.conf: maxmemory-policy noeviction"
 	switch {
 	case o.Policy == "" || o.MaxMemory < 0:
-		d.unknown("redis eviction", errors.New("redis does not tell its policy"), "look at redis-cli config get maxmemory-policy")
+		d.unknown(name+" eviction", errors.New("redis does not tell its policy"), "look at redis-cli config get maxmemory-policy")
 	default:
 		evicts := o.Policy != "noeviction"
-		d.add("redis eviction", worst(evicts && o.MaxMemory > 0, evicts), "eviction takes a whole service away at once", policyFix, "maxmemory-policy %s, maxmemory %d", o.Policy, o.MaxMemory)
+		d.add(name+" eviction", worst(evicts && o.MaxMemory > 0, evicts), "eviction takes a whole service away at once", policyFix, "maxmemory-policy %s, maxmemory %d", o.Policy, o.MaxMemory)
 	}
 	switch {
 	case o.MaxMemory == 0:
-		d.add("redis memory", stateOK, "", "", "%d bytes, no limit", o.Memory)
+		d.add(name+" memory", stateOK, "", "", "%d bytes, no limit", o.Memory)
 	case o.MaxMemory < 0 || o.Memory < 0:
-		d.unknown("redis memory", errors.New("redis does not tell"), "look at redis-cli info memory")
+		d.unknown(name+" memory", errors.New("redis does not tell"), "look at redis-cli info memory")
 	default:
 		p := o.Memory * 100 / o.MaxMemory
-		d.add("redis memory", worst(p >= overPercent, p >= fullPercent), "a full Redis refuses removals, so the dead stay", "raise maxmemory, or find what fills it: redis-cli --bigkeys",
+		d.add(name+" memory", worst(p >= overPercent, p >= fullPercent), "a full Redis refuses removals, so the dead stay", "raise maxmemory, or find what fills it: redis-cli --bigkeys",
 			"%d of %d bytes (%d %%)", o.Memory, o.MaxMemory, p)
 	}
 	switch {
 	case o.Clients < 0 || o.MaxClients <= 0:
-		d.unknown("redis clients", errors.New("redis does not tell"), "look at redis-cli info clients")
+		d.unknown(name+" clients", errors.New("redis does not tell"), "look at redis-cli info clients")
 	default:
 		p := o.Clients * 100 / o.MaxClients
-		d.add("redis clients", worst(p >= overPercent, p >= fullPercent), "a sidecar that cannot connect looks dead", "raise maxclients and the file limit of redis-server",
+		d.add(name+" clients", worst(p >= overPercent, p >= fullPercent), "a sidecar that cannot connect looks dead", "raise maxclients and the file limit of redis-server",
 			"%d of %d (%d %%)", o.Clients, o.MaxClients, p)
 	}
 
 	const persistFix = "redis-cli config set appendonly yes; and in redis.conf: appendonly yes"
 	switch {
 	case o.WriteFault != "":
-		d.add("redis persistence", stateBad, "with a failed save Redis refuses writes (stop-writes-on-bgsave-error)", "look at redis-server's log and at its disk", "%s", o.WriteFault)
+		d.add(name+" persistence", stateBad, "with a failed save Redis refuses writes (stop-writes-on-bgsave-error)", "look at redis-server's log and at its disk", "%s", o.WriteFault)
 	case o.Persistent == "":
-		d.unknown("redis persistence", errors.New("no right to read whether it saves"), "ACL SETUSER <user> +config|get, or look at redis-cli config get save")
+		d.unknown(name+" persistence", errors.New("no right to read whether it saves"), "ACL SETUSER <user> +config|get, or look at redis-cli config get save")
 	default:
-		d.add("redis persistence", worst(false, o.Persistent == "no"), "a restart forgets operators' drain and maint, and holds every removal", persistFix, "%s", o.Persistent)
+		d.add(name+" persistence", worst(false, o.Persistent == "no"), "a restart forgets operators' drain and maint, and holds every removal", persistFix, "%s", o.Persistent)
 	}
 
 	const replicaFix = "redis-cli config set min-replicas-to-write 1; redis-cli config set min-replicas-max-lag 10; and both in redis.conf"
 	switch {
 	case o.Role != "master":
 	case o.Replicas < 0 || o.MinReplicas < 0:
-		d.unknown("redis replicas", errors.New("no right to read min-replicas-to-write"), "ACL SETUSER <user> +config|get")
+		d.unknown(name+" replicas", errors.New("no right to read min-replicas-to-write"), "ACL SETUSER <user> +config|get")
 	case o.MinReplicas > 0 && o.Good >= 0 && o.Good < o.MinReplicas:
-		d.add("redis replicas", stateBad, "Redis refuses writes until enough replicas follow", "bring the replicas back, or lower min-replicas-to-write",
+		d.add(name+" replicas", stateBad, "Redis refuses writes until enough replicas follow", "bring the replicas back, or lower min-replicas-to-write",
 			"%d follow, min-replicas-to-write is %d", o.Good, o.MinReplicas)
 	default:
-		d.add("redis replicas", worst(false, o.Replicas > 0 && o.MinReplicas == 0), "a primary that is cut off goes on accepting what a fail-over throws away", replicaFix,
+		d.add(name+" replicas", worst(false, o.Replicas > 0 && o.MinReplicas == 0), "a primary that is cut off goes on accepting what a fail-over throws away", replicaFix,
 			"%d, min-replicas-to-write %d", o.Replicas, o.MinReplicas)
 	}
 
 	if o.PubSubLimit < 0 {
-		d.unknown("redis pub/sub buffer", errors.New("no right to read client-output-buffer-limit"), "ACL SETUSER <user> +config|get")
+		d.unknown(name+" pub/sub buffer", errors.New("no right to read client-output-buffer-limit"), "ACL SETUSER <user> +config|get")
 	} else {
-		d.add("redis pub/sub buffer", worst(false, o.PubSubLimit > 0 && o.PubSubLimit < pubSubFloor), "a burst of changes cuts lbsync off, and it hears of them at the next poll only",
+		d.add(name+" pub/sub buffer", worst(false, o.PubSubLimit > 0 && o.PubSubLimit < pubSubFloor), "a burst of changes cuts lbsync off, and it hears of them at the next poll only",
 			`redis-cli config set client-output-buffer-limit "pubsub 33554432 8388608 60"`, "%d bytes", o.PubSubLimit)
 	}
 	off := max(o.ClockMin, -o.ClockMax, 0) // what is certain
-	d.add("redis clock", worst(false, off > maxSkew), "times in logs and in metadata do not fit together; scores are by Redis' clock alone", "run an NTP client on both hosts",
+	d.add(name+" clock", worst(false, off > maxSkew), "times in logs and in metadata do not fit together; scores are by Redis' clock alone", "run an NTP client on both hosts",
 		"between %v and %v of this host's", o.ClockMin.Round(time.Microsecond), o.ClockMax.Round(time.Microsecond))
 }
 
@@ -345,7 +403,10 @@ func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
 		return
 	}
 	inv, err := d.store.Inventory(ctx)
-	if err != nil {
+	switch {
+	case err != nil && d.store.Cluster() && len(inv.Services) > 0:
+		d.unknown("registry", fmt.Errorf("not all of it: %w", err), "the findings of the nodes come first")
+	case err != nil:
 		d.unknown("registry", err, "allow SCAN, TYPE, SMEMBERS, SISMEMBER and EXISTS to the user of --redis")
 		return
 	}
@@ -353,12 +414,17 @@ func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
 	switch {
 	case inv.Complete && inv.Keys == 0:
 		d.add("registry", stateWarn, "nobody has registered and no reaper has run", "check --redis, its database number and --namespace", "no key of the namespace")
+	case err != nil:
 	case !inv.Complete:
 		d.unknown("registry", fmt.Errorf("too many keys in this database; %d of the namespace seen", inv.Keys), "give rollcall a database of its own")
 	default:
 		d.add("registry", stateOK, "", "", "%d keys, %d services", inv.Keys, len(inv.Services))
 	}
-	d.add("registry epoch", worst(false, reg.Epoch == ""), "without one nobody notices that the data was lost", "start a reaper: it sets one", "%s", cmp.Or(reg.Epoch, "none"))
+	if d.store.Cluster() {
+		d.registers(ctx, inv.Services, reg)
+	} else {
+		d.add("registry epoch", worst(false, reg.Epoch == ""), noEpoch, epochFix, "%s", cmp.Or(reg.Epoch, "none"))
+	}
 	d.config(reg, ttl, heartbeat)
 
 	del := func(key string) string { return "look at it, then: redis-cli del " + quote(key) }
@@ -387,6 +453,36 @@ func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
 	d.instances(ctx, inv, reg)
 	d.reapers(ctx, inv, reg)
 	d.balancers(ctx, inv.Services)
+}
+
+const (
+	noEpoch  = "without one nobody notices that the data was lost"
+	epochFix = "start a reaper: it sets one"
+)
+
+// registers judges what each service's own register in a Cluster says of itself,
+// against the whole.
+func (d *doctor) registers(ctx context.Context, svcs []registrar.Service, whole registrar.Registry) {
+	var blank, other []string
+	for _, svc := range svcs {
+		tctx, cancel := registrar.WithTimeout(ctx)
+		reg, err := d.store.Of(svc).Registry(tctx)
+		cancel()
+		switch {
+		case err != nil:
+			d.unknown("registry of "+string(svc), err, "the findings of the nodes come first")
+			continue
+		case reg.Fault != "":
+			other = append(other, fmt.Sprintf("%s: %s", svc, reg.Fault))
+		case reg.Configured && (reg.TTL != whole.TTL || reg.Interval != whole.Interval):
+			other = append(other, fmt.Sprintf("%s has ttl %v, heartbeat %v", svc, reg.TTL, reg.Interval))
+		}
+		if reg.Epoch == "" {
+			blank = append(blank, string(svc))
+		}
+	}
+	d.add("registry epochs", worst(false, len(blank) > 0), noEpoch, epochFix, "%s", cmp.Or(also(blank, "none of "), "every service has one"))
+	d.add("registry configs", worst(len(other) > 0, false), "reapers refuse to work with times that differ", fmt.Sprintf("rollcall reap --ttl %v --heartbeat %v --set-ttl --once", whole.TTL, whole.Interval), "%s", cmp.Or(few(other), "all as the whole"))
 }
 
 func (d *doctor) config(reg registrar.Registry, ttl, heartbeat time.Duration) {
@@ -443,30 +539,71 @@ func (d *doctor) instances(ctx context.Context, inv registrar.Inventory, reg reg
 	d.add("registry silence", worst(false, len(stale) > 0), "the dead are still served, if no check says otherwise", "see the reapers below; if they live, they hold back: their log says why", "%s", cmp.Or(few(stale), "nobody is silent for longer than the TTL"))
 }
 
+const (
+	noReaper  = "nobody takes the dead out"
+	oneReaper = "when it stops nobody takes the dead out"
+	reaperFix = "rollcall reap, on two hosts or more"
+	pulseFix  = "allow PTTL to the user of --redis"
+)
+
 func (d *doctor) reapers(ctx context.Context, inv registrar.Inventory, reg registrar.Registry) {
-	var alive, silent []string
-	for _, id := range inv.Reapers {
-		age, err := d.store.LastPulse(ctx, id, pulseTTLs*reg.TTL)
+	if d.store.Cluster() {
+		d.clusterReapers(ctx, inv, reg)
+		return
+	}
+	alive, silent, err := pulses(ctx, d.store, inv.Reapers[""], reg.TTL)
+	if err != nil {
+		d.unknown("reapers", err, pulseFix)
+		return
+	}
+	why := noReaper
+	if len(alive) > 0 {
+		why = oneReaper
+	}
+	d.add("reapers", worst(len(alive) == 0, len(alive) == 1), why, reaperFix, "%d alive%s", len(alive), also(silent, "; "))
+}
+
+// clusterReapers judges the reapers of each service: they pulse in its slot.
+func (d *doctor) clusterReapers(ctx context.Context, inv registrar.Inventory, reg registrar.Registry) {
+	var none, one []string
+	for _, svc := range inv.Services {
+		alive, _, err := pulses(ctx, d.store.Of(svc), inv.Reapers[svc], reg.TTL)
 		switch {
 		case err != nil:
-			d.unknown("reapers", err, "allow PTTL to the user of --redis")
-			return
+			d.unknown("reapers of "+string(svc), err, pulseFix)
+		case len(alive) == 0 && d.sizes[svc] > 0:
+			none = append(none, string(svc))
+		case len(alive) == 1:
+			one = append(one, string(svc))
+		}
+	}
+	switch {
+	case len(none) > 0:
+		d.add("reapers", stateBad, noReaper, reaperFix, "none alive for %s", few(none))
+	case len(one) > 0:
+		d.add("reapers", stateWarn, oneReaper, reaperFix, "only one alive for %s", few(one))
+	case len(inv.Services) == 0:
+		d.add("reapers", stateOK, "", "", "nobody to look after")
+	default:
+		d.add("reapers", stateOK, "", "", "two or more alive for every service")
+	}
+}
+
+// pulses sorts reapers of one register by whether they pulse.
+func pulses(ctx context.Context, store *registrar.Store, ids []string, ttl time.Duration) (alive, silent []string, err error) {
+	for _, id := range ids {
+		age, err := store.LastPulse(ctx, id, pulseTTLs*ttl)
+		switch {
+		case err != nil:
+			return nil, nil, err
 		case age == registrar.Unknown: // it went meanwhile
-		case age <= reg.TTL/3: // it pulses five times in that
+		case age <= ttl/3: // it pulses five times in that
 			alive = append(alive, id)
 		default:
 			silent = append(silent, fmt.Sprintf("%s (silent for %v)", id, age.Round(time.Second)))
 		}
 	}
-	seen := fmt.Sprintf("%d alive", len(alive))
-	if len(silent) > 0 {
-		seen += "; " + few(silent)
-	}
-	why := "nobody takes the dead out"
-	if len(alive) > 0 {
-		why = "when it stops nobody takes the dead out"
-	}
-	d.add("reapers", worst(len(alive) == 0, len(alive) == 1), why, "rollcall reap, on two hosts or more", "%s", seen)
+	return alive, silent, nil
 }
 
 // balancers judges who applies what. With --backend only those services count,

@@ -424,7 +424,7 @@ func TestDoctorServer(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			o, d := good, doctor{}
 			tt.change(&o)
-			d.server(o)
+			d.server("redis", o)
 			expect(t, d.findings, tt.want...)
 		})
 	}

@@ -49,13 +49,14 @@ func (b *lockedBuffer) String() string {
 type system struct {
 	redis *redistest.Server
 	ha    *haproxytest.HAProxy
+	env   []string // more of it
 }
 
 // spawn starts a rollcall that the test's end kills.
 func (s *system) spawn(t *testing.T, args ...string) *process {
 	t.Helper()
 	p := &process{cmd: exec.Command(binary(t), args...), out: &lockedBuffer{}, done: make(chan struct{})}
-	p.cmd.Env = append(p.cmd.Environ(), "ROLLCALL_REDIS="+s.redis.URL())
+	p.cmd.Env = append(append(p.cmd.Environ(), "ROLLCALL_REDIS="+s.redis.URL()), s.env...)
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {
@@ -90,7 +91,7 @@ func (p *process) signal(t *testing.T, sig syscall.Signal) (code int) {
 func (s *system) rollcall(t *testing.T, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
 	cmd := exec.Command(binary(t), args...)
-	cmd.Env = append(cmd.Environ(), "ROLLCALL_REDIS="+s.redis.URL())
+	cmd.Env = append(append(cmd.Environ(), "ROLLCALL_REDIS="+s.redis.URL()), s.env...)
 	var o, e bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &o, &e
 	err := cmd.Run()
@@ -503,9 +504,6 @@ func TestBadInput(t *testing.T) {
 		{"http dry", []string{"lbsync", "--backend", "web=be", "--http", "127.0.0.1:0", "--dry-run"}},
 		{"pprof alone", []string{"reap", "--pprof"}},
 		{"canary in a Cluster only", []string{"reap", "--canary-redis", "redis+cluster://u:secret@h"}},
-		{"status of a Cluster", []string{"status", "--redis", "redis+cluster://u:secret@h"}},
-		{"metrics of a Cluster's reaper", []string{"reap", "--redis", "redis+cluster://u:secret@h", "--http", "127.0.0.1:0"}},
-		{"doctor of a Cluster", []string{"doctor", "--redis", "redis+cluster://u:secret@h"}},
 		{"wait for what", []string{"wait", "web", "--for", "happiness"}},
 		{"doctor's socket alone", []string{"doctor", "--socket", "/nonexistent"}},
 		{"doctor's backend alone", []string{"doctor", "--backend", "web=be"}},
@@ -601,6 +599,26 @@ func TestOutput(t *testing.T) {
 	})
 	if code := watch.signal(t, syscall.SIGINT); code != 0 {
 		t.Errorf("watch ends with %d", code)
+	}
+	// A Redis that hangs for longer than one exchange may take is asked again.
+	s.redis.Signal(t, syscall.SIGSTOP)
+	begun := time.Now()
+	var commands []*process
+	for _, args := range [][]string{{"services"}, {"instances", "web"}, {"lb"}, {"ready", "web", "127.0.0.1:9009"}} {
+		commands = append(commands, s.spawn(t, args...))
+	}
+	haproxytest.Poll(t, "the first exchange has timed out", func() error {
+		if took := time.Since(begun); took < 1500*time.Millisecond {
+			return fmt.Errorf("%v", took)
+		}
+		return nil
+	})
+	s.redis.Signal(t, syscall.SIGCONT)
+	for _, p := range commands {
+		<-p.done
+		if code := p.cmd.ProcessState.ExitCode(); code != 0 {
+			t.Errorf("%v: exit %d, %s", p.cmd.Args, code, p.out)
+		}
 	}
 	s.redis.Kill(t)
 	if _, stderr, code := s.rollcall(t, "services"); code != exitFailed || stderr == "" {

@@ -37,7 +37,7 @@ func servicesCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			rows, err := services(c, s.store)
+			rows, err := registrar.Try(c.Context, s.services)
 			if rows == nil {
 				return err
 			}
@@ -51,32 +51,40 @@ func servicesCommand() *cli.Command {
 }
 
 // services returns the rows that could be read, or none, and why not all.
-func services(c *cli.Context, store *registrar.Store) ([]serviceRow, error) {
-	ctx, cancel := registrar.WithTimeout(c.Context)
-	defer cancel()
-	svcs, _, err := store.Services(ctx)
+func (s *session) services(ctx context.Context) ([]serviceRow, error) {
+	svcs, _, err := s.store.Services(ctx)
 	if err != nil {
 		return nil, err
 	}
 	slices.Sort(svcs)
-	if !store.Cluster() {
-		return count(ctx, store, svcs)
+	if !s.store.Cluster() {
+		return count(ctx, s.store, svcs)
 	}
-	parts, errs := make([][]serviceRow, len(svcs)), make([]error, len(svcs))
+	parts := make([][]serviceRow, len(svcs))
+	err = s.each(svcs, func(i int, of *registrar.Store) (err error) {
+		parts[i], err = count(ctx, of, svcs[i:i+1])
+		return err
+	})
+	rows := slices.DeleteFunc(append([]serviceRow{}, slices.Concat(parts...)...), func(r serviceRow) bool {
+		return r.Instances == 0 // its name stays on the list for a while
+	})
+	return rows, err
+}
+
+// each calls f with the register of every service of a Cluster, of all at the
+// same time, so that a shard that hangs keeps nobody else waiting.
+func (s *session) each(svcs []registrar.Service, f func(i int, of *registrar.Store) error) error {
+	errs := make([]error, len(svcs))
 	var asking sync.WaitGroup
 	for i, svc := range svcs {
 		asking.Go(func() {
-			var err error
-			if parts[i], err = count(ctx, store.Of(svc), svcs[i:i+1]); err != nil {
+			if err := f(i, s.store.Of(svc)); err != nil {
 				errs[i] = fmt.Errorf("%s: %w", svc, err)
 			}
 		})
 	}
 	asking.Wait()
-	rows := slices.DeleteFunc(append([]serviceRow{}, slices.Concat(parts...)...), func(r serviceRow) bool {
-		return r.Instances == 0 // its name stays on the list for a while
-	})
-	return rows, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
 // count reads services of one register.
@@ -134,9 +142,7 @@ func instancesCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			ctx, cancel := registrar.WithTimeout(c.Context)
-			defer cancel()
-			snap, err := s.store.Read(ctx, svc, nil)
+			snap, err := registrar.Try(c.Context, func(ctx context.Context) (registrar.Snapshot, error) { return s.store.Read(ctx, svc, nil) })
 			if err != nil {
 				return err
 			}

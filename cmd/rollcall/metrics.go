@@ -7,6 +7,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -121,14 +122,23 @@ func beatCause(err error) string {
 	return "connection"
 }
 
-// meteredStore counts what a reaper asks of the register.
-type meteredStore struct {
-	reaper.Store
-	pulses, failed                prometheus.Counter
-	services, instances, suspects prometheus.Gauge
+// reapings is what a reaper did and found; of a Cluster, all its reapers
+// together.
+type reapings struct {
+	pulses, failed, canaries, silent prometheus.Counter
+
+	mu   sync.Mutex
+	last map[registrar.Service][]registrar.Count // of each register's last sweep; guarded by mu
 }
 
-func (s *meteredStore) Pulse(ctx context.Context, id, token string, expiry time.Duration) (registrar.Pulse, error) {
+// meteredStore counts what the reaper of a register asks of it.
+type meteredStore struct {
+	reaper.Store
+	of registrar.Service // in a Cluster; else empty
+	*reapings
+}
+
+func (s meteredStore) Pulse(ctx context.Context, id, token string, expiry time.Duration) (registrar.Pulse, error) {
 	p, err := s.Store.Pulse(ctx, id, token, expiry)
 	s.pulses.Inc()
 	if err != nil {
@@ -137,38 +147,51 @@ func (s *meteredStore) Pulse(ctx context.Context, id, token string, expiry time.
 	return p, err
 }
 
-func (s *meteredStore) Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error) {
+func (s meteredStore) Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error) {
 	counts, err := s.Store.Survey(ctx, svcs, now, cutoff, suspect)
-	if err != nil {
-		return counts, err
+	if err == nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.last[s.of] = slices.Clone(counts)
 	}
-	var members, suspects int64
-	for _, c := range counts {
-		members += max(c.Members, 0)
-		suspects += c.Suspects
-	}
-	s.services.Set(float64(len(counts)))
-	s.instances.Set(float64(members))
-	s.suspects.Set(float64(suspects))
-	return counts, nil
+	return counts, err
 }
 
-// reaper puts counters around what a reaper is made of. The reaper is known
-// later: status is called at a scrape.
-func (m *monitor) reaper(cfg *reaper.Config, store reaper.Store, canary reaper.Canary, status func() registrar.ReaperStatus) (reaper.Store, reaper.Canary) {
-	one := func(name, help string) prometheus.Gauge {
-		return prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
+// sums adds up the last sweeps of the registers that are reaped.
+func (r *reapings) sums(of map[registrar.Service]registrar.ReaperStatus) (services, instances, suspects int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for register, counts := range r.last {
+		if _, reaped := of[register]; !reaped {
+			delete(r.last, register)
+			continue
+		}
+		for _, c := range counts {
+			if register != "" && c.Members == 0 {
+				continue // its reaper waits whether it comes back
+			}
+			services++
+			instances += max(c.Members, 0)
+			suspects += c.Suspects
+		}
 	}
-	s := &meteredStore{
-		Store:     store,
-		pulses:    counter("rollcall_reaper_pulses_total", "Pulses sent."),
-		failed:    counter("rollcall_reaper_pulse_failures_total", "Pulses that Redis did not accept in time."),
-		services:  one("rollcall_reaper_services", "Services at the last sweep."),
-		instances: one("rollcall_reaper_instances", "Instances at the last sweep."),
-		suspects:  one("rollcall_reaper_suspects", "Instances at the last sweep that have missed a heartbeat and may be dead."),
+	return services, instances, suspects
+}
+
+// reapStatus returns the state of the reaper of each register: of one, under "",
+// or of a Cluster's services; or why that is not known.
+type reapStatus func() (map[registrar.Service]registrar.ReaperStatus, error)
+
+// reaper returns what puts counters around what the reaper of a register is made
+// of. The reaper is known later: status is called at a scrape.
+func (m *monitor) reaper(cfg *reaper.Config, status reapStatus) func(registrar.Service, reaper.Store, reaper.Canary) (reaper.Store, reaper.Canary) {
+	r := &reapings{
+		pulses:   counter("rollcall_reaper_pulses_total", "Pulses sent."),
+		failed:   counter("rollcall_reaper_pulse_failures_total", "Pulses that Redis did not accept in time."),
+		canaries: counter("rollcall_reaper_canaries_total", "Heartbeats sent as an instance would, on a new connection."),
+		silent:   counter("rollcall_reaper_canary_failures_total", "Such heartbeats that were not accepted."),
+		last:     map[registrar.Service][]registrar.Count{},
 	}
-	canaries := counter("rollcall_reaper_canaries_total", "Heartbeats sent as an instance would, on a new connection.")
-	silent := counter("rollcall_reaper_canary_failures_total", "Such heartbeats that were not accepted.")
 	removed := counter("rollcall_reaper_removed_total", "Instances taken out because they stopped answering.")
 	lateness := prometheus.NewHistogram(prometheus.HistogramOpts{
 		Name: "rollcall_reaper_removal_lateness_seconds", Help: "Time from the end of an instance's TTL to its removal: the longest of each sweep of a service.",
@@ -178,44 +201,76 @@ func (m *monitor) reaper(cfg *reaper.Config, store reaper.Store, canary reaper.C
 		removed.Add(float64(n))
 		lateness.Observe(late.Seconds())
 	}
-	armed := gauge("rollcall_reaper_armed", "1 while it has proof that Redis accepts heartbeats, and may remove.")
-	disarmed := gauge("rollcall_reaper_disarmed", "1, labelled with the cause, while it is not armed.", "cause")
+	services := gauge("rollcall_reaper_services", "Services at the last sweep.")
+	instances := gauge("rollcall_reaper_instances", "Instances at the last sweep.")
+	suspects := gauge("rollcall_reaper_suspects", "Instances at the last sweep that have missed a heartbeat and may be dead.")
+	armed := gauge("rollcall_reaper_armed", "1 while it has proof that Redis accepts heartbeats, and may remove; in a Cluster from every service.")
+	disarmed := gauge("rollcall_reaper_disarmed", "1, labelled with the cause, while it is not armed; in a Cluster for how many services.", "cause")
 	holds := gauge("rollcall_reaper_holds", "Holds of the protection: services of which nobody is removed; all services at once count as one.")
 	held := gauge("rollcall_reaper_held_suspects", "Suspects that these holds keep.")
-	m.add(s.pulses, s.failed, s.services, s.instances, s.suspects, canaries, silent, removed, lateness, scraped{
-		[]*prometheus.Desc{armed, disarmed, holds, held},
+	m.add(r.pulses, r.failed, r.canaries, r.silent, removed, lateness, scraped{
+		[]*prometheus.Desc{services, instances, suspects, armed, disarmed, holds, held},
 		func(emit func(*prometheus.Desc, float64, ...string)) {
-			st := status()
-			emit(armed, number(st.Armed))
-			if !st.Armed {
-				emit(disarmed, 1, st.Cause)
+			of, err := status()
+			names, members, doubtful := r.sums(of)
+			emit(services, float64(names))
+			emit(instances, float64(members))
+			emit(suspects, float64(doubtful))
+			causes := map[string]float64{}
+			keeps := map[registrar.Service]int64{}
+			for _, st := range of {
+				if !st.Armed {
+					causes[st.Cause]++
+				}
+				for _, h := range st.Held {
+					keeps[h.Service] = max(keeps[h.Service], h.Suspects)
+				}
 			}
-			emit(holds, float64(len(st.Held)))
-			var most int64 // the hold of all services counts those of each again
+			emit(armed, number(err == nil && len(causes) == 0))
+			for cause, n := range causes {
+				emit(disarmed, n, cause)
+			}
+			emit(holds, float64(len(keeps)))
+			most := keeps[""] // the hold of all services counts those of each again
 			var sum int64
-			for _, h := range st.Held {
-				if h.Service == "" {
-					most = h.Suspects
-				} else {
-					sum += h.Suspects
+			for svc, n := range keeps {
+				if svc != "" {
+					sum += n
 				}
 			}
 			emit(held, float64(max(most, sum)))
 		},
 	})
 	m.ready = func() error {
-		if st := status(); !st.Armed {
-			return fmt.Errorf("not armed: %s", st.Cause)
-		}
-		return nil
-	}
-	return s, func(ctx context.Context) error {
-		err := canary(ctx)
-		canaries.Inc()
+		of, err := status()
 		if err != nil {
-			silent.Inc()
+			return err
 		}
-		return err
+		var idle []registrar.Service
+		for svc, st := range of {
+			if !st.Armed {
+				idle = append(idle, svc)
+			}
+		}
+		if len(idle) == 0 {
+			return nil
+		}
+		slices.Sort(idle)
+		why := of[idle[0]].Cause
+		if idle[0] != "" {
+			why = fmt.Sprintf("%s, for %s", why, few(idle))
+		}
+		return fmt.Errorf("not armed: %s", why)
+	}
+	return func(svc registrar.Service, store reaper.Store, canary reaper.Canary) (reaper.Store, reaper.Canary) {
+		return meteredStore{store, svc, r}, func(ctx context.Context) error {
+			err := canary(ctx)
+			r.canaries.Inc()
+			if err != nil {
+				r.silent.Inc()
+			}
+			return err
+		}
 	}
 }
 

@@ -503,7 +503,7 @@ func metricNames(t *testing.T) (names []string, histograms map[string]bool) {
 	for _, wire := range []func(m *monitor){
 		func(m *monitor) { m.beats("web", addrOne{}) },
 		func(m *monitor) {
-			m.reaper(&reaper.Config{}, store, nil, func() registrar.ReaperStatus { return registrar.ReaperStatus{} })
+			m.reaper(&reaper.Config{}, func() (map[registrar.Service]registrar.ReaperStatus, error) { return nil, nil })
 		},
 		func(m *monitor) {
 			m.syncer(func() lbsync.Status { return lbsync.Status{} }, m.balancer(&lbsync.Config{}, nil), new(atomic.Bool))

@@ -62,17 +62,7 @@ func reapCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			var r reaping
-			if s.store.Cluster() {
-				if mon != nil {
-					return usage("--http: a reaper of a Cluster has no metrics yet")
-				}
-				r, err = reaper.NewCluster(cfg, s.store, func(svc registrar.Service) (reaper.Store, reaper.Canary) {
-					return s.store.Of(svc), canary(svc)
-				}, s.log)
-			} else {
-				r, err = newReaper(cfg, s, canary(""), mon)
-			}
+			r, err := newReaping(cfg, s, canary, mon)
 			if err != nil {
 				return usageError{err}
 			}
@@ -106,16 +96,38 @@ type reaping interface {
 	Once(ctx context.Context, force bool) (reaper.Report, error)
 }
 
-// newReaper returns the reaper of one registry, watched by mon if there is one.
-func newReaper(cfg reaper.Config, s *session, canary reaper.Canary, mon *monitor) (*reaper.Reaper, error) {
-	var r *reaper.Reaper
-	var store reaper.Store = s.store
-	if mon != nil {
-		store, canary = mon.reaper(&cfg, store, canary, func() registrar.ReaperStatus { return r.Status() })
-	}
+// newReaping returns the reaper of a registry, or the reapers of a Cluster's,
+// watched by mon if there is one.
+func newReaping(cfg reaper.Config, s *session, canary func(registrar.Service) reaper.Canary, mon *monitor) (reaping, error) {
+	var one *reaper.Reaper
+	var many *reaper.Cluster
 	var err error
-	r, err = reaper.New(cfg, store, canary, s.log)
-	return r, err
+	wrap := func(_ registrar.Service, store reaper.Store, canary reaper.Canary) (reaper.Store, reaper.Canary) {
+		return store, canary
+	}
+	if !s.store.Cluster() {
+		if mon != nil {
+			wrap = mon.reaper(&cfg, func() (map[registrar.Service]registrar.ReaperStatus, error) {
+				return map[registrar.Service]registrar.ReaperStatus{"": one.Status()}, nil
+			})
+		}
+		store, canary := wrap("", s.store, canary(""))
+		one, err = reaper.New(cfg, store, canary, s.log)
+		return one, err
+	}
+	if mon != nil {
+		wrap = mon.reaper(&cfg, func() (map[registrar.Service]registrar.ReaperStatus, error) {
+			of, listed := many.Status()
+			if !listed {
+				return nil, errors.New("not armed: the services could not be listed yet")
+			}
+			return of, nil
+		})
+	}
+	many, err = reaper.NewCluster(cfg, s.store, func(svc registrar.Service) (reaper.Store, reaper.Canary) {
+		return wrap(svc, s.store.Of(svc), canary(svc))
+	}, s.log)
+	return many, err
 }
 
 // newCanary returns what makes a reaper's canary; outside of a Cluster, whatever

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"regexp"
@@ -28,6 +29,7 @@ type statusDoc struct {
 	Overrule  string           `json:"overrule"` // the command that takes the held out
 	Balancers []statusBalancer `json:"balancers"`
 	problems  []string
+	cluster   bool
 }
 
 type registryFacts struct {
@@ -44,12 +46,15 @@ type registryFacts struct {
 type reaperRow struct {
 	Reaper string `json:"reaper"`
 	Live   bool   `json:"live"`
-	Armed  bool   `json:"armed"`
+	Armed  bool   `json:"armed"`           // in a Cluster: for each service that it knows
 	Cause  string `json:"cause,omitempty"` // of not being armed
 	Error  string `json:"error,omitempty"` // of the cause
 	Since  int64  `json:"since,omitempty"` // armed, or not
 	Until  int64  `json:"until,omitempty"` // not armed before
 	Seen   int64  `json:"seen,omitempty"`
+	// In a Cluster: how many services it knows, and for how many it is armed.
+	Services int `json:"services,omitempty"`
+	ArmedFor int `json:"armed_for,omitempty"`
 }
 
 func newReaperRow(r registrar.ReaperReport) reaperRow {
@@ -85,13 +90,18 @@ func statusCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			if s.store.Cluster() {
-				return usage("status looks at one registry and would misjudge a Cluster, where each service is one")
-			}
-			doc, err := s.status(c)
-			if err != nil {
+			doc, err := registrar.Try(c.Context, func(ctx context.Context) (*statusDoc, error) {
+				if s.store.Cluster() {
+					return s.clusterStatus(ctx)
+				}
+				return s.status(ctx)
+			})
+			if doc == nil {
 				return err
 			}
+			doc.Registry.Namespace = c.String("namespace")
+			doc.Overrule += sameRegistry(c)
+			doc.judge()
 			if s.json {
 				err = s.document(doc)
 			} else {
@@ -105,46 +115,173 @@ func statusCommand() *cli.Command {
 	}
 }
 
-func (s *session) status(c *cli.Context) (statusDoc, error) {
-	ctx, cancel := registrar.WithTimeout(c.Context)
-	defer cancel()
+func (s *session) status(ctx context.Context) (*statusDoc, error) {
 	o, err := s.store.Overview(ctx)
 	if err != nil {
-		return statusDoc{}, err
+		return nil, err
 	}
-	rows, err := services(c, s.store)
+	rows, err := s.services(ctx)
 	if err != nil {
-		return statusDoc{}, err
+		return nil, err
 	}
-	doc := statusDoc{
-		Now: o.Now,
-		Registry: registryFacts{
-			Namespace: c.String("namespace"), Epoch: o.Epoch, Version: o.Version, Services: len(rows),
-			TTLMS: o.TTL.Milliseconds(), IntervalMS: o.Interval.Milliseconds(),
-		},
+	doc := &statusDoc{
+		Now: o.Now, Registry: registryFacts{Epoch: o.Epoch, Version: o.Version, TTLMS: o.TTL.Milliseconds(), IntervalMS: o.Interval.Milliseconds()},
 		Reapers: []reaperRow{}, Held: held(o.Reapers), Balancers: []statusBalancer{},
-		Overrule: reaper.Overrule(o.TTL, o.Interval) + sameRegistry(c),
+		Overrule: reaper.Overrule(o.TTL, o.Interval),
 	}
-	for _, r := range rows {
-		doc.Registry.Instances += max(r.Instances, 0)
-		doc.Registry.Stale += r.Stale
-	}
-	armed := false
+	doc.count(rows)
 	for _, r := range o.Reapers {
 		doc.Reapers = append(doc.Reapers, newReaperRow(r))
-		armed = armed || r.Live && r.Armed
 	}
 	for _, b := range o.Balancers {
 		doc.Balancers = append(doc.Balancers, statusBalancer{b.ID, b.Live, b.Seen})
 	}
-	if !armed {
+	if !armed(o) {
 		doc.problems = append(doc.problems, "no reaper is armed, so nobody is taken out")
 	}
-	for _, h := range doc.Held {
-		doc.problems = append(doc.problems, fmt.Sprintf("%s held: %d of %d look dead at once", heldName(h.Service), h.Suspects, h.Members))
-	}
-	doc.Healthy = len(doc.problems) == 0
 	return doc, nil
+}
+
+// clusterStatus puts together what the registers of all services say. With an
+// error it returns what is known nevertheless, if that is anything.
+func (s *session) clusterStatus(ctx context.Context) (*statusDoc, error) {
+	svcs, _, err := s.store.Services(ctx)
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(svcs)
+	rows, views := make([][]serviceRow, len(svcs)), make([]registrar.Overview, len(svcs))
+	unread := make([]string, len(svcs))
+	err = s.each(svcs, func(i int, of *registrar.Store) (err error) {
+		if views[i], err = of.Overview(ctx); err == nil {
+			rows[i], err = count(ctx, of, svcs[i:i+1])
+		}
+		if err != nil {
+			unread[i] = string(svcs[i])
+		}
+		return err
+	})
+	doc := &statusDoc{cluster: true, Reapers: []reaperRow{}, Balancers: []statusBalancer{}}
+	ttl, interval := registrar.DefaultTTL, registrar.DefaultInterval
+	for _, o := range views {
+		doc.Now = max(doc.Now, o.Now)
+		if o.Now > 0 { // each has a copy of the whole's
+			ttl, interval = o.TTL, o.Interval
+		}
+	}
+	doc.Registry = registryFacts{TTLMS: ttl.Milliseconds(), IntervalMS: interval.Milliseconds()}
+	doc.Overrule = reaper.Overrule(ttl, interval)
+	var reports []registrar.ReaperReport
+	var idle []string // services that nobody is armed for
+	for i, o := range views {
+		if len(rows[i]) == 0 || rows[i][0].Instances == 0 {
+			continue // unknown; or its name stays on the list for a while
+		}
+		doc.count(rows[i])
+		if !armed(o) {
+			idle = append(idle, string(svcs[i]))
+		}
+		// Each node has a clock of its own, and the document one.
+		shift := doc.Now - o.Now
+		for _, r := range o.Reapers {
+			r = shifted(r, shift)
+			reports = append(reports, r)
+			doc.reaper(svcs[i], r)
+		}
+		for _, b := range o.Balancers {
+			doc.balancer(statusBalancer{b.ID, b.Live, b.Seen + shift})
+		}
+	}
+	doc.Held = held(reports)
+	slices.SortFunc(doc.Reapers, func(a, b reaperRow) int { return strings.Compare(a.Reaper, b.Reaper) })
+	slices.SortFunc(doc.Balancers, func(a, b statusBalancer) int { return strings.Compare(a.Balancer, b.Balancer) })
+	if len(idle) > 0 {
+		doc.problems = append(doc.problems, "no reaper is armed, so nobody is taken out, of "+few(idle))
+	}
+	if unread = slices.DeleteFunc(unread, func(s string) bool { return s == "" }); len(unread) > 0 {
+		first, _, _ := strings.Cut(err.Error(), "\n")
+		doc.problems = append(doc.problems, fmt.Sprintf("nothing is known of %s: %s", few(unread), first))
+	}
+	return doc, err
+}
+
+// armed tells whether one of the reapers is at work.
+func armed(o registrar.Overview) bool {
+	return slices.ContainsFunc(o.Reapers, func(r registrar.ReaperReport) bool { return r.Live && r.Armed })
+}
+
+// shifted is r by a clock that is d ms ahead.
+func shifted(r registrar.ReaperReport, d int64) registrar.ReaperReport {
+	move := func(at *int64) {
+		if *at != 0 {
+			*at += d
+		}
+	}
+	r.Held = slices.Clone(r.Held)
+	move(&r.Seen)
+	move(&r.Since)
+	move(&r.Until)
+	for i := range r.Held {
+		move(&r.Held[i].Since)
+		move(&r.Held[i].Until)
+	}
+	return r
+}
+
+// reaper adds what a reaper of a Cluster says of one service. Of those for which
+// it is not armed, the first says why.
+func (d *statusDoc) reaper(svc registrar.Service, r registrar.ReaperReport) {
+	row := newReaperRow(r)
+	if row.Cause != "" {
+		row.Cause = string(svc) + ": " + row.Cause
+	}
+	row.Services = 1
+	if row.Armed {
+		row.ArmedFor = 1
+	}
+	i := slices.IndexFunc(d.Reapers, func(x reaperRow) bool { return x.Reaper == row.Reaper })
+	if i < 0 {
+		d.Reapers = append(d.Reapers, row)
+		return
+	}
+	old := &d.Reapers[i]
+	switch {
+	case row.Live && !old.Live: // what it does not say any more counts for nothing
+		*old = row
+		return
+	case !row.Live && old.Live:
+		return
+	}
+	services, armedFor, since, seen := old.Services+1, old.ArmedFor+row.ArmedFor, max(old.Since, row.Since), max(old.Seen, row.Seen)
+	if old.Armed && !row.Armed {
+		*old = row
+	}
+	old.Services, old.ArmedFor, old.Since, old.Seen = services, armedFor, since, seen
+}
+
+func (d *statusDoc) balancer(b statusBalancer) {
+	i := slices.IndexFunc(d.Balancers, func(x statusBalancer) bool { return x.Balancer == b.Balancer })
+	if i < 0 {
+		d.Balancers = append(d.Balancers, b)
+		return
+	}
+	d.Balancers[i].Live = d.Balancers[i].Live || b.Live
+	d.Balancers[i].Seen = max(d.Balancers[i].Seen, b.Seen)
+}
+
+func (d *statusDoc) count(rows []serviceRow) {
+	for _, r := range rows {
+		d.Registry.Services++
+		d.Registry.Instances += max(r.Instances, 0)
+		d.Registry.Stale += r.Stale
+	}
+}
+
+func (d *statusDoc) judge() {
+	for _, h := range d.Held {
+		d.problems = append(d.problems, fmt.Sprintf("%s held: %d of %d look dead at once", heldName(h.Service), h.Suspects, h.Members))
+	}
+	d.Healthy = len(d.problems) == 0
 }
 
 // held returns what live reapers hold, each service once: as the one says that
@@ -205,9 +342,12 @@ var passwordPattern = regexp.MustCompile(`^([a-z+]+://[^/:@]*):[^/]*@`)
 func withoutPassword(url string) string { return passwordPattern.ReplaceAllString(url, "$1@") }
 
 func (d statusDoc) tables(p printer) error {
-	r := d.Registry
+	r, version := d.Registry, strconv.FormatInt(d.Registry.Version, 10)
+	if d.cluster {
+		version = "-" // each service has its own
+	}
 	err := p.table(nil, "REGISTRY VERSION EPOCH SERVICES INSTANCES STALE TTL HEARTBEAT", [][]string{{
-		r.Namespace, strconv.FormatInt(r.Version, 10), dash(r.Epoch), strconv.Itoa(r.Services), strconv.FormatInt(r.Instances, 10),
+		r.Namespace, version, dash(r.Epoch), strconv.Itoa(r.Services), strconv.FormatInt(r.Instances, 10),
 		strconv.FormatInt(r.Stale, 10), duration(r.TTLMS), duration(r.IntervalMS),
 	}})
 	if err != nil {
@@ -222,7 +362,11 @@ func (d statusDoc) tables(p printer) error {
 		if wait := r.Until - d.Now; r.Until > 0 && wait > 0 {
 			why += "; armed in " + duration(wait) + " at the earliest"
 		}
-		reapers = append(reapers, []string{r.Reaper, yes(r.Live), yes(r.Armed), d.ago(r.Since), d.ago(r.Seen), dash(why)})
+		armed := yes(r.Armed)
+		if d.cluster {
+			armed = fmt.Sprintf("%d of %d", r.ArmedFor, r.Services)
+		}
+		reapers = append(reapers, []string{r.Reaper, yes(r.Live), armed, d.ago(r.Since), d.ago(r.Seen), dash(why)})
 	}
 	for _, h := range d.Held {
 		until := fmt.Sprintf("they have been back for %s; one goes each %v, ", duration(2*r.IntervalMS), reaper.LetGoEvery)

@@ -134,7 +134,7 @@ func (s *session) await(ctx context.Context, svc registrar.Service, reached goal
 	const first, last = 10 * time.Millisecond, 500 * time.Millisecond
 	wait := time.NewTimer(0)
 	defer wait.Stop()
-	why := ctx.Err()
+	why, failures := ctx.Err(), 0
 	for pause := first; ; pause = min(2*pause, last) {
 		select {
 		case <-ctx.Done():
@@ -149,11 +149,15 @@ func (s *session) await(ctx context.Context, svc registrar.Service, reached goal
 			if err == nil {
 				return version, nil
 			}
-			why = err
-		} else if why == nil || ctx.Err() == nil { // else it is the read that was cut short
+			why, failures = err, 0
+			wait.Reset(registrar.Shorten(pause))
+			continue
+		}
+		if why == nil || ctx.Err() == nil { // else it is the read that was cut short
 			why = err
 		}
-		wait.Reset(registrar.Shorten(pause))
+		failures++
+		wait.Reset(registrar.Backoff(failures, last))
 	}
 }
 
@@ -186,9 +190,7 @@ func lbCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			ctx, cancel := registrar.WithTimeout(c.Context)
-			defer cancel()
-			rows, err := s.balancers(ctx, svcs)
+			rows, err := registrar.Try(c.Context, func(ctx context.Context) ([]lbRow, error) { return s.balancers(ctx, svcs) })
 			if rows == nil {
 				return err
 			}

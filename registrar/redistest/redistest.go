@@ -5,14 +5,12 @@ package redistest
 
 import (
 	"bufio"
-	"errors"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -25,6 +23,15 @@ import (
 const readyTimeout = 10 * time.Second
 
 var started atomic.Uint32
+
+// hosts is how many addresses the servers of one process share.
+const hosts = 250
+
+// network is the first three parts of these.
+func network() string {
+	pid := os.Getpid()
+	return fmt.Sprintf("127.%d.%d", 64+pid>>8&63, pid&255)
+}
 
 // Server is one running redis-server.
 type Server struct {
@@ -76,86 +83,6 @@ func (s *Server) StartSentinel(tb testing.TB, name string) *Server {
 	return n
 }
 
-// Cluster is a Redis Cluster of primaries without replicas.
-type Cluster []*Server
-
-// slots is how many a Cluster has; see Redis' cluster specification.
-const slots = 16384
-
-// StartCluster runs a Cluster of n primaries with equal shares of the slots, in
-// that order. A slot whose primary is dead stops nothing but itself.
-func StartCluster(tb testing.TB, n int, args ...string) Cluster {
-	tb.Helper()
-	c := make(Cluster, n)
-	for i := range c {
-		s := prepare(tb, args...)
-		s.args = append(s.args, "--cluster-enabled", "yes", "--cluster-announce-ip", s.Host,
-			"--cluster-require-full-coverage", "no", "--cluster-node-timeout", "1000")
-		s.Launch(tb)
-		tb.Cleanup(func() { s.Kill(tb) })
-		c[i] = s
-	}
-	ctx := tb.Context()
-	for i, s := range c {
-		rdb := s.Client(tb)
-		err := errors.Join(
-			rdb.ClusterAddSlotsRange(ctx, i*slots/n, (i+1)*slots/n-1).Err(),
-			rdb.Do(ctx, "CLUSTER", "SET-CONFIG-EPOCH", i+1).Err(),
-		)
-		for _, other := range c[:i] {
-			err = errors.Join(err, rdb.ClusterMeet(ctx, other.Host, "6379").Err())
-		}
-		if err != nil {
-			tb.Fatal(err)
-		}
-	}
-	deadline := time.NewTimer(readyTimeout)
-	defer deadline.Stop()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for _, s := range c {
-		rdb := s.Client(tb)
-		for {
-			shards, err := rdb.ClusterShards(ctx).Result()
-			info := rdb.ClusterInfo(ctx).Val()
-			shards = slices.DeleteFunc(shards, func(s redis.ClusterShard) bool { return len(s.Slots) == 0 })
-			if len(shards) == n && strings.Contains(info, "cluster_state:ok") {
-				break
-			}
-			select {
-			case <-deadline.C:
-				tb.Fatalf("%s knows %d of %d parts of the Cluster: %v\n%s", s.Addr, len(shards), n, err, info)
-			case <-tick.C:
-			}
-		}
-	}
-	return c
-}
-
-// URL is the Cluster's address as --redis takes it.
-func (c Cluster) URL() string {
-	addrs := make([]string, len(c))
-	for i, s := range c {
-		addrs[i] = s.Addr
-	}
-	return "redis+cluster://" + strings.Join(addrs, ",")
-}
-
-// Shard returns the index of the primary that key is on.
-func (c Cluster) Shard(tb testing.TB, key string) int {
-	tb.Helper()
-	slot, err := c[0].Client(tb).ClusterKeySlot(tb.Context(), key).Result()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	for i := range c {
-		if int(slot) < (i+1)*slots/len(c) {
-			return i
-		}
-	}
-	return len(c) - 1
-}
-
 func prepare(tb testing.TB, args ...string) *Server {
 	tb.Helper()
 	if _, err := exec.LookPath("redis-server"); err != nil {
@@ -173,8 +100,7 @@ func prepare(tb testing.TB, args ...string) *Server {
 			tb.Error(err)
 		}
 	})
-	n, pid := started.Add(1), os.Getpid()
-	host := fmt.Sprintf("127.%d.%d.%d", 64+pid>>8&63, pid&255, n%250+1)
+	host := fmt.Sprintf("%s.%d", network(), started.Add(1)%hosts+1)
 	return &Server{Host: host, Addr: host + ":6379", Socket: filepath.Join(dir, "redis.sock"), Dir: dir, args: args}
 }
 
@@ -187,7 +113,11 @@ func (s *Server) PID() int { return s.cmd.Process.Pid }
 // Client returns a client that the test's end closes.
 func (s *Server) Client(tb testing.TB) *redis.Client {
 	tb.Helper()
-	c := redis.NewClient(&redis.Options{Addr: s.Addr, MaxRetries: -1, DisableIdentity: true})
+	o := &redis.Options{Addr: s.Addr, MaxRetries: -1, DisableIdentity: true}
+	if slices.Contains(s.args, "--tls-port") {
+		o.Network, o.Addr = "unix", s.Socket // it needs no certificate
+	}
+	c := redis.NewClient(o)
 	tb.Cleanup(func() {
 		if err := c.Close(); err != nil {
 			tb.Error(err)
