@@ -198,7 +198,7 @@ func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sw
 		if !r.proof.ok {
 			return addrs, errNoPulse
 		}
-		w.ID, w.Token, w.Last, w.MaxAge = r.cfg.ID, r.proof.mine, r.proof.now, r.proof.maxAge()
+		w.ID, w.Token, w.ReplID, w.Last, w.MaxAge = r.cfg.ID, r.proof.mine, r.proof.replid, r.proof.now, r.proof.maxAge()
 		tctx, cancel := registrar.WithTimeout(ctx)
 		out, err := r.store.Reap(tctx, svc, w)
 		cancel()

@@ -295,7 +295,7 @@ func TestOutOfMemory(t *testing.T) {
 	}
 	_, err = s.Pulse(ctx, "r1", "pulse", time.Minute)
 	oom("pulse", err)
-	_, err = s.Reap(ctx, web, Sweep{ID: "r1", Token: "pulse", Last: p.Now, MaxAge: time.Second, Cutoff: t0 + 1})
+	_, err = s.Reap(ctx, web, Sweep{ID: "r1", Token: "pulse", ReplID: p.ReplID, Last: p.Now, MaxAge: time.Second, Cutoff: t0 + 1})
 	oom("reap", err)
 	if !present(t, s, host(1)) {
 		t.Error("a reaper removed")

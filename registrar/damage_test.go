@@ -44,7 +44,7 @@ var changes = []scriptCall{
 		return err
 	}},
 	{"reap", func(tb testing.TB, s *Store) error {
-		_, err := s.Reap(tb.Context(), web, Sweep{ID: "r1", Token: "pulse", Last: t0, MaxAge: time.Second, Cutoff: t0 + 1})
+		_, err := s.Reap(tb.Context(), web, Sweep{ID: "r1", Token: "pulse", ReplID: replid(tb, s), Last: t0, MaxAge: time.Second, Cutoff: t0 + 1})
 		if err != nil && !errors.Is(err, ErrBroken) {
 			tb.Errorf("%v is not ErrBroken: it would stop the sweep of every service", err)
 		}

@@ -29,7 +29,8 @@ var (
 	ErrBeats = errors.New("the instance still beats")
 	// ErrOtherHistory says that a token is of another data set than Redis holds.
 	ErrOtherHistory = errors.New("redis holds another history")
-	// ErrFenced says that Redis does not hold a reaper's last pulse.
+	// ErrFenced says that Redis does not hold a reaper's last pulse, or that it is
+	// another process or another primary than the one that accepted it.
 	ErrFenced = errors.New("the pulse is not in this data set")
 	// ErrLate says that a reaper's last pulse is too old to act on.
 	ErrLate = errors.New("the pulse is too old")
@@ -403,6 +404,7 @@ func (c *Count) discard(suspects any) {
 type Sweep struct {
 	ID     string        // the reaper
 	Token  string        // of its last pulse
+	ReplID string        // that this pulse saw
 	Last   int64         // time of that pulse, unix ms by Redis' clock
 	MaxAge time.Duration // of that pulse
 	Cutoff int64         // who beat before it is out, unix ms
@@ -423,7 +425,7 @@ type Reaped struct {
 // ErrFenced or ErrLate if the licence is void, and ErrBroken if another service
 // may still be reaped.
 func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) {
-	argv := []any{s.keys.Changes(), string(svc), s.now, rand.Text(), w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds()}
+	argv := []any{s.keys.Changes(), string(svc), s.now, rand.Text(), w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds(), w.ReplID}
 	k := s.keys.Of(svc)
 	keys := append(k.change(svc), k.Reaper(w.ID), k.LetGo())
 	r, err := s.reap.Run(ctx, s.rdb, keys, argv...).Slice()
