@@ -144,7 +144,7 @@ func (s *Store) rights(svc Service) []right {
 		{changers, []any{"setnx", k.Epoch(), "-"}}, {changers, []any{"publish", k.Changes(), "-"}},
 		{changers, []any{"hset", h, "-", "-"}}, {changers, []any{"hset", k.Gone(svc), "-", "-"}}, {changers, []any{"hdel", h, "-"}},
 		{changers, []any{"zrem", z, "-"}}, {changers, []any{"zadd", k.GoneAt(svc), 0, "-"}}, {changers, []any{"zcard", z}},
-		{changers, []any{"sadd", k.Services(), "-"}}, {changers, []any{"srem", k.Services(), "-"}},
+		{changers, []any{"sadd", k.Services(), "-"}}, {RoleSidecar, []any{"scard", k.Services()}}, {changers, []any{"srem", k.Services(), "-"}},
 		{RoleAdmin, []any{"hset", k.Admin(svc), "-", "-"}},
 		{RoleReaper, []any{"hset", k.Reapers(), "-", "-"}}, {RoleReaper, []any{"hdel", k.Reapers(), "-"}}, {RoleReaper, []any{"hgetall", k.Reapers()}},
 		{RoleReaper, []any{"set", k.Reaper("-"), "-"}}, {RoleReaper, []any{"zcount", z, 0, 0}}, {RoleReaper, []any{"hsetnx", k.Config(), "-", "-"}},

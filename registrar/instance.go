@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Defaults of the protocol. A registry's own values are in its config key.
@@ -160,8 +162,23 @@ type Meta struct {
 	Registered int64             `json:"registered"`         // unix ms, by the instance's own clock; for display
 }
 
-// MaxMeta is the most bytes of metadata that a beat may carry.
-const MaxMeta = 4096
+// The most bytes of what people write into the register.
+const (
+	MaxMeta = 4096 // all the metadata of an instance, as JSON
+	MaxName = 63   // of a service, a zone, a tag's key
+	MaxText = 255  // a tag's value, an operator's reason
+)
+
+// checkText accepts at most most bytes of UTF-8 without control characters.
+func checkText(what, s string, most int) error {
+	if len(s) > most {
+		return fmt.Errorf("%s of %d bytes, at most %d", what, len(s), most)
+	}
+	if !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
+		return fmt.Errorf("%s %q: want UTF-8 without control characters", what, s)
+	}
+	return nil
+}
 
 // parseMeta reads stored metadata. None at all is an instance that somebody
 // added by hand: it has the default weight.

@@ -23,6 +23,9 @@ var (
 	ErrLeft = errors.New("this registration has left")
 	// ErrInterval says that the heartbeat interval is too long for the TTL.
 	ErrInterval = errors.New("heartbeat interval too long")
+	// ErrFull says that the registry takes no more instances of this service, or no
+	// more services. Those that are there beat on.
+	ErrFull = errors.New("no room")
 	// ErrAbsent says that there is no such instance.
 	ErrAbsent = errors.New("no such instance")
 	// ErrBeats says that the instance is alive and would come back.
@@ -156,8 +159,8 @@ type BeatReply struct {
 	TTL, Interval time.Duration
 }
 
-// Beat records a heartbeat of svc. It returns ErrLeft, ErrNotOwner or
-// ErrInterval, with the registry's TTL and interval in the reply, if Redis
+// Beat records a heartbeat of svc. It returns ErrLeft, ErrNotOwner, ErrInterval
+// or ErrFull, with the registry's TTL and interval in the reply, if Redis
 // answered and wrote nothing.
 func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error) {
 	what := fmt.Sprintf("beat %s %s", svc, b.Addr)
@@ -193,10 +196,21 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 		err = ErrNotOwner
 	case "INTERVAL":
 		err = fmt.Errorf("%w: %w", ErrInterval, CheckInterval(b.Interval, reply.TTL))
+	case "INSTANCES":
+		err = s.full(svc, "instances of "+string(svc), "max_instances", reply.Version)
+	case "SERVICES":
+		err = s.full(svc, "services", "max_services", reply.Version)
 	default:
 		err = fmt.Errorf("unknown answer %q", status)
 	}
+	reply.Version = 0
 	return reply, fmt.Errorf("%s: %w", what, err)
+}
+
+// full says which limit keeps a newcomer out, and how to raise it.
+func (s *Store) full(svc Service, of, field string, most int64) error {
+	return fmt.Errorf("%w: there are %d %s, the most that the registry takes; take out who is not needed, or raise it: redis-cli hset %s %s %d",
+		ErrFull, most, of, s.keys.Of(svc).Config(), field, max(2*most, 1))
 }
 
 // steady runs still.lua. It tells whether that was all there is to this beat.
@@ -262,7 +276,7 @@ func (s *Store) Deregister(ctx context.Context, svc Service, addr netip.AddrPort
 type Word struct {
 	Verb   string // drain, maint, ready or weight
 	Weight *int   // with weight; nil = the instance's own again
-	Reason string // with drain and maint
+	Reason string // with drain and maint; at most MaxText bytes
 }
 
 // SetAdmin writes an operator's word. It returns the service's version after
@@ -273,6 +287,9 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 	case "drain", "maint", "ready", "weight":
 	default:
 		return 0, false, fmt.Errorf("%s: unknown verb", what)
+	}
+	if len(w.Reason) > MaxText {
+		return 0, false, fmt.Errorf("%s: reason of %d bytes, at most %d", what, len(w.Reason), MaxText)
 	}
 	weight := ""
 	if w.Weight != nil {
