@@ -401,10 +401,10 @@ func (p *player) reapOne(rt *rapid.T, svc Service, epoch string) {
 func (p *player) read(rt *rapid.T, svc Service, since remembered) remembered {
 	s, k := p.services[svc], p.store.keys
 	now := Token{p.replid, p.epoch, s.version}
-	argv := []any{"", "", "", deltaLimit}
+	argv := []any{"", "", "", deltaLimit, ReadLimit, MaxMeta}
 	full := true
 	if since.view != nil {
-		argv = []any{since.ReplID, since.Epoch, since.Version, deltaLimit}
+		argv[0], argv[1], argv[2] = since.ReplID, since.Epoch, since.Version
 		full = since.ReplID != now.ReplID || since.Epoch != now.Epoch || since.Version > now.Version || s.pruned > since.Version
 		if since.Interrupted(now) != (since.ReplID != now.ReplID) {
 			rt.Fatalf("from %v to %v: interrupted is %v", since.Token, now, since.Interrupted(now))

@@ -21,6 +21,9 @@ const (
 	DefaultInterval = 5 * time.Second  // between two heartbeats; at most a third of the TTL
 	DefaultWeight   = 100              // of an instance that names none
 	MaxWeight       = 256              // HAProxy's own limit
+
+	DefaultMaxInstances = 10_000 // of a service
+	DefaultMaxServices  = 10_000
 )
 
 var numericEnd = regexp.MustCompile(`(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)\.?$`)
@@ -180,11 +183,22 @@ func checkText(what, s string, most int) error {
 	return nil
 }
 
+// checkLength finds a text of which read.lua returned only the length.
+func checkLength(s string) error {
+	if n, long := strings.CutPrefix(s, "#"); long {
+		return fmt.Errorf("%s bytes, at most %d", n, MaxMeta)
+	}
+	return nil
+}
+
 // parseMeta reads stored metadata. None at all is an instance that somebody
 // added by hand: it has the default weight.
 func parseMeta(s string) (Meta, error) {
 	if s == "" {
 		return Meta{Weight: DefaultWeight}, nil
+	}
+	if err := checkLength(s); err != nil {
+		return Meta{}, fmt.Errorf("metadata: %w", err)
 	}
 	m := Meta{Weight: DefaultWeight}
 	if err := json.Unmarshal([]byte(s), &m); err != nil {
@@ -217,6 +231,9 @@ type Admin struct {
 func parseAdmin(s string) (Admin, error) {
 	if s == "" {
 		return Admin{}, nil
+	}
+	if err := checkLength(s); err != nil {
+		return Admin{}, fmt.Errorf("admin word: %w", err)
 	}
 	var a Admin
 	if err := json.Unmarshal([]byte(s), &a); err != nil {

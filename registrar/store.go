@@ -52,6 +52,9 @@ const (
 	// deltaLimit is the most changed addresses that are cheaper to read one by
 	// one than all at once.
 	deltaLimit = 1000
+	// ReadLimit is the most entries that are read of one key: ten times what a
+	// service takes unless an operator says otherwise.
+	ReadLimit = 100_000
 )
 
 //go:embed lua/*.lua
@@ -309,14 +312,19 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 }
 
 // Services returns the names of the services that have instances, in no order.
-// Names that are none are left out and returned as garbage.
+// Names that are none are left out and returned as garbage. More than 100,000 are
+// an error.
 func (s *Store) Services(ctx context.Context) (names []Service, garbage []string, err error) {
 	if s.keys.scope != "" {
 		return []Service{s.keys.scope}, nil, nil
 	}
-	all, err := s.rdb.SMembers(ctx, s.keys.Services()).Result()
+	// All of them, unless there are more.
+	all, err := s.rdb.SRandMemberN(ctx, s.keys.Services(), ReadLimit+1).Result()
 	if err != nil {
 		return nil, nil, fmt.Errorf("read %s: %w", s.keys.Services(), err)
+	}
+	if len(all) > ReadLimit {
+		return nil, nil, fmt.Errorf("read %s: it has more than %d names; take out those that are no services of yours: redis-cli srem %s NAME", s.keys.Services(), ReadLimit, s.keys.Services())
 	}
 	for _, n := range all {
 		if svc, err := ParseService(n); err == nil {
@@ -557,15 +565,17 @@ func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) 
 }
 
 // Read returns one consistent read of svc: what changed since a token, or all
-// of it if since is nil or names another history.
+// of it if since is nil or names another history. More than 100,000 addresses or
+// notes, which no sidecar can have written, are not read: that is an error. A text
+// of more than MaxMeta bytes is garbage.
 func (s *Store) Read(ctx context.Context, svc Service, since *Token) (Snapshot, error) {
 	k := s.keys.Of(svc)
 	keys := []string{
 		k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Changed(svc), k.ServiceVersion(svc), k.Epoch(), k.Config(),
 	}
-	argv := []any{"", "", "", deltaLimit}
+	argv := []any{"", "", "", deltaLimit, ReadLimit, MaxMeta}
 	if since != nil {
-		argv = []any{since.ReplID, since.Epoch, since.Version, deltaLimit}
+		argv[0], argv[1], argv[2] = since.ReplID, since.Epoch, since.Version
 	}
 	r, err := s.read.RunRO(ctx, s.rdb, keys, argv...).Slice()
 	if err != nil {

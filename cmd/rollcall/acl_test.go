@@ -231,7 +231,9 @@ func TestRolesBounds(t *testing.T) {
 		{"hset rollcall:{web}:applied a 1", []string{sync}}, {"hdel rollcall:{web}:applied a", []string{sync}}, {"zadd rollcall:balancers 1 a", []string{sync}},
 		{"publish rollcall:changes x", []string{sidecar, reap, operate}}, {"publish other x", no},
 		// Reading.
-		{"smembers rollcall:services", []string{reap, operate, watch}}, {"hgetall rollcall:config", []string{sidecar, sync, operate, watch}},
+		{"smembers rollcall:services", []string{reap, operate, watch}}, {"srandmember rollcall:services 9", []string{reap, operate, watch}},
+		{"scard rollcall:services", []string{sidecar}}, {"hlen rollcall:{web}:meta", []string{sync, operate, watch}}, {"zcard rollcall:{web}:instances", []string{sidecar, reap, sync, operate, watch}},
+		{"hgetall rollcall:config", []string{sidecar, sync, operate, watch}},
 		{"hgetall rollcall:{web}:meta", []string{sidecar, sync, operate, watch}}, {"hgetall rollcall:{api}:meta", []string{sync, operate, watch}},
 		{"get rollcall:{api}:version", []string{reap, sync, operate, watch}}, {"get rollcall:reaper:x", []string{reap, operate, watch}},
 	} {
