@@ -139,7 +139,6 @@ type Syncer struct {
 
 	acks  chan struct{}                         // of capacity 1: a backend has applied something
 	acked map[registrar.Service]registrar.Token // told to the register; for acknowledge alone
-	mute  bool                                  // the last acknowledgement failed; for acknowledge alone
 }
 
 // New checks cfg and returns a Syncer. It does no I/O.
@@ -270,6 +269,7 @@ func (s *Syncer) acknowledge(ctx context.Context) {
 	timer := time.NewTimer(registrar.Shorten(registrar.AckInterval))
 	defer timer.Stop()
 	ready := s.cfg.Ready
+	var outage registrar.Outage
 	for {
 		all := false
 		select {
@@ -288,13 +288,12 @@ func (s *Syncer) acknowledge(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		if failed := err != nil; failed != s.mute {
-			s.mute = failed
-			if failed {
+		if err != nil {
+			if outage.Fail() {
 				s.log.Warn().Err(err).Msg("cannot say what has been applied; trying again")
-			} else {
-				s.log.Info().Msg("acknowledgements work again")
 			}
+		} else if _, say := outage.End(); say {
+			s.log.Info().Msg("acknowledgements work again")
 		}
 	}
 }

@@ -68,7 +68,8 @@ type Beater struct {
 	ended    bool // the registration, by a Run that has ended
 	loser    bool // another holds the address, and that was said
 	full     bool // the register has no room for it, and that was said
-	failures int  // in a row
+	outage   Outage
+	news     Sparing // its arrivals and changes
 }
 
 // NewBeater checks cfg and makes a new registration, with a new token. It does
@@ -126,7 +127,7 @@ func (b *Beater) register() error {
 		return fmt.Errorf("metadata of %d bytes, at most %d; use fewer tags", len(draining), MaxMeta)
 	}
 	b.meta, b.draining = string(meta), string(draining)
-	b.accepted, b.loser, b.full, b.ended, b.failures = false, false, false, false, 0
+	b.accepted, b.loser, b.full, b.ended, b.outage.Failures = false, false, false, false, 0
 	return nil
 }
 
@@ -191,28 +192,31 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 	}
 	switch {
 	case err == nil:
-		if b.failures > 0 {
-			b.log.Info().Int("failures", b.failures).Msg("redis answers again")
+		failures, say := b.outage.End()
+		if say {
+			b.log.Info().Int("failures", failures).Msg("redis answers again")
 		}
-		if reply.Status != BeatOK {
+		if reply.Status != BeatOK && b.news.May() {
 			b.log.Info().Str("status", string(reply.Status)).Int64("version", reply.Version).Dur("interval", b.interval).Msg("registered")
 		}
-		if b.failures > 0 || b.loser || b.full || !b.accepted {
+		if failures > 0 || b.loser || b.full || !b.accepted {
 			b.tell("registered")
 		}
-		b.failures, b.loser, b.full, b.accepted, b.known = 0, false, false, true, true
+		b.loser, b.full, b.accepted, b.known = false, false, true, true
 	case errors.Is(err, ErrNotOwner):
 		if !b.loser {
 			b.log.Warn().Msg("another registration holds this address; trying again at every interval")
 			b.tell("not registered: another registration holds the address")
 		}
-		b.failures, b.loser, b.full = 0, true, false
+		b.outage.End()
+		b.loser, b.full = true, false
 	case errors.Is(err, ErrFull):
 		if !b.full {
 			b.log.Error().Err(err).Msg("not registered; trying again at every interval")
 			b.tell("not registered: the register has no room for it")
 		}
-		b.failures, b.loser, b.full = 0, false, true
+		b.outage.End()
+		b.loser, b.full = false, true
 	case errors.Is(err, ErrInterval) && b.known:
 		// An operator shortened the TTL under a running sidecar: its instance
 		// is healthy, and must not go for that.
@@ -223,13 +227,14 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		return 0, err
 	default:
 		if ctx.Err() == nil {
-			if b.failures == 0 {
-				b.log.Warn().Err(err).Msg("beat failed; retrying for ever")
+			if b.outage.Failures == 0 {
 				b.tell("redis does not answer as it should; retrying for ever")
 			}
-			b.failures++
+			if b.outage.Fail() {
+				b.log.Warn().Err(err).Msg("beat failed; retrying for ever")
+			}
 		}
-		return Backoff(b.failures, b.interval), err
+		return Backoff(b.outage.Failures, b.interval), err
 	}
 	return Shorten(b.interval), err
 }

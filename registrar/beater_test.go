@@ -359,8 +359,8 @@ func TestBeatDelays(t *testing.T) {
 		t.Error("60 failures never waited for more than half of the interval")
 	}
 	do(t, s, "CONFIG", "SET", "min-replicas-to-write", 0)
-	if _, err := b.Beat(ctx); err != nil || b.failures != 0 {
-		t.Errorf("after the outage: %v, %d failures", err, b.failures)
+	if _, err := b.Beat(ctx); err != nil || b.outage.Failures != 0 {
+		t.Errorf("after the outage: %v, %d failures", err, b.outage.Failures)
 	}
 }
 
@@ -552,8 +552,8 @@ func TestBeatCancelledIsNoOutage(t *testing.T) {
 	if _, err := b.Beat(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
-	if said := log.said(t); len(said) > 0 || b.failures != 0 {
-		t.Errorf("said %q, %d failures", said, b.failures)
+	if said := log.said(t); len(said) > 0 || b.outage.Failures != 0 {
+		t.Errorf("said %q, %d failures", said, b.outage.Failures)
 	}
 }
 
