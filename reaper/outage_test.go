@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
+	"runtime"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -45,6 +47,19 @@ func unheard(t *testing.T) (*registrar.Store, func()) {
 	}
 }
 
+// held counts the open files and the bytes in use of this process.
+func held(tb testing.TB) (files int, bytes uint64) {
+	tb.Helper()
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return len(open), m.HeapAlloc
+}
+
 // TestHourWithoutRedis has a Reaper try for an hour, by a simulated clock, where
 // nobody listens, once from its start and once after it was armed, and counts what
 // it says.
@@ -67,6 +82,13 @@ func TestHourWithoutRedis(t *testing.T) {
 	})
 	t.Run("after it was armed", func(t *testing.T) {
 		srv := redistest.Start(t)
+		// What one pulse leaves behind, 4,000 would show.
+		files, heap := held(t)
+		defer func() {
+			if f, h := held(t); f > files || h > heap+4<<20 {
+				t.Errorf("%d open files and %d bytes after it, %d and %d before", f, h, files, heap)
+			}
+		}()
 		synctest.Test(t, func(t *testing.T) {
 			away, done := unheard(t)
 			defer done()

@@ -3,6 +3,8 @@ package registrar
 import (
 	"context"
 	"net"
+	"os"
+	"runtime"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -29,9 +31,27 @@ const hourly = 100
 // closed: it dials on once a second after a refused connection.
 func dialled() { <-time.After(2 * time.Second) }
 
+// held counts the open files and the bytes in use of this process.
+func held(tb testing.TB) (files int, bytes uint64) {
+	tb.Helper()
+	open, err := os.ReadDir("/proc/self/fd")
+	must(tb, err)
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return len(open), m.HeapAlloc
+}
+
 // TestHourWithoutRedis has a Beater try for an hour, by a simulated clock, where
 // nobody listens, and counts what it says.
 func TestHourWithoutRedis(t *testing.T) {
+	// What one try leaves behind, 1,400 would show.
+	files, heap := held(t)
+	defer func() {
+		if f, h := held(t); f > files || h > heap+4<<20 {
+			t.Errorf("%d open files and %d bytes after it, %d and %d before", f, h, files, heap)
+		}
+	}()
 	synctest.Test(t, func(t *testing.T) {
 		rdb, err := Open(closedPort(t), 1)
 		must(t, err)
