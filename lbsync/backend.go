@@ -519,6 +519,8 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 	interrupted, serving := b.broken, b.have.Serving
 	floor := sync.OnceValue(b.share)
 	wants := make([]Want, 0, len(addrs))
+	kept := map[verdict][]netip.AddrPort{}
+	defer b.tellKept(kept)
 	for _, addr := range addrs {
 		e := b.view.Lookup(addr)
 		s, there := b.have.Lookup(addr)
@@ -562,8 +564,13 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 			wants = append(wants, w)
 			continue
 		}
-		if !v.word && b.leaving[addr] == nil && b.mustStay(addr, v, serves(&s) == 1, serving, floor, now) {
-			continue
+		if !v.word && b.leaving[addr] == nil {
+			if why, stays := b.mustStay(addr, v, serves(&s) == 1, serving, floor, now); stays {
+				if v.why = why; why != "" {
+					kept[v] = append(kept[v], addr)
+				}
+				continue
+			}
 		}
 		if b.leaving[addr] == nil {
 			b.leaving[addr] = &leaving{since: now}
@@ -611,26 +618,46 @@ func (b *backend) isLast(addr netip.AddrPort, state Admin, s Server, serving int
 }
 
 // mustStay tells whether a server that is due to leave by absence alone is kept
-// for now: while its hold lasts, and while it is among the last that are up.
-func (b *backend) mustStay(addr netip.AddrPort, v verdict, up bool, serving int, floor func() int, now time.Time) bool {
+// for now: while its hold lasts, and while it is among the last that are up. The
+// first time it says why.
+func (b *backend) mustStay(addr netip.AddrPort, v verdict, up bool, serving int, floor func() int, now time.Time) (why string, stays bool) {
 	since, held := b.held[addr]
 	if !held {
 		since = now
 	}
-	why := v.why
+	why = v.why
 	stay := now.Sub(since) < v.hold
 	if !stay && up && serving <= max(b.cfg.MinServers, floor()) {
 		stay, why = true, fmt.Sprintf("only %d servers are up", serving)
 	}
 	if !stay {
 		delete(b.held, addr)
-		return false
+		return "", false
 	}
 	b.held[addr] = since
-	if !held {
-		b.log.Warn().Stringer("addr", addr).Str("why", why).Dur("hold", v.hold).Msg("kept")
+	if held {
+		why = ""
 	}
-	return true
+	return why, true
+}
+
+// tellKept says who is kept: each of a few, the count of many. A Redis that comes
+// back empty, perhaps again and again, must not fill the log.
+func (b *backend) tellKept(kept map[verdict][]netip.AddrPort) {
+	const few = 5
+	for v, addrs := range kept {
+		if len(addrs) > few {
+			b.once("kept "+v.why, func(l *zerolog.Event) {
+				l.Int("instances", len(addrs)).Stringer("first", addrs[0]).Str("why", v.why).Dur("hold", v.hold).Msg("kept")
+			})
+			continue
+		}
+		for _, a := range addrs {
+			b.once("kept "+a.String()+v.why, func(l *zerolog.Event) {
+				l.Stringer("addr", a).Str("why", v.why).Dur("hold", v.hold).Msg("kept")
+			})
+		}
+	}
 }
 
 // overflow looks what became of servers that were added for want of a slot. A

@@ -140,7 +140,6 @@ type Syncer struct {
 
 	acks  chan struct{}                         // of capacity 1: a backend has applied something
 	acked map[registrar.Service]registrar.Token // told to the register; for acknowledge alone
-	mute  bool                                  // the last acknowledgement failed; for acknowledge alone
 
 	looks chan struct{}               // of capacity 1: a backend has seen something new
 	told  map[registrar.Service]*told // what the register has been told of that; for publish alone
@@ -274,6 +273,7 @@ func (s *Syncer) acknowledge(ctx context.Context) {
 	timer := time.NewTimer(registrar.Shorten(registrar.AckInterval))
 	defer timer.Stop()
 	ready := s.cfg.Ready
+	var outage registrar.Outage
 	for {
 		all := false
 		select {
@@ -292,13 +292,12 @@ func (s *Syncer) acknowledge(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		if failed := err != nil; failed != s.mute {
-			s.mute = failed
-			if failed {
+		if err != nil {
+			if outage.Fail() {
 				s.log.Warn().Err(err).Msg("cannot say what has been applied; trying again")
-			} else {
-				s.log.Info().Msg("acknowledgements work again")
 			}
+		} else if _, say := outage.End(); say {
+			s.log.Info().Msg("acknowledgements work again")
 		}
 	}
 }

@@ -340,3 +340,34 @@ func TestRefusalsOfCluster(t *testing.T) {
 		cancel()
 	}
 }
+
+// TestFlood has a stranger fill a service with more than anybody reads. HAProxy
+// keeps what it has, the log says why, and all goes on when the flood is gone.
+func TestFlood(t *testing.T) {
+	w := newWorld(t, haproxytest.Backend{Name: "be", Slots: 5}, "")
+	said := &lockedLog{}
+	w.log = zerolog.New(said)
+	ctx, k, rdb := t.Context(), w.store.Keys(), w.redis.Client(t)
+	a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+	w.beat(t, a.Addr(), 100)
+	w.run(t, w.client(t))
+	w.want(t, "be", ready(100, a))
+	write := func(script string) {
+		t.Helper()
+		if err := rdb.Eval(ctx, script+" redis.call('INCR', KEYS[3]) redis.call('INCR', KEYS[2]) redis.call('PUBLISH', ARGV[1], '1 web 1') return 1",
+			[]string{k.Instances("web"), k.ServiceVersion("web"), k.Version()}, k.Changes(), registrar.ReadLimit).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("for i = 1, ARGV[2] do redis.call('ZADD', KEYS[1], 1, 'x' .. i) end")
+	haproxytest.Poll(t, "lbsync says so", func() error {
+		return said.since(k.Instances("web")+" has 100001 entries", "cannot read this service; what is known of it stays in force", 1)
+	})
+	w.want(t, "be", ready(100, a))
+	write("redis.call('ZREMRANGEBYSCORE', KEYS[1], 1, 1)")
+	w.beat(t, b.Addr(), 100)
+	w.want(t, "be", ready(100, a, b))
+	if err := said.since("cannot read this service", "", 2); err == nil {
+		t.Errorf("said more than once:\n%s", said)
+	}
+}

@@ -149,7 +149,7 @@ func (w *world) expire(t *testing.T, a netip.AddrPort) {
 	if err := w.redis.Client(t).ZAdd(ctx, w.store.Keys().Instances("web"), redis.Z{Score: 1, Member: a.String()}).Err(); err != nil {
 		t.Fatal(err)
 	}
-	removed, err := w.store.Reap(ctx, "web", registrar.Sweep{ID: "test", Token: "pulse", Last: p.Now, MaxAge: time.Minute, Cutoff: 1000})
+	removed, err := w.store.Reap(ctx, "web", registrar.Sweep{ID: "test", Token: "pulse", ReplID: p.ReplID, Last: p.Now, MaxAge: time.Minute, Cutoff: 1000})
 	if err != nil || len(removed.Addrs) != 1 {
 		t.Fatalf("reap: %+v, %v", removed, err)
 	}

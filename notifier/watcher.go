@@ -90,15 +90,17 @@ type Watcher struct {
 	listAfter time.Time                  // a stranger is not looked for before
 	reported  map[string]bool            // garbage, each said once
 	waiting   map[registrar.Service]wait // hints that must not be followed yet
+	listing   registrar.Outage           // of the list of services
+	reads     registrar.Sparing          // what is said of single services
 }
 
 // progress is what a Watcher knows of one service.
 type progress struct {
-	token    registrar.Token
-	known    bool      // it has been read
-	tried    time.Time // the last read began
-	paid     time.Time // lies are paid for until then
-	failures int       // reads in a row
+	token  registrar.Token
+	known  bool      // it has been read
+	tried  time.Time // the last read began
+	paid   time.Time // lies are paid for until then
+	outage registrar.Outage
 }
 
 func (p *progress) pay(d time.Duration) {
@@ -217,7 +219,7 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 	defer full.Stop()
 	defer again.Stop()
 	w.due = true
-	failures := 0
+	var outage registrar.Outage
 	ready := w.cfg.Ready
 	for {
 		err := w.Step(ctx, handle)
@@ -225,17 +227,15 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 		case ctx.Err() != nil:
 			return nil
 		case err != nil:
-			if failures == 0 {
+			if outage.Fail() {
 				w.log.Warn().Err(err).Msg("redis does not answer; what is known stays in force")
 			}
-			failures++
 			w.answers(false)
-			again.Reset(registrar.Backoff(failures, w.retry()))
+			again.Reset(registrar.Backoff(outage.Failures, w.retry()))
 		default:
-			if failures > 0 {
+			if failures, say := outage.End(); say {
 				w.log.Info().Int("failures", failures).Msg("redis answers again")
 			}
-			failures = 0
 			w.answers(true)
 			if ready != nil {
 				ready()
@@ -350,7 +350,9 @@ func (w *Watcher) services(ctx context.Context, stranger bool) ([]registrar.Serv
 	if err != nil && w.down(ctx) {
 		return nil, err
 	}
-	if w.reportOnce("services", err != nil) {
+	if err == nil {
+		w.listing.End()
+	} else if w.listing.Fail() {
 		w.log.Warn().Err(err).Msg("cannot list the services; following those that are known")
 	}
 	for _, g := range garbage {
@@ -407,10 +409,9 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 		h.sure = true // if it is kept: it was worth a read
 		switch {
 		case err == nil:
-			if p.failures > 0 {
-				w.log.Info().Str("service", string(svc)).Int("failures", p.failures).Msg("service can be read again")
+			if failures, say := p.outage.End(); say {
+				w.log.Info().Str("service", string(svc)).Int("failures", failures).Msg("service can be read again")
 			}
-			p.failures = 0
 			if change.Service != "" {
 				handle(change)
 			}
@@ -421,11 +422,11 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 			w.mu.Unlock()
 		default:
 			up = w.store.Cluster() // one answer of its many nodes is enough
-			if p.failures == 0 {
+			p.outage.Shared = &w.reads
+			if p.outage.Fail() {
 				w.log.Warn().Err(err).Msg("cannot read this service; what is known of it stays in force")
 			}
-			p.failures++
-			w.putOff(svc, h, time.Now().Add(registrar.Backoff(p.failures, w.retry())))
+			w.putOff(svc, h, time.Now().Add(registrar.Backoff(p.outage.Failures, w.retry())))
 		}
 	}
 	return down
@@ -603,7 +604,8 @@ func (w *Watcher) signal() {
 func (w *Watcher) listen(ctx context.Context) {
 	pause := time.NewTimer(0)
 	defer pause.Stop()
-	failures := 0
+	failures := 0 // since a subscription that lasted
+	var outage registrar.Outage
 	for {
 		select {
 		case <-ctx.Done():
@@ -611,7 +613,7 @@ func (w *Watcher) listen(ctx context.Context) {
 		case <-pause.C:
 		}
 		began := time.Now()
-		err := w.subscribe(ctx, failures)
+		err := w.subscribe(ctx, &outage)
 		if ctx.Err() != nil {
 			return
 		}
@@ -622,7 +624,7 @@ func (w *Watcher) listen(ctx context.Context) {
 		if lost && time.Since(began) > silence {
 			failures = 0
 		}
-		if lost || failures == 0 {
+		if outage.Fail() {
 			w.log.Warn().Err(err).Msg("no subscription; the poll goes on")
 		}
 		failures++
@@ -633,7 +635,7 @@ func (w *Watcher) listen(ctx context.Context) {
 // subscribe listens on one connection until it fails or is silent for too long.
 // It blocks in Receive without a deadline: a deadline that passed within a
 // message would lose the message and what of it had been read.
-func (w *Watcher) subscribe(ctx context.Context, failures int) error {
+func (w *Watcher) subscribe(ctx context.Context, outage *registrar.Outage) error {
 	// Before the subscription: if another server takes over in between, this is
 	// not the new one's.
 	history, err := w.history(ctx)
@@ -664,7 +666,7 @@ func (w *Watcher) subscribe(ctx context.Context, failures int) error {
 		if _, ok := msg.(*redis.Subscription); ok {
 			// The first of this connection, or of one that go-redis made
 			// underneath: either way, messages may have passed.
-			if !w.alive && failures > 0 {
+			if _, say := outage.End(); say {
 				w.log.Info().Msg("subscribed again")
 			}
 			w.alive, w.every = true, true

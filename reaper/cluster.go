@@ -43,6 +43,7 @@ type Cluster struct {
 	of    func(registrar.Service) (Store, Canary)
 	log   zerolog.Logger
 	fleet fleet
+	voice *voice // of all reapers together
 
 	mu      sync.Mutex
 	reapers map[registrar.Service]*Reaper // that run; guarded by mu
@@ -58,7 +59,7 @@ func NewCluster(cfg Config, list Directory, of func(registrar.Service) (Store, C
 	}
 	// The others must hear of suspects while they decide.
 	cfg.Sweep = min(cfg.Sweep, cfg.TTL/pulsesPerTTL)
-	return &Cluster{cfg: cfg, list: list, of: of, log: log, fleet: fleet{of: map[registrar.Service]registrar.Count{}}, reapers: map[registrar.Service]*Reaper{}}, nil
+	return &Cluster{cfg: cfg, list: list, of: of, log: log, voice: newVoice(), fleet: fleet{of: map[registrar.Service]registrar.Count{}}, reapers: map[registrar.Service]*Reaper{}}, nil
 }
 
 // running is the reaper of one service.
@@ -78,7 +79,8 @@ func (c *Cluster) Run(parent context.Context) error {
 	reapers := map[registrar.Service]*running{}
 	wait := time.NewTimer(0)
 	defer wait.Stop()
-	failures, configured := 0, false
+	var outage registrar.Outage
+	configured := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -98,13 +100,11 @@ func (c *Cluster) Run(parent context.Context) error {
 			configured = err == nil
 		}
 		svcs, err := c.services(ctx)
-		if err != nil {
-			if failures == 0 && ctx.Err() == nil {
-				c.log.Warn().Err(err).Msg("cannot list the services; going on with those that are known")
-			}
-			failures++
-		} else {
-			failures = 0
+		switch {
+		case err == nil:
+			outage.End()
+		case ctx.Err() == nil && outage.Fail():
+			c.log.Warn().Err(err).Msg("cannot list the services; going on with those that are known")
 		}
 		for _, svc := range svcs {
 			if reapers[svc] == nil {
@@ -160,6 +160,7 @@ func (c *Cluster) reaper(svc registrar.Service) (*Reaper, error) {
 	if err != nil {
 		return nil, err
 	}
+	r.voice = c.voice
 	r.protection.others = func() (members, suspects int64) { return c.fleet.without(svc) }
 	return r, nil
 }

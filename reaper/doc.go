@@ -19,5 +19,7 @@
 // It does not see what cannot be seen from inside Redis: a few instances cut
 // off from Redis, or all of a service with one instance, look dead. HAProxy's
 // own check is the witness there (package lbsync). It does not remove by
-// itself either: the register's script does, under the fence of the last pulse.
+// itself either: the register's script does, under the fence of the last
+// pulse: in the same data set, of the same life of the same primary, and 2.5
+// pulses old at most.
 package reaper

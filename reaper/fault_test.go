@@ -184,6 +184,33 @@ func TestOlderData(t *testing.T) {
 			t.Errorf("%d of 20 left", n)
 		}
 	})
+	// The snapshot has the pulse, and not the beats after it.
+	t.Run("between pulse and removal, with the pulse", func(t *testing.T) {
+		g := newRegistry(t)
+		r := newReaper(t, Config{}, g.store, zerolog.Nop())
+		arm(t, r)
+		for i := range 20 {
+			g.put(t, "web", fmt.Sprintf("10.0.0.%d:80", i+1), g.clock(t)-time.Hour.Milliseconds())
+		}
+		mustPulse(t, r)
+		withPulse := g.snapshot(t)
+		for i := range 20 {
+			g.put(t, "web", fmt.Sprintf("10.0.0.%d:80", i+1), g.clock(t))
+		}
+		g.restore(t, withPulse)
+		cutoff, armed := r.proof.cutoff()
+		report, err := r.sweep(t.Context(), cutoff, armed, true)
+		if !armed || report.Stale != 20 || !errors.Is(err, registrar.ErrFenced) {
+			t.Errorf("armed %v, %d stale, error %v; want ErrFenced", armed, report.Stale, err)
+		}
+		if n := len(g.members(t, "web")); n != 20 {
+			t.Errorf("%d of 20 left", n)
+		}
+		mustPulse(t, r)
+		if s := r.Status(); s.Armed || s.Cause != causeReplID || r.proof.resets != 1 {
+			t.Errorf("got %+v, %d resets, want a hard fault by the replication id", s, r.proof.resets)
+		}
+	})
 	t.Run("between two pulses", func(t *testing.T) {
 		g, r, old := newWorld(t)
 		g.restore(t, old)

@@ -48,6 +48,7 @@ const everyService registrar.Service = ""
 type hold struct {
 	since, seen       time.Duration // began; the cause was there last
 	suspects, members int64
+	said              bool // in the log
 }
 
 // protection decides whether what looks dead is too much to be deaths. It is

@@ -123,13 +123,23 @@ type Reaper struct {
 	proof      proof
 	protection protection
 	armed      bool
-	cause      string // of not being armed, as last logged
-	complaint  string // the last sweep's error, as last logged
-	pulses     int    // accepted ones until the next canary
+	cause      string // of not being armed
+	said       string // the cause that the log has; empty = armed
+	complaint  string // the last sweep's error that the log has
+	voice      *voice
+	pulses     int // accepted ones until the next canary
 
 	mu     sync.Mutex
 	status registrar.ReaperStatus // guarded by mu
 	news   chan struct{}          // holds one if status is another than the one told
+}
+
+// voice bounds what one process says of a Redis that comes and goes. What lasts is
+// said in the end.
+type voice struct{ state, sweeps, holds, reports registrar.Sparing }
+
+func newVoice() *voice {
+	return &voice{holds: registrar.Sparing{AtOnce: 20}} // somebody may have to act
 }
 
 // New checks cfg. It does no I/O.
@@ -142,7 +152,7 @@ func New(cfg Config, store Store, canary Canary, log zerolog.Logger) (*Reaper, e
 		cfg: cfg, store: store, canary: canary, begin: time.Now(),
 		log:   log.With().Str("component", "reaper").Str("id", cfg.ID).Logger(),
 		proof: newProof(cfg.TTL, cfg.Interval), protection: newProtection(cfg.Interval),
-		cause: causeCredit, status: registrar.ReaperStatus{Cause: causeCredit}, news: make(chan struct{}, 1),
+		cause: causeCredit, said: causeCredit, voice: newVoice(), status: registrar.ReaperStatus{Cause: causeCredit}, news: make(chan struct{}, 1),
 	}
 	return r, nil
 }
@@ -234,7 +244,8 @@ func (r *Reaper) connect(ctx context.Context) error {
 	wait := time.NewTimer(0)
 	defer wait.Stop()
 	var last error
-	for failures := 0; ; failures++ {
+	outage := registrar.Outage{Shared: &r.voice.state}
+	for {
 		select {
 		case <-ctx.Done():
 			return errors.Join(context.Cause(ctx), last)
@@ -248,10 +259,10 @@ func (r *Reaper) connect(ctx context.Context) error {
 			continue // what was cut short says less than the error before
 		}
 		last = err
-		if failures == 0 {
+		if outage.Fail() {
 			r.log.Warn().Err(err).Msg("cannot read the registry's times; retrying for ever")
 		}
-		wait.Reset(registrar.Backoff(failures+1, r.cfg.Interval))
+		wait.Reset(registrar.Backoff(outage.Failures, r.cfg.Interval))
 	}
 }
 
@@ -322,21 +333,19 @@ func (r *Reaper) pulse(ctx context.Context) error {
 	return o.err
 }
 
-// note logs a change between armed and not armed, and a new cause of the
-// latter.
+// note takes in a change between armed and not armed, and a new cause of the
+// latter, and logs it.
 func (r *Reaper) note(f fault) {
 	was, cause := r.armed, r.cause
 	_, armed := r.proof.cutoff()
 	switch {
 	case armed && !r.armed:
 		r.armed, r.cause = true, ""
-		r.log.Info().Msg("armed")
 	case !armed && (r.armed || f.cause != "" && f.cause != r.cause):
 		r.armed, r.cause = false, f.cause
 		if r.cause == "" {
 			r.cause = causeCredit
 		}
-		r.log.Info().Str("cause", r.cause).AnErr("error", f.err).Msg("not armed: nobody is taken out")
 	}
 	r.mu.Lock()
 	st := &r.status
@@ -355,7 +364,15 @@ func (r *Reaper) note(f fault) {
 	if st.Until = 0; !armed {
 		st.Until = r.proof.earliest(r.redisTime(r.elapsed()))
 	}
+	why := st.Error
 	r.mu.Unlock()
+	if r.cause != r.said && r.voice.state.May() {
+		if r.said = r.cause; r.armed {
+			r.log.Info().Msg("armed")
+		} else {
+			r.log.Info().Str("cause", r.cause).Str("error", why).Msg("not armed: nobody is taken out")
+		}
+	}
 	if changed && r.cfg.Tell != nil {
 		r.cfg.Tell(r.Status())
 	}
@@ -381,7 +398,8 @@ func (r *Reaper) complain(err error) {
 		what = "no answer"
 	}
 	switch {
-	case what == r.complaint:
+	case what == r.complaint || !r.voice.sweeps.May():
+		return
 	case err != nil:
 		r.log.Warn().Err(err).Msg("sweep incomplete; the next one tries again")
 	default:

@@ -146,14 +146,21 @@ func (r *Reaper) survey(ctx context.Context, cutoff int64) (counts []registrar.C
 // status, what it holds and what no longer.
 func (r *Reaper) judge(now time.Duration, counts []registrar.Count) []registrar.Hold {
 	began, ended := r.protection.judge(now, counts)
+	slices.Sort(began) // every service's comes first
 	for _, svc := range began {
 		h := r.protection.holds[svc]
-		r.log.Warn().Str("service", shown(svc)).Int64("suspects", h.suspects).Int64("members", h.members).
+		if h.said = r.voice.holds.May(); !h.said {
+			continue // status has them all
+		}
+		r.log.Warn().Str("service", shown(svc)).Int64("suspects", h.suspects).Int64("members", h.members).Int("holds", len(r.protection.holds)).
 			Str("rule", Rule(svc)).Dur("dry", r.protection.dry).Dur("let_go_after", LetGoAfter).Dur("let_go_every", LetGoEvery).
 			Str("overrule", Overrule(r.cfg.TTL, r.cfg.Interval)).
 			Msg("held: too many look dead at once, so nobody is taken out until they have been back for two heartbeats; after 5 min one goes each 10 s")
 	}
 	for svc, h := range ended {
+		if !h.said {
+			continue
+		}
 		r.log.Info().Str("service", shown(svc)).Int64("suspects", h.suspects).Int64("members", h.members).Dur("held", now-h.since).
 			Msg("no longer held: for two heartbeats there were not too many who look dead; who still does is taken out")
 	}
@@ -198,7 +205,7 @@ func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sw
 		if !r.proof.ok {
 			return addrs, errNoPulse
 		}
-		w.ID, w.Token, w.Last, w.MaxAge = r.cfg.ID, r.proof.mine, r.proof.now, r.proof.maxAge()
+		w.ID, w.Token, w.ReplID, w.Last, w.MaxAge = r.cfg.ID, r.proof.mine, r.proof.replid, r.proof.now, r.proof.maxAge()
 		tctx, cancel := registrar.WithTimeout(ctx)
 		out, err := r.store.Reap(tctx, svc, w)
 		cancel()

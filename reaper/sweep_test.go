@@ -239,7 +239,7 @@ func TestProtectionLetsGo(t *testing.T) {
 	g.put(t, "any", "10.0.0.6:80", r.proof.now)
 	r.store = &outage{Store: g.store, reap: func(*registrar.Sweep) {
 		r.store = g.store
-		out, err := g.store.Reap(t.Context(), "any", registrar.Sweep{ID: "r1", Token: r.proof.mine, Last: r.proof.now, MaxAge: time.Minute, Cutoff: 2000, LetGo: LetGoEvery})
+		out, err := g.store.Reap(t.Context(), "any", registrar.Sweep{ID: "r1", Token: r.proof.mine, ReplID: r.proof.replid, Last: r.proof.now, MaxAge: time.Minute, Cutoff: 2000, LetGo: LetGoEvery})
 		if err != nil || len(out.Addrs) != 1 {
 			t.Errorf("the other reaper: %+v, %v", out, err)
 		}

@@ -13,7 +13,8 @@ import (
 func (r *Reaper) tell(ctx context.Context) {
 	wait := time.NewTimer(0)
 	defer wait.Stop()
-	var known, failing bool // the register may have an entry; the last report failed
+	known := false // the register may have an entry
+	outage := registrar.Outage{Shared: &r.voice.reports}
 	for {
 		select {
 		case <-ctx.Done():
@@ -30,12 +31,12 @@ func (r *Reaper) tell(ctx context.Context) {
 		err := r.store.Report(tctx, r.cfg.ID, &st)
 		cancel()
 		known = true
-		if (err != nil) != failing {
-			if failing = err != nil; failing {
+		if err != nil {
+			if outage.Fail() {
 				r.log.Warn().Err(err).Msg("cannot tell the register what this reaper does; tries again each 5 s")
-			} else {
-				r.log.Info().Msg("the register knows again what this reaper does")
 			}
+		} else if _, say := outage.End(); say {
+			r.log.Info().Msg("the register knows again what this reaper does")
 		}
 		wait.Reset(registrar.Shorten(registrar.ReportInterval))
 	}

@@ -75,7 +75,7 @@ func TestTells(t *testing.T) {
 		t.Errorf("%d lines for two holds", len(lines))
 	} else {
 		var line struct{ Service, Rule, Overrule string }
-		if err := json.Unmarshal([]byte(lines[0]), &line); err != nil || line.Service != "web" || line.Rule != Rule("web") ||
+		if err := json.Unmarshal([]byte(lines[1]), &line); err != nil || line.Service != "web" || line.Rule != Rule("web") ||
 			line.Overrule != "rollcall reap --once --force --ttl 3s --heartbeat 600ms" {
 			t.Errorf("%v, %+v", err, line)
 		}

@@ -3,6 +3,7 @@ package registrar
 import (
 	"encoding/json"
 	"fmt"
+	"strings"
 	"testing"
 
 	"rollcall/registrar/redistest"
@@ -113,6 +114,9 @@ func TestSetAdminRefuses(t *testing.T) {
 		if _, _, err := s.SetAdmin(t.Context(), web, host(1), Word{Verb: "weight", Weight: &w}); err == nil {
 			t.Errorf("weight %d was accepted", w)
 		}
+	}
+	if _, _, err := s.SetAdmin(t.Context(), web, host(1), Word{Verb: "drain", Reason: strings.Repeat("r", MaxText+1)}); err == nil {
+		t.Error("a reason of 256 bytes was accepted")
 	}
 	for _, verb := range []string{"", "Drain", "stop"} {
 		if _, _, err := s.SetAdmin(t.Context(), web, host(1), Word{Verb: verb}); err == nil {

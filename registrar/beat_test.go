@@ -247,6 +247,77 @@ func TestBeatRefusesBigMetadata(t *testing.T) {
 	}
 }
 
+// TestBeatLimits checks who is kept out, who never is, and what they are told.
+func TestBeatLimits(t *testing.T) {
+	srv := redistest.Start(t)
+	set := func(field string, value any) func(testing.TB, *Store) {
+		return func(tb testing.TB, s *Store) { do(tb, s, "HSET", s.keys.Config(), field, value) }
+	}
+	crowd := func(n int) func(testing.TB, *Store) {
+		return func(tb testing.TB, s *Store) {
+			do(tb, s, "EVAL", "for i=1,ARGV[1] do redis.call('ZADD',KEYS[1],1,'x'..i) end", 1, s.keys.Instances(web), n)
+		}
+	}
+	names := func(n int) func(testing.TB, *Store) {
+		return func(tb testing.TB, s *Store) {
+			do(tb, s, "EVAL", "for i=1,ARGV[1] do redis.call('SADD',KEYS[1],'x'..i) end", 1, s.keys.Services(), n)
+		}
+	}
+	all := func(steps ...func(testing.TB, *Store)) []func(testing.TB, *Store) { return steps }
+	here := func(tb testing.TB, s *Store) { join(tb, s, host(1), "t1") }
+	mine := Beat{Addr: host(1), Token: "t1", Meta: metaOf("t1")}
+	changed := Beat{Addr: host(1), Token: "t1", Meta: `{"id":"t1","weight":8}`}
+	for _, c := range []struct {
+		name   string
+		before []func(testing.TB, *Store)
+		beat   Beat
+		want   string // the error, or the status
+	}{
+		{"one below the default", all(crowd(9999)), mine, "NEW"},
+		{"the default", all(crowd(10_000)), mine, "there are 10000 instances of web"},
+		{"one below", all(set("max_instances", 2), crowd(1)), mine, "NEW"},
+		{"at the limit", all(set("max_instances", 2), crowd(2)), mine, "redis-cli hset NS:config max_instances 4"},
+		{"above it", all(set("max_instances", 2), crowd(3)), mine, "there are 2 instances of web"},
+		{"none", all(set("max_instances", 0)), mine, "redis-cli hset NS:config max_instances 1"},
+		{"no number", all(set("max_instances", "many"), crowd(3)), mine, "NEW"},
+		{"who is there beats on", all(here, set("max_instances", 1), crowd(5)), mine, "OK"},
+		{"who is there changes", all(here, set("max_instances", 1), crowd(5)), changed, "CHANGED"},
+		{"who is there is taken over", all(here, set("max_instances", 1), crowd(5)), Beat{Addr: host(1), Token: "t2", Meta: metaOf("t2"), Claim: true}, "TAKEN"},
+		{"a last service", all(set("max_services", 2), names(1)), mine, "NEW"},
+		{"a service too many", all(set("max_services", 2), names(2)), mine, "there are 2 services, the most"},
+		{"the default of services", all(names(10_000)), mine, "redis-cli hset NS:config max_services 20000"},
+		{"another instance of a service", all(here, set("max_services", 1), names(2)), Beat{Addr: host(2), Token: "t2", Meta: metaOf("t2")}, "NEW"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := fresh(t, srv)
+			for _, step := range c.before {
+				step(t, s)
+			}
+			s.setClock(s.clock() + 1)
+			var reply BeatReply
+			var err error
+			e := observe(t, s, func() { reply, err = s.Beat(t.Context(), web, c.beat) })
+			if strings.ToUpper(c.want) == c.want {
+				if err != nil || string(reply.Status) != c.want {
+					t.Errorf("got %s %v, want %s", reply.Status, err, c.want)
+				}
+				return
+			}
+			want := strings.ReplaceAll(c.want, "NS", s.keys.ns)
+			if !errors.Is(err, ErrFull) || !strings.Contains(err.Error(), want) || reply.Version != 0 || reply.TTL != DefaultTTL {
+				t.Errorf("got %+v %v, want %q", reply, err, want)
+			}
+			e.nothing(t)
+		})
+	}
+	t.Run("the canary", func(t *testing.T) {
+		s := fresh(t, srv)
+		set("max_instances", 0)(t, s)
+		set("max_services", 0)(t, s)
+		must(t, s.Canary(t.Context()))
+	})
+}
+
 // TestVersionText checks that Lua's numbers never reach a message or an index
 // as 1e+06.
 func TestVersionText(t *testing.T) {
@@ -295,7 +366,7 @@ func TestOutOfMemory(t *testing.T) {
 	}
 	_, err = s.Pulse(ctx, "r1", "pulse", time.Minute)
 	oom("pulse", err)
-	_, err = s.Reap(ctx, web, Sweep{ID: "r1", Token: "pulse", Last: p.Now, MaxAge: time.Second, Cutoff: t0 + 1})
+	_, err = s.Reap(ctx, web, Sweep{ID: "r1", Token: "pulse", ReplID: p.ReplID, Last: p.Now, MaxAge: time.Second, Cutoff: t0 + 1})
 	oom("reap", err)
 	if !present(t, s, host(1)) {
 		t.Error("a reaper removed")

@@ -20,10 +20,10 @@ const leaveTimeout = 2 * time.Second
 type BeaterConfig struct {
 	Service  Service
 	Addr     netip.AddrPort
-	Weight   int // 0 to 256
-	Zone     string
-	Tags     map[string]string
-	Interval time.Duration // 0 = the registry's own
+	Weight   int               // 0 to 256
+	Zone     string            // at most MaxName bytes
+	Tags     map[string]string // keys of at most MaxName bytes, values of at most MaxText
+	Interval time.Duration     // 0 = the registry's own
 	// DrainWait is how long Run, when it ends, waits for every live balancer to
 	// have drained the instance before it leaves; 0 = it leaves at once.
 	DrainWait time.Duration
@@ -67,7 +67,9 @@ type Beater struct {
 	known    bool // a beat of any registration was
 	ended    bool // the registration, by a Run that has ended
 	loser    bool // another holds the address, and that was said
-	failures int  // in a row
+	full     bool // the register has no room for it, and that was said
+	outage   Outage
+	news     Sparing // its arrivals and changes
 }
 
 // NewBeater checks cfg and makes a new registration, with a new token. It does
@@ -81,6 +83,14 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 	}
 	if err := CheckWeight(cfg.Weight); err != nil {
 		return nil, err
+	}
+	if err := checkText("zone", cfg.Zone, MaxName); err != nil {
+		return nil, err
+	}
+	for k, v := range cfg.Tags {
+		if err := errors.Join(checkText("tag", k, MaxName), checkText("tag "+k, v, MaxText)); err != nil {
+			return nil, err
+		}
 	}
 	// Less than a millisecond is 0 on the wire, which means the registry's own.
 	if cfg.Interval < 0 || cfg.Interval > 0 && cfg.Interval < time.Millisecond {
@@ -117,7 +127,7 @@ func (b *Beater) register() error {
 		return fmt.Errorf("metadata of %d bytes, at most %d; use fewer tags", len(draining), MaxMeta)
 	}
 	b.meta, b.draining = string(meta), string(draining)
-	b.accepted, b.loser, b.ended, b.failures = false, false, false, 0
+	b.accepted, b.loser, b.full, b.ended, b.outage.Failures = false, false, false, false, 0
 	return nil
 }
 
@@ -165,8 +175,8 @@ func (b *Beater) Run(ctx context.Context) error {
 // shortened by up to a fifth, so that instances started together drift apart,
 // or after a failure full jitter below a ceiling that doubles from 100 ms to
 // the interval. A nil error says that the register has this instance;
-// ErrNotOwner, that another holds its address, is answered at the interval's
-// pace.
+// ErrNotOwner, that another holds its address, and ErrFull, that the register has
+// no room for it, are answered at the interval's pace.
 func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 	tctx, cancel := WithTimeout(ctx)
 	defer cancel()
@@ -174,7 +184,7 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Claim: !b.answered, Interval: b.cfg.Interval,
 	})
 	b.beaten(ctx, err)
-	if err == nil || errors.Is(err, ErrNotOwner) || errors.Is(err, ErrLeft) || errors.Is(err, ErrInterval) {
+	if err == nil || errors.Is(err, ErrNotOwner) || errors.Is(err, ErrFull) || errors.Is(err, ErrLeft) || errors.Is(err, ErrInterval) {
 		b.answered = true
 	}
 	if b.cfg.Interval == 0 && reply.Interval > 0 {
@@ -182,22 +192,31 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 	}
 	switch {
 	case err == nil:
-		if b.failures > 0 {
-			b.log.Info().Int("failures", b.failures).Msg("redis answers again")
+		failures, say := b.outage.End()
+		if say {
+			b.log.Info().Int("failures", failures).Msg("redis answers again")
 		}
-		if reply.Status != BeatOK {
+		if reply.Status != BeatOK && b.news.May() {
 			b.log.Info().Str("status", string(reply.Status)).Int64("version", reply.Version).Dur("interval", b.interval).Msg("registered")
 		}
-		if b.failures > 0 || b.loser || !b.accepted {
+		if failures > 0 || b.loser || b.full || !b.accepted {
 			b.tell("registered")
 		}
-		b.failures, b.loser, b.accepted, b.known = 0, false, true, true
+		b.loser, b.full, b.accepted, b.known = false, false, true, true
 	case errors.Is(err, ErrNotOwner):
 		if !b.loser {
 			b.log.Warn().Msg("another registration holds this address; trying again at every interval")
 			b.tell("not registered: another registration holds the address")
 		}
-		b.failures, b.loser = 0, true
+		b.outage.End()
+		b.loser, b.full = true, false
+	case errors.Is(err, ErrFull):
+		if !b.full {
+			b.log.Error().Err(err).Msg("not registered; trying again at every interval")
+			b.tell("not registered: the register has no room for it")
+		}
+		b.outage.End()
+		b.loser, b.full = false, true
 	case errors.Is(err, ErrInterval) && b.known:
 		// An operator shortened the TTL under a running sidecar: its instance
 		// is healthy, and must not go for that.
@@ -208,13 +227,14 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		return 0, err
 	default:
 		if ctx.Err() == nil {
-			if b.failures == 0 {
-				b.log.Warn().Err(err).Msg("beat failed; retrying for ever")
+			if b.outage.Failures == 0 {
 				b.tell("redis does not answer as it should; retrying for ever")
 			}
-			b.failures++
+			if b.outage.Fail() {
+				b.log.Warn().Err(err).Msg("beat failed; retrying for ever")
+			}
 		}
-		return Backoff(b.failures, b.interval), err
+		return Backoff(b.outage.Failures, b.interval), err
 	}
 	return Shorten(b.interval), err
 }

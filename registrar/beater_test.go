@@ -64,6 +64,7 @@ const (
 	saidFailed     = "warn: beat failed; retrying for ever"
 	saidBack       = "info: redis answers again"
 	saidLoser      = "warn: another registration holds this address; trying again at every interval"
+	saidFull       = "error: not registered; trying again at every interval"
 	saidLeft       = "info: left"
 	saidNothing    = "info: nothing to leave: another registration holds this address"
 	saidAway       = "warn: left without telling: redis is away; the reaper takes this instance out after its TTL"
@@ -149,6 +150,13 @@ func registered(tb testing.TB, s *Store, b *Beater) {
 
 func TestNewBeaterRefuses(t *testing.T) {
 	good := BeaterConfig{Service: web, Addr: host(1), Weight: 1, Interval: time.Second}
+	tagged := func(n int) map[string]string { // each of 264 bytes as JSON
+		tags := map[string]string{}
+		for i := range n {
+			tags[fmt.Sprintf("k%02d", i)] = strings.Repeat("v", MaxText)
+		}
+		return tags
+	}
 	for _, c := range []struct {
 		name string
 		edit func(*BeaterConfig)
@@ -167,7 +175,16 @@ func TestNewBeaterRefuses(t *testing.T) {
 		{"no address", func(c *BeaterConfig) { c.Addr = netip.AddrPort{} }, false},
 		{"IPv4 in IPv6", func(c *BeaterConfig) { c.Addr = netip.MustParseAddrPort("[::ffff:1.2.3.4]:80") }, false},
 		{"unspecified address", func(c *BeaterConfig) { c.Addr = netip.MustParseAddrPort("0.0.0.0:80") }, false},
-		{"too many tags", func(c *BeaterConfig) { c.Tags = map[string]string{"k": strings.Repeat("v", MaxMeta)} }, false},
+		{"longest zone", func(c *BeaterConfig) { c.Zone = strings.Repeat("z", 63) }, true},
+		{"longer zone", func(c *BeaterConfig) { c.Zone = strings.Repeat("z", 64) }, false},
+		{"longest tag", func(c *BeaterConfig) { c.Tags = map[string]string{strings.Repeat("k", 63): strings.Repeat("v", 255)} }, true},
+		{"longer key", func(c *BeaterConfig) { c.Tags = map[string]string{strings.Repeat("k", 64): ""} }, false},
+		{"longer value", func(c *BeaterConfig) { c.Tags = map[string]string{"k": strings.Repeat("v", 256)} }, false},
+		{"a newline in a value", func(c *BeaterConfig) { c.Tags = map[string]string{"k": "a\nb"} }, false},
+		{"an escape in a key", func(c *BeaterConfig) { c.Tags = map[string]string{"\x1b[2J": "v"} }, false},
+		{"no UTF-8 in the zone", func(c *BeaterConfig) { c.Zone = "\xff" }, false},
+		{"many tags", func(c *BeaterConfig) { c.Tags = tagged(14) }, true},
+		{"too many tags", func(c *BeaterConfig) { c.Tags = tagged(16) }, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			cfg := good
@@ -342,8 +359,8 @@ func TestBeatDelays(t *testing.T) {
 		t.Error("60 failures never waited for more than half of the interval")
 	}
 	do(t, s, "CONFIG", "SET", "min-replicas-to-write", 0)
-	if _, err := b.Beat(ctx); err != nil || b.failures != 0 {
-		t.Errorf("after the outage: %v, %d failures", err, b.failures)
+	if _, err := b.Beat(ctx); err != nil || b.outage.Failures != 0 {
+		t.Errorf("after the outage: %v, %d failures", err, b.outage.Failures)
 	}
 }
 
@@ -450,6 +467,39 @@ func TestBeatOfLoser(t *testing.T) {
 	}
 }
 
+// TestBeatWithoutRoom checks that a newcomer who is one too many says so once, and
+// comes in when there is room, and that those who are there beat on.
+func TestBeatWithoutRoom(t *testing.T) {
+	srv := redistest.Start(t)
+	s := fresh(t, srv)
+	ctx := t.Context()
+	do(t, s, "HSET", s.keys.Config(), "max_instances", 2)
+	join(t, s, host(2), "t2")
+	join(t, s, host(3), "t3")
+	b, log := newBeater(t, s, 0)
+	var told []string
+	b.cfg.Tell = func(status string) { told = append(told, status) }
+	for range 10 {
+		next, err := b.Beat(ctx)
+		if !errors.Is(err, ErrFull) {
+			t.Fatalf("got %v, want ErrFull", err)
+		}
+		if next < DefaultInterval*4/5 || next > DefaultInterval {
+			t.Errorf("tries again after %v, want the interval's pace", next)
+		}
+	}
+	leave(t, s, host(2), "t2")
+	if _, err := b.Beat(ctx); err != nil {
+		t.Fatalf("there is room: %v", err)
+	}
+	if want := []string{saidFull, saidRegistered}; !slices.Equal(log.said(t), want) {
+		t.Errorf("said %q, want %q", log.said(t), want)
+	}
+	if want := []string{"not registered: the register has no room for it", "registered"}; !slices.Equal(told, want) {
+		t.Errorf("told %q, want %q", told, want)
+	}
+}
+
 func TestRunOfLoserLeavesTheHolder(t *testing.T) {
 	s, _ := newStore(t)
 	b, log := newBeater(t, s, 20*time.Millisecond)
@@ -502,8 +552,8 @@ func TestBeatCancelledIsNoOutage(t *testing.T) {
 	if _, err := b.Beat(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
-	if said := log.said(t); len(said) > 0 || b.failures != 0 {
-		t.Errorf("said %q, %d failures", said, b.failures)
+	if said := log.said(t); len(said) > 0 || b.outage.Failures != 0 {
+		t.Errorf("said %q, %d failures", said, b.outage.Failures)
 	}
 }
 

@@ -195,10 +195,10 @@ func TestClusterStore(t *testing.T) {
 		if err != nil || len(counts) != 1 || counts[0].Members != 1 || counts[0].Stale != 1 {
 			t.Errorf("survey of %s: %+v, %v", svc, counts, err)
 		}
-		if _, err := of.Reap(ctx, svc, Sweep{ID: "r", Token: "p0", Last: p.Now, MaxAge: time.Minute, Cutoff: p.Now + 1}); err == nil {
+		if _, err := of.Reap(ctx, svc, Sweep{ID: "r", Token: "p0", ReplID: p.ReplID, Last: p.Now, MaxAge: time.Minute, Cutoff: p.Now + 1}); err == nil {
 			t.Errorf("%s was reaped without a pulse", svc)
 		}
-		out, err := of.Reap(ctx, svc, Sweep{ID: "r", Token: "p1", Last: p.Now, MaxAge: time.Minute, Cutoff: p.Now + 1})
+		out, err := of.Reap(ctx, svc, Sweep{ID: "r", Token: "p1", ReplID: p.ReplID, Last: p.Now, MaxAge: time.Minute, Cutoff: p.Now + 1})
 		if err != nil || len(out.Addrs) != 1 || out.Version != 5 {
 			t.Errorf("reap of %s: %+v, %v", svc, out, err)
 		}

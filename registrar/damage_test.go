@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/redis/go-redis/v9"
+
 	"rollcall/registrar/redistest"
 )
 
@@ -44,10 +46,7 @@ var changes = []scriptCall{
 		return err
 	}},
 	{"reap", func(tb testing.TB, s *Store) error {
-		_, err := s.Reap(tb.Context(), web, Sweep{ID: "r1", Token: "pulse", Last: t0, MaxAge: time.Second, Cutoff: t0 + 1})
-		if err != nil && !errors.Is(err, ErrBroken) {
-			tb.Errorf("%v is not ErrBroken: it would stop the sweep of every service", err)
-		}
+		_, err := s.Reap(tb.Context(), web, Sweep{ID: "r1", Token: "pulse", ReplID: replid(tb, s), Last: t0, MaxAge: time.Second, Cutoff: t0 + 1})
 		return err
 	}},
 }
@@ -78,8 +77,12 @@ func TestWrongTypeChangesNothing(t *testing.T) {
 				do(t, s, "RPUSH", key, "x")
 				l := listen(t, s)
 				before := dump(t, s)
-				if err := c.call(t, s); err == nil || !strings.Contains(err.Error(), "WRONGTYPE") {
+				err := c.call(t, s)
+				if err == nil || !strings.Contains(err.Error(), "WRONGTYPE") {
 					t.Errorf("got %v, want WRONGTYPE", err)
+				}
+				if c.name == "reap" && !errors.Is(err, ErrBroken) {
+					t.Errorf("%v is not ErrBroken: it would stop the sweep of every service", err)
 				}
 				if after := dump(t, s); len(diff(before, after)) > 0 {
 					t.Errorf("it wrote %q", diff(before, after))
@@ -177,8 +180,12 @@ func TestBrokenCounterChangesNoMembership(t *testing.T) {
 					do(t, s, "SET", key, value)
 					l := listen(t, s)
 					before := dump(t, s)
-					if err := c.call(t, s); err == nil || !strings.Contains(err.Error(), "is no counter") {
+					err := c.call(t, s)
+					if err == nil || !strings.Contains(err.Error(), "is no counter") {
 						t.Errorf("got %v, want that it is no counter", err)
+					}
+					if c.name == "reap" && !errors.Is(err, ErrBroken) {
+						t.Errorf("%v is not ErrBroken: it would stop the sweep of every service", err)
 					}
 					// The sweep pulls future scores back before it knows; there are none here.
 					if wrote := diff(before, dump(t, s)); !slices.Equal(wrote, may) {
@@ -189,6 +196,40 @@ func TestBrokenCounterChangesNoMembership(t *testing.T) {
 					}
 				})
 			}
+		}
+	}
+}
+
+// TestCounterWithoutRights checks that a user who may not count is told so, and
+// not that the counter is broken: that would let a sweep go on, service by
+// service.
+func TestCounterWithoutRights(t *testing.T) {
+	srv := redistest.Start(t)
+	for _, c := range changes {
+		for which, rule := range map[string]string{
+			"command":        "",
+			"global version": "(+incr ~*}:version)",
+		} {
+			t.Run(c.name+"/"+which, func(t *testing.T) {
+				s := fresh(t, srv)
+				joined(t, s)
+				rules := []any{"ACL", "SETUSER", "poor", "reset", "on", "nopass", "+@all", "~*", "&*", "-incr"}
+				if rule != "" {
+					rules = append(rules, rule)
+				}
+				do(t, s, rules...)
+				rdb := redis.NewClient(&redis.Options{Addr: srv.Addr, Username: "poor", Password: "x", MaxRetries: -1, DisableIdentity: true})
+				t.Cleanup(func() { must(t, rdb.Close()) })
+				before := dump(t, s)
+				err := c.call(t, s.On(rdb))
+				if err == nil || errors.Is(err, ErrBroken) || strings.Contains(err.Error(), "no counter") ||
+					!strings.Contains(err.Error(), "can't") || !strings.Contains(err.Error(), "INCR "+s.keys.Version()) {
+					t.Errorf("got %v, want that INCR %s is not allowed", err, s.keys.Version())
+				}
+				if wrote := diff(before, dump(t, s)); len(wrote) > 0 {
+					t.Errorf("it wrote %q", wrote)
+				}
+			})
 		}
 	}
 }

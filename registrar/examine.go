@@ -218,13 +218,13 @@ func (s *Store) rights(svc Service) []right {
 		{"", []any{"evalsha_ro", "-", 0}}, {"", []any{"get", str}}, {"", []any{"get", k.Epoch()}}, {"", []any{"get", k.Version()}},
 		{"", []any{"hget", h, "-"}}, {"", []any{"hmget", k.Config(), "-"}}, {"", []any{"hgetall", h}}, {"", []any{"hgetall", k.Applied(svc)}},
 		{"", []any{"zscore", k.Balancers(), "-"}}, {"", []any{"zmscore", z, "-"}}, {"", []any{"zrange", z, 0, 0}},
-		{"", []any{"zrangebyscore", k.Changed(svc), 0, 0}}, {"", []any{"smembers", k.Services()}},
+		{"", []any{"zrangebyscore", k.Changed(svc), 0, 0}}, {"", []any{"srandmember", k.Services()}}, {"", []any{"zcard", z}}, {"", []any{"hlen", h}}, {"", []any{"hlen", k.Gone(svc)}}, {"", []any{"hlen", k.Admin(svc)}},
 		{writers, []any{"eval", "return 1", 0}}, {writers, []any{"evalsha", "-", 0}}, {writers, []any{"zadd", z, 0, "-"}},
 		{changers, []any{"type", z}}, {changers, []any{"incr", str}}, {changers, []any{"incr", k.Version()}},
 		{changers, []any{"setnx", k.Epoch(), "-"}}, {changers, []any{"publish", k.Changes(), "-"}},
 		{changers, []any{"hset", h, "-", "-"}}, {changers, []any{"hset", k.Gone(svc), "-", "-"}}, {changers, []any{"hdel", h, "-"}},
 		{changers, []any{"zrem", z, "-"}}, {changers, []any{"zadd", k.GoneAt(svc), 0, "-"}}, {changers, []any{"zcard", z}},
-		{changers, []any{"xadd", k.Events(), "*", "-", "-"}}, {changers, []any{"sadd", k.Services(), "-"}}, {changers, []any{"srem", k.Services(), "-"}},
+		{changers, []any{"xadd", k.Events(), "*", "-", "-"}}, {changers, []any{"sadd", k.Services(), "-"}}, {RoleSidecar, []any{"scard", k.Services()}}, {changers, []any{"srem", k.Services(), "-"}},
 		{RoleAdmin, []any{"hset", k.Admin(svc), "-", "-"}},
 		{RoleReaper, []any{"hset", k.Reapers(), "-", "-"}}, {RoleReaper, []any{"hdel", k.Reapers(), "-"}}, {RoleReaper, []any{"hgetall", k.Reapers()}},
 		{RoleReaper, []any{"set", k.Reaper("-"), "-"}}, {RoleReaper, []any{"zcount", z, 0, 0}}, {RoleReaper, []any{"hsetnx", k.Config(), "-", "-"}},
@@ -464,11 +464,14 @@ type Registry struct {
 	TTL, Interval time.Duration
 	Configured    bool   // else both are the defaults
 	Fault         string // why the config key cannot be believed
+	// MaxInstances of a service and MaxServices are what newcomers must stay
+	// below. A value that is no number is the default, as beat.lua has it.
+	MaxInstances, MaxServices int64
 }
 
 // Registry reads the epoch and the config. The whole of a Cluster has no epoch.
 func (s *Store) Registry(ctx context.Context) (Registry, error) {
-	r := Registry{TTL: DefaultTTL, Interval: DefaultInterval}
+	r := Registry{TTL: DefaultTTL, Interval: DefaultInterval, MaxInstances: DefaultMaxInstances, MaxServices: DefaultMaxServices}
 	if !s.keys.cluster || s.keys.scope != "" {
 		epoch, err := s.rdb.Get(ctx, s.keys.Epoch()).Result()
 		if err != nil && !errors.Is(err, redis.Nil) && !broken(err) {
@@ -486,7 +489,15 @@ func (s *Store) Registry(ctx context.Context) (Registry, error) {
 	case len(got) == 0:
 		return r, nil
 	}
+	for name, most := range map[string]*int64{"max_instances": &r.MaxInstances, "max_services": &r.MaxServices} {
+		if n := field(got, name); n != Unknown {
+			*most = n
+		}
+	}
 	ttl, interval := field(got, "ttl_ms"), field(got, "interval_ms")
+	if got["ttl_ms"] == "" && got["interval_ms"] == "" {
+		return r, nil // somebody set a limit before the first reaper ran
+	}
 	if ttl <= 0 || interval <= 0 {
 		r.Fault = fmt.Sprintf("ttl_ms is %q and interval_ms is %q", got["ttl_ms"], got["interval_ms"])
 		return r, nil

@@ -101,7 +101,6 @@ type player struct {
 	srv    *redistest.Server
 	store  *Store
 	did    *tally
-	replid string
 	ps     *redis.PubSub
 	latest int64  // the clock's highest; notes were dropped by it
 	saved  *model // in the dump file; nil = nothing of this history
@@ -118,6 +117,7 @@ type player struct {
 type reaperState struct {
 	tokens []string // of its pulses, newest first
 	last   int64    // when the newest was
+	replid string   // that it saw
 }
 
 // remembered is a state that a reader has seen.
@@ -363,9 +363,8 @@ func (p *player) audit(rt *rapid.T, svc Service, before view, version int64, log
 func (p *player) pulseOne(rt *rapid.T, id string) {
 	token, epoch := p.name("p"), p.name("e")
 	want := p.pulse(id, token, epoch)
-	want[1] = p.replid
 	r := p.reapers[id]
-	r.tokens, r.last = append([]string{token}, r.tokens[:min(len(r.tokens), 2)]...), p.now
+	r.tokens, r.last, r.replid = append([]string{token}, r.tokens[:min(len(r.tokens), 2)]...), p.now, p.replid
 	p.call(rt, p.store.pulse, "pulse", []string{p.store.keys.Reaper(id), p.store.keys.Epoch()}, want, token, epoch, time.Hour.Milliseconds(), p.now)
 }
 
@@ -375,7 +374,7 @@ func (p *player) reapOne(rt *rapid.T, svc Service, epoch string) {
 		p.pulseOne(rt, id)
 	}
 	r := p.reapers[id]
-	w := Sweep{ID: id, Token: r.tokens[0], Last: r.last, MaxAge: 5 * time.Second, Cutoff: r.last - p.ttl}
+	w := Sweep{ID: id, Token: r.tokens[0], ReplID: r.replid, Last: r.last, MaxAge: 5 * time.Second, Cutoff: r.last - p.ttl}
 	limit := 1 + drawSmall.Draw(rt, "limit")
 	if drawSmall.Draw(rt, "let go") > 4 {
 		w.LetGo = time.Hour
@@ -404,7 +403,7 @@ func (p *player) reapOne(rt *rapid.T, svc Service, epoch string) {
 			rt.Fatalf("%v was reaped %d ms after its beat", a, age)
 		}
 	}
-	p.change(rt, p.store.reap, "reap", svc, []string{p.store.keys.Reaper(id), p.store.keys.LetGo()}, epoch, want, w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, limit, w.LetGo.Milliseconds())
+	p.change(rt, p.store.reap, "reap", svc, []string{p.store.keys.Reaper(id), p.store.keys.LetGo()}, epoch, want, w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, limit, w.LetGo.Milliseconds(), w.ReplID)
 }
 
 // read queues a read of svc, whole or of what changed since an earlier state,
@@ -412,10 +411,10 @@ func (p *player) reapOne(rt *rapid.T, svc Service, epoch string) {
 func (p *player) read(rt *rapid.T, svc Service, since remembered) remembered {
 	s, k := p.services[svc], p.store.keys
 	now := Token{p.replid, p.epoch, s.version}
-	argv := []any{"", "", "", deltaLimit}
+	argv := []any{"", "", "", deltaLimit, ReadLimit, MaxMeta}
 	full := true
 	if since.view != nil {
-		argv = []any{since.ReplID, since.Epoch, since.Version, deltaLimit}
+		argv[0], argv[1], argv[2] = since.ReplID, since.Epoch, since.Version
 		full = since.ReplID != now.ReplID || since.Epoch != now.Epoch || since.Version > now.Version || s.pruned > since.Version
 		if since.Interrupted(now) != (since.ReplID != now.ReplID) {
 			rt.Fatalf("from %v to %v: interrupted is %v", since.Token, now, since.Interrupted(now))

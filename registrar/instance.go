@@ -11,6 +11,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Defaults of the protocol. A registry's own values are in its config key.
@@ -19,6 +21,9 @@ const (
 	DefaultInterval = 5 * time.Second  // between two heartbeats; at most a third of the TTL
 	DefaultWeight   = 100              // of an instance that names none
 	MaxWeight       = 256              // HAProxy's own limit
+
+	DefaultMaxInstances = 10_000 // of a service
+	DefaultMaxServices  = 10_000
 )
 
 var numericEnd = regexp.MustCompile(`(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)\.?$`)
@@ -160,14 +165,40 @@ type Meta struct {
 	Registered int64             `json:"registered"`         // unix ms, by the instance's own clock; for display
 }
 
-// MaxMeta is the most bytes of metadata that a beat may carry.
-const MaxMeta = 4096
+// The most bytes of what people write into the register.
+const (
+	MaxMeta = 4096 // all the metadata of an instance, as JSON
+	MaxName = 63   // of a service, a zone, a tag's key
+	MaxText = 255  // a tag's value, an operator's reason
+)
+
+// checkText accepts at most most bytes of UTF-8 without control characters.
+func checkText(what, s string, most int) error {
+	if len(s) > most {
+		return fmt.Errorf("%s of %d bytes, at most %d", what, len(s), most)
+	}
+	if !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
+		return fmt.Errorf("%s %q: want UTF-8 without control characters", what, s)
+	}
+	return nil
+}
+
+// checkLength finds a text of which read.lua returned only the length.
+func checkLength(s string) error {
+	if n, long := strings.CutPrefix(s, "#"); long {
+		return fmt.Errorf("%s bytes, at most %d", n, MaxMeta)
+	}
+	return nil
+}
 
 // parseMeta reads stored metadata. None at all is an instance that somebody
 // added by hand: it has the default weight.
 func parseMeta(s string) (Meta, error) {
 	if s == "" {
 		return Meta{Weight: DefaultWeight}, nil
+	}
+	if err := checkLength(s); err != nil {
+		return Meta{}, fmt.Errorf("metadata: %w", err)
 	}
 	m := Meta{Weight: DefaultWeight}
 	if err := json.Unmarshal([]byte(s), &m); err != nil {
@@ -200,6 +231,9 @@ type Admin struct {
 func parseAdmin(s string) (Admin, error) {
 	if s == "" {
 		return Admin{}, nil
+	}
+	if err := checkLength(s); err != nil {
+		return Admin{}, fmt.Errorf("admin word: %w", err)
 	}
 	var a Admin
 	if err := json.Unmarshal([]byte(s), &a); err != nil {

@@ -19,6 +19,7 @@ type model struct {
 	global        int64
 	services      map[Service]*serviceModel
 	pulses        map[string]string // by reaper
+	replid        string            // of the process, so in no snapshot
 	letGo         bool              // a reaper has let one go of late
 	messages      []string          // announced since the last look
 	events        []string          // the log of changes, all of it
@@ -243,7 +244,7 @@ func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int,
 }
 
 func (m *model) pulse(id, token, epoch string) []any {
-	before := []any{m.now, "replid", m.epoch, m.pulses[id]}
+	before := []any{m.now, m.replid, m.epoch, m.pulses[id]}
 	m.epoch = cmp.Or(m.epoch, epoch)
 	m.pulses[id] = token
 	return before
@@ -252,7 +253,7 @@ func (m *model) pulse(id, token, epoch string) []any {
 func (m *model) reap(svc Service, w Sweep, limit int, epoch string) []any {
 	age := m.now - w.Last
 	switch {
-	case m.pulses[w.ID] != w.Token:
+	case m.pulses[w.ID] != w.Token || w.ReplID != m.replid:
 		return []any{"FENCED", int64(0), int64(0)}
 	case age < 0 || age > w.MaxAge.Milliseconds():
 		return []any{"LATE", int64(0), int64(0)}

@@ -1,6 +1,7 @@
 package registrar
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -78,4 +80,69 @@ func Passing(err error) bool {
 	var network net.Error
 	return errors.As(err, &network) || errors.Is(err, context.DeadlineExceeded) ||
 		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, redis.ErrPoolTimeout)
+}
+
+// Sparing bounds how often a process says the same things: a few times at once,
+// and then once each quarter of an hour. Its zero value is ready, and any number of
+// goroutines may use it.
+type Sparing struct {
+	AtOnce int // 0 = 8
+
+	mu   sync.Mutex
+	paid time.Time // what was said is paid for until then; guarded by mu
+}
+
+const (
+	sayAtOnce = 8
+	sayEvery  = 15 * time.Minute
+)
+
+// May tells whether to say it now, and counts it if so.
+func (s *Sparing) May() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	if s.paid.Before(now) {
+		s.paid = now
+	}
+	if s.paid.Sub(now) > time.Duration(cmp.Or(s.AtOnce, sayAtOnce)-1)*sayEvery {
+		return false
+	}
+	s.paid = s.paid.Add(sayEvery)
+	return true
+}
+
+// Outage is when to say that something fails, and that it works again: at once,
+// unless it has been coming and going for a while. A Redis that restarts in a loop
+// must not fill the log, so of an hour's outages a dozen are said at most, and one
+// that lasts is said in the end. The zero value is ready; it is for one goroutine.
+type Outage struct {
+	Failures int // in a row
+	// Shared, if not nil, bounds what several say together.
+	Shared *Sparing
+
+	said  bool
+	lines Sparing
+}
+
+// Fail counts a failure and tells whether to say so.
+func (o *Outage) Fail() bool {
+	o.Failures++
+	lines := &o.lines
+	if o.Shared != nil {
+		lines = o.Shared
+	}
+	if !o.said && lines.May() {
+		o.said = true
+		return true
+	}
+	return false
+}
+
+// End tells, after a success, whether to say that it works again, and after how
+// many failures.
+func (o *Outage) End() (failures int, say bool) {
+	failures, say = o.Failures, o.said
+	o.Failures, o.said = 0, false
+	return failures, say
 }

@@ -419,6 +419,123 @@ func TestReadersAgree(t *testing.T) {
 	t.Logf("%d deltas, %d full reads", deltas, fulls)
 }
 
+// TestReadFlood checks that what a stranger with redis-cli writes costs a reader
+// an error, and bounded memory.
+func TestReadFlood(t *testing.T) {
+	srv := redistest.Start(t)
+	flood := func(tb testing.TB, s *Store, key string, from, to int) {
+		tb.Helper()
+		do(tb, s, "EVAL", `
+			local t = redis.call('TYPE', KEYS[1]).ok
+			for i = ARGV[1], ARGV[2] do
+				if t == 'zset' then redis.call('ZADD', KEYS[1], i, 'x' .. i)
+				elseif t == 'hash' then redis.call('HSET', KEYS[1], 'x' .. i, 'x')
+				else redis.call('SADD', KEYS[1], 'x' .. i) end
+			end`, 1, s.keys.ns+key, from, to)
+	}
+	for _, key := range []string{":{web}:instances", ":{web}:meta", ":{web}:admin", ":{web}:gone"} {
+		t.Run(key, func(t *testing.T) {
+			s := fresh(t, srv)
+			join(t, s, host(1), "t1")
+			join(t, s, host(2), "t2")
+			say(t, s, host(1), Word{Verb: "drain"})
+			leave(t, s, host(2), "t2")
+			flood(t, s, key, 2, ReadLimit)
+			before, err := s.Read(t.Context(), web, nil)
+			must(t, err)
+			flood(t, s, key, ReadLimit+1, ReadLimit+1)
+			want := fmt.Sprintf("%s%s has %d entries", s.keys.ns, key, ReadLimit+1)
+			if _, err := s.Read(t.Context(), web, nil); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v, want %q", err, want)
+			}
+			// Who knows the state before follows the changes.
+			say(t, s, host(1), Word{Verb: "maint"})
+			if snap, err := s.Read(t.Context(), web, &before.Token); err != nil || snap.Full || len(snap.Entries) != 1 {
+				t.Errorf("what changed: full %v, %d entries, %v", snap.Full, len(snap.Entries), err)
+			}
+		})
+	}
+	t.Run("services", func(t *testing.T) {
+		s := fresh(t, srv)
+		flood(t, s, ":services", 1, ReadLimit)
+		if names, _, err := s.Services(t.Context()); err != nil || len(names) != ReadLimit {
+			t.Errorf("%d names, %v", len(names), err)
+		}
+		flood(t, s, ":services", 0, 0)
+		if names, _, err := s.Services(t.Context()); err == nil || names != nil || !strings.Contains(err.Error(), "more than 100000 names") {
+			t.Errorf("%d names, %v", len(names), err)
+		}
+	})
+}
+
+// TestReadLongTexts checks that a text longer than metadata may be is garbage of
+// which only the length is read, in both forms of a read.
+func TestReadLongTexts(t *testing.T) {
+	srv := redistest.Start(t)
+	pad := func(n int, frame string) string {
+		return strings.Replace(frame, "~", strings.Repeat("x", n-len(frame)+1), 1)
+	}
+	for _, full := range []bool{true, false} {
+		for _, c := range []struct {
+			name, key, value string
+			want             string // why it is garbage
+		}{
+			{"longest metadata", "meta", pad(MaxMeta, `{"id":"t1","zone":"~"}`), ""},
+			{"longer metadata", "meta", pad(MaxMeta+1, `{"id":"t1","zone":"~"}`), "metadata: 4097 bytes, at most 4096"},
+			{"longest word", "admin", pad(MaxMeta, `{"reason":"~"}`), ""},
+			{"longer word", "admin", pad(MaxMeta+1, `{"reason":"~"}`), "admin word: 4097 bytes, at most 4096"},
+		} {
+			t.Run(fmt.Sprintf("%s, full %v", c.name, full), func(t *testing.T) {
+				s := fresh(t, srv)
+				join(t, s, host(2), "t2")
+				first, err := s.Read(t.Context(), web, nil)
+				must(t, err)
+				join(t, s, host(1), "t1")
+				do(t, s, "HSET", s.keys.ns+":{web}:"+c.key, host(1).String(), c.value)
+				since := &first.Token
+				if full {
+					since = nil
+				}
+				snap, err := s.Read(t.Context(), web, since)
+				must(t, err)
+				if snap.Full != full {
+					t.Errorf("full %v", snap.Full)
+				}
+				for _, e := range snap.Entries {
+					if e.Addr == host(1) && (e.Garbage != c.want || e.Present != (c.want == "")) {
+						t.Errorf("got %q, present %v, want %q", e.Garbage, e.Present, c.want)
+					}
+				}
+			})
+		}
+		t.Run(fmt.Sprintf("address and note, full %v", full), func(t *testing.T) {
+			s := fresh(t, srv)
+			join(t, s, host(1), "t1")
+			first, err := s.Read(t.Context(), web, nil)
+			must(t, err)
+			join(t, s, host(3), "t3")
+			long := strings.Repeat("x", MaxMeta+1)
+			do(t, s, "ZADD", s.keys.Instances(web), 1, long)
+			do(t, s, "ZADD", s.keys.Changed(web), 2, long)
+			do(t, s, "HSET", s.keys.Gone(web), host(2).String(), "left 1 "+long)
+			do(t, s, "ZADD", s.keys.Changed(web), 2, host(2).String())
+			since := &first.Token
+			if full {
+				since = nil
+			}
+			snap, err := s.Read(t.Context(), web, since)
+			must(t, err)
+			if snap.Full != full || !slices.Equal(snap.Garbage, []string{"#4097"}) {
+				t.Errorf("full %v, garbage %q", snap.Full, snap.Garbage)
+			}
+			i := slices.IndexFunc(snap.Entries, func(e Entry) bool { return e.Addr == host(2) })
+			if i < 0 || snap.Entries[i].Garbage != "a note of its going that cannot be read" {
+				t.Errorf("got %+v", snap.Entries)
+			}
+		})
+	}
+}
+
 func TestTokenInterrupted(t *testing.T) {
 	was, unborn := Token{"r", "e", 5}, Token{"r", "", 0}
 	for _, c := range []struct {

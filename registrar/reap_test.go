@@ -1,9 +1,11 @@
 package registrar
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -143,7 +145,7 @@ func TestReapLetsGo(t *testing.T) {
 		t.Helper()
 		p, err := s.Pulse(ctx, reaper, "pulse", time.Minute)
 		must(t, err)
-		got, err := s.Reap(ctx, svc, Sweep{ID: reaper, Token: "pulse", Last: p.Now, MaxAge: time.Second, Cutoff: 10, LetGo: pace})
+		got, err := s.Reap(ctx, svc, Sweep{ID: reaper, Token: "pulse", ReplID: p.ReplID, Last: p.Now, MaxAge: time.Second, Cutoff: 10, LetGo: pace})
 		must(t, err)
 		return got
 	}
@@ -182,16 +184,18 @@ func TestReapLicence(t *testing.T) {
 	for _, c := range []struct {
 		name          string
 		token         string // that Redis holds, "" = none
+		replid        string // that the pulse saw, "" = the server's
 		last          int64  // ms before now
 		want          error
 		stale, remain int64
 	}{
-		{"valid", "pulse", 0, nil, 1, 0},
-		{"as old as allowed", "pulse", 1000, nil, 1, 0},
-		{"another's pulse", "other", 0, ErrFenced, 0, 1},
-		{"no pulse", "", 0, ErrFenced, 0, 1},
-		{"1 ms too old", "pulse", 1001, ErrLate, 0, 1},
-		{"1 ms in the future", "pulse", -1, ErrLate, 0, 1},
+		{"valid", "pulse", "", 0, nil, 1, 0},
+		{"as old as allowed", "pulse", "", 1000, nil, 1, 0},
+		{"another's pulse", "other", "", 0, ErrFenced, 0, 1},
+		{"no pulse", "", "", 0, ErrFenced, 0, 1},
+		{"another replid", "pulse", strings.Repeat("0", 40), 0, ErrFenced, 0, 1},
+		{"1 ms too old", "pulse", "", 1001, ErrLate, 0, 1},
+		{"1 ms in the future", "pulse", "", -1, ErrLate, 0, 1},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := fresh(t, srv)
@@ -202,7 +206,7 @@ func TestReapLicence(t *testing.T) {
 				_, err := s.Pulse(t.Context(), "r1", c.token, time.Minute)
 				must(t, err)
 			}
-			w := Sweep{ID: "r1", Token: "pulse", Last: s.clock() - c.last, MaxAge: time.Second, Cutoff: s.clock() - ttlMS}
+			w := Sweep{ID: "r1", Token: "pulse", ReplID: cmp.Or(c.replid, replid(t, s)), Last: s.clock() - c.last, MaxAge: time.Second, Cutoff: s.clock() - ttlMS}
 			var out Reaped
 			var err error
 			e := observe(t, s, func() { out, err = s.Reap(t.Context(), web, w) })
@@ -213,6 +217,37 @@ func TestReapLicence(t *testing.T) {
 				e.nothing(t)
 			}
 		})
+	}
+}
+
+// TestReapOnPromotedReplica checks the fence against a fail-over to a replica that
+// has the pulse, and not a beat that came after it.
+func TestReapOnPromotedReplica(t *testing.T) {
+	srv := redistest.Start(t, "--repl-diskless-sync-delay", "0")
+	primary, err := NewStore(srv.Client(t), DefaultNamespace)
+	must(t, err)
+	second := srv.StartReplica(t)
+	replica, err := NewStore(second.Client(t), DefaultNamespace)
+	must(t, err)
+	ctx := t.Context()
+	b := Beat{Addr: host(1), Token: "t1", Meta: metaOf("t1")}
+	_, err = primary.Beat(ctx, web, b)
+	must(t, err)
+	p, err := primary.Pulse(ctx, "r1", "pulse", time.Minute)
+	must(t, err)
+	deadline := time.Now().Add(10 * time.Second)
+	for do(t, replica, "GET", replica.keys.Reaper("r1")) != "pulse" {
+		if time.Now().After(deadline) {
+			t.Fatal("the pulse does not reach the replica")
+		}
+		<-time.After(time.Millisecond)
+	}
+	do(t, replica, "REPLICAOF", "NO", "ONE")
+	_, err = primary.Beat(ctx, web, b) // accepted, and lost with the old primary
+	must(t, err)
+	out, err := replica.Reap(ctx, web, Sweep{ID: "r1", Token: "pulse", ReplID: p.ReplID, Last: p.Now, MaxAge: time.Minute, Cutoff: p.Now + 1})
+	if !errors.Is(err, ErrFenced) || len(out.Addrs) > 0 || !present(t, replica, host(1)) {
+		t.Errorf("got %+v, %v, want ErrFenced", out, err)
 	}
 }
 

@@ -23,13 +23,17 @@ var (
 	ErrLeft = errors.New("this registration has left")
 	// ErrInterval says that the heartbeat interval is too long for the TTL.
 	ErrInterval = errors.New("heartbeat interval too long")
+	// ErrFull says that the registry takes no more instances of this service, or no
+	// more services. Those that are there beat on.
+	ErrFull = errors.New("no room")
 	// ErrAbsent says that there is no such instance.
 	ErrAbsent = errors.New("no such instance")
 	// ErrBeats says that the instance is alive and would come back.
 	ErrBeats = errors.New("the instance still beats")
 	// ErrOtherHistory says that a token is of another data set than Redis holds.
 	ErrOtherHistory = errors.New("redis holds another history")
-	// ErrFenced says that Redis does not hold a reaper's last pulse.
+	// ErrFenced says that Redis does not hold a reaper's last pulse, or that it is
+	// another process or another primary than the one that accepted it.
 	ErrFenced = errors.New("the pulse is not in this data set")
 	// ErrLate says that a reaper's last pulse is too old to act on.
 	ErrLate = errors.New("the pulse is too old")
@@ -48,6 +52,9 @@ const (
 	// deltaLimit is the most changed addresses that are cheaper to read one by
 	// one than all at once.
 	deltaLimit = 1000
+	// ReadLimit is the most entries that are read of one key: ten times what a
+	// service takes unless an operator says otherwise.
+	ReadLimit = 100_000
 )
 
 //go:embed lua/*.lua
@@ -160,8 +167,8 @@ type BeatReply struct {
 	TTL, Interval time.Duration
 }
 
-// Beat records a heartbeat of svc. It returns ErrLeft, ErrNotOwner or
-// ErrInterval, with the registry's TTL and interval in the reply, if Redis
+// Beat records a heartbeat of svc. It returns ErrLeft, ErrNotOwner, ErrInterval
+// or ErrFull, with the registry's TTL and interval in the reply, if Redis
 // answered and wrote nothing.
 func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error) {
 	what := fmt.Sprintf("beat %s %s", svc, b.Addr)
@@ -197,10 +204,21 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 		err = ErrNotOwner
 	case "INTERVAL":
 		err = fmt.Errorf("%w: %w", ErrInterval, CheckInterval(b.Interval, reply.TTL))
+	case "INSTANCES":
+		err = s.full(svc, "instances of "+string(svc), "max_instances", reply.Version)
+	case "SERVICES":
+		err = s.full(svc, "services", "max_services", reply.Version)
 	default:
 		err = fmt.Errorf("unknown answer %q", status)
 	}
+	reply.Version = 0
 	return reply, fmt.Errorf("%s: %w", what, err)
+}
+
+// full says which limit keeps a newcomer out, and how to raise it.
+func (s *Store) full(svc Service, of, field string, most int64) error {
+	return fmt.Errorf("%w: there are %d %s, the most that the registry takes; take out who is not needed, or raise it: redis-cli hset %s %s %d",
+		ErrFull, most, of, s.keys.Of(svc).Config(), field, max(2*most, 1))
 }
 
 // steady runs still.lua. It tells whether that was all there is to this beat.
@@ -266,7 +284,7 @@ func (s *Store) Deregister(ctx context.Context, svc Service, addr netip.AddrPort
 type Word struct {
 	Verb   string // drain, maint, ready or weight
 	Weight *int   // with weight; nil = the instance's own again
-	Reason string // with drain and maint
+	Reason string // with drain and maint; at most MaxText bytes
 }
 
 // SetAdmin writes an operator's word. It returns the service's version after
@@ -277,6 +295,9 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 	case "drain", "maint", "ready", "weight":
 	default:
 		return 0, false, fmt.Errorf("%s: unknown verb", what)
+	}
+	if len(w.Reason) > MaxText {
+		return 0, false, fmt.Errorf("%s: reason of %d bytes, at most %d", what, len(w.Reason), MaxText)
 	}
 	weight := ""
 	if w.Weight != nil {
@@ -296,14 +317,19 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 }
 
 // Services returns the names of the services that have instances, in no order.
-// Names that are none are left out and returned as garbage.
+// Names that are none are left out and returned as garbage. More than 100,000 are
+// an error.
 func (s *Store) Services(ctx context.Context) (names []Service, garbage []string, err error) {
 	if s.keys.scope != "" {
 		return []Service{s.keys.scope}, nil, nil
 	}
-	all, err := s.rdb.SMembers(ctx, s.keys.Services()).Result()
+	// All of them, unless there are more.
+	all, err := s.rdb.SRandMemberN(ctx, s.keys.Services(), ReadLimit+1).Result()
 	if err != nil {
 		return nil, nil, fmt.Errorf("read %s: %w", s.keys.Services(), err)
+	}
+	if len(all) > ReadLimit {
+		return nil, nil, fmt.Errorf("read %s: it has more than %d names; take out those that are no services of yours: redis-cli srem %s NAME", s.keys.Services(), ReadLimit, s.keys.Services())
 	}
 	for _, n := range all {
 		if svc, err := ParseService(n); err == nil {
@@ -415,6 +441,7 @@ func (c *Count) discard(suspects any) {
 type Sweep struct {
 	ID     string        // the reaper
 	Token  string        // of its last pulse
+	ReplID string        // that this pulse saw
 	Last   int64         // time of that pulse, unix ms by Redis' clock
 	MaxAge time.Duration // of that pulse
 	Cutoff int64         // who beat before it is out, unix ms
@@ -435,7 +462,7 @@ type Reaped struct {
 // ErrFenced or ErrLate if the licence is void, and ErrBroken if another service
 // may still be reaped.
 func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) {
-	argv := []any{s.keys.Changes(), string(svc), s.now, rand.Text(), w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds()}
+	argv := []any{s.keys.Changes(), string(svc), s.now, rand.Text(), w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds(), w.ReplID}
 	k := s.keys.Of(svc)
 	r, err := s.reap.Run(ctx, s.rdb, k.change(svc, k.Reaper(w.ID), k.LetGo()), argv...).Slice()
 	if err != nil {
@@ -549,15 +576,17 @@ func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) 
 }
 
 // Read returns one consistent read of svc: what changed since a token, or all
-// of it if since is nil or names another history.
+// of it if since is nil or names another history. More than 100,000 addresses or
+// notes, which no sidecar can have written, are not read: that is an error. A text
+// of more than MaxMeta bytes is garbage.
 func (s *Store) Read(ctx context.Context, svc Service, since *Token) (Snapshot, error) {
 	k := s.keys.Of(svc)
 	keys := []string{
 		k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Changed(svc), k.ServiceVersion(svc), k.Epoch(), k.Config(),
 	}
-	argv := []any{"", "", "", deltaLimit}
+	argv := []any{"", "", "", deltaLimit, ReadLimit, MaxMeta}
 	if since != nil {
-		argv = []any{since.ReplID, since.Epoch, since.Version, deltaLimit}
+		argv[0], argv[1], argv[2] = since.ReplID, since.Epoch, since.Version
 	}
 	r, err := s.read.RunRO(ctx, s.rdb, keys, argv...).Slice()
 	if err != nil {

@@ -124,8 +124,18 @@ func sweep(tb testing.TB, s *Store, cutoff int64) ([]string, int64, error) {
 	tb.Helper()
 	p, err := s.Pulse(tb.Context(), "r1", "pulse", time.Minute)
 	must(tb, err)
-	out, err := s.Reap(tb.Context(), web, Sweep{ID: "r1", Token: "pulse", Last: p.Now, MaxAge: time.Second, Cutoff: cutoff})
+	out, err := s.Reap(tb.Context(), web, Sweep{ID: "r1", Token: "pulse", ReplID: p.ReplID, Last: p.Now, MaxAge: time.Second, Cutoff: cutoff})
 	return out.Addrs, out.Left, err
+}
+
+// replid is the server's own.
+func replid(tb testing.TB, s *Store) string {
+	tb.Helper()
+	info, err := s.rdb.Info(tb.Context(), "replication").Result()
+	must(tb, err)
+	_, rest, _ := strings.Cut(info, "master_replid:")
+	id, _, _ := strings.Cut(rest, "\r\n")
+	return id
 }
 
 // expire takes out addr, which must be the only one to have missed the TTL.

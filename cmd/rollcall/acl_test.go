@@ -241,7 +241,9 @@ func TestRolesBounds(t *testing.T) {
 		{"publish rollcall:changes x", []string{sidecar, reap, operate}}, {"publish other x", no},
 		// Reading.
 		{"xrevrange rollcall:events + - count 1", []string{operate, watch}}, {"xread count 1 streams rollcall:events 0", []string{operate, watch}},
-		{"smembers rollcall:services", []string{reap, operate, watch}}, {"hgetall rollcall:config", []string{sidecar, sync, operate, watch}},
+		{"smembers rollcall:services", []string{reap, operate, watch}}, {"srandmember rollcall:services 9", []string{reap, operate, watch}},
+		{"scard rollcall:services", []string{sidecar}}, {"hlen rollcall:{web}:meta", []string{sync, operate, watch}}, {"zcard rollcall:{web}:instances", []string{sidecar, reap, sync, operate, watch}},
+		{"hgetall rollcall:config", []string{sidecar, sync, operate, watch}},
 		{"hgetall rollcall:{web}:meta", []string{sidecar, sync, operate, watch}}, {"hgetall rollcall:{api}:meta", []string{sync, operate, watch}},
 		{"get rollcall:{api}:version", []string{reap, sync, operate, watch}}, {"get rollcall:reaper:x", []string{reap, operate, watch}},
 	})

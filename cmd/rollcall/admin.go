@@ -30,7 +30,7 @@ func adminCommand(verb, help string) *cli.Command {
 	case "weight":
 		names, want = "SERVICE ADDR N|own", 3
 	case "drain", "maint":
-		flags = append(flags, &cli.StringFlag{Name: "reason", EnvVars: env("reason"), Usage: "`TEXT` for whoever wonders"})
+		flags = append(flags, &cli.StringFlag{Name: "reason", EnvVars: env("reason"), Usage: "`TEXT` for whoever wonders, at most 255 bytes"})
 	}
 	return &cli.Command{
 		Name: verb, Usage: help, ArgsUsage: names, Flags: flags,
@@ -40,6 +40,9 @@ func adminCommand(verb, help string) *cli.Command {
 				return err
 			}
 			w := registrar.Word{Verb: verb, Reason: c.String("reason")}
+			if n := len(w.Reason); n > registrar.MaxText {
+				return usage("--reason of %d bytes: want at most %d", n, registrar.MaxText)
+			}
 			if verb == "weight" && a[2] != "own" {
 				n, err := strconv.Atoi(a[2])
 				if err != nil {

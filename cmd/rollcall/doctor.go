@@ -407,7 +407,7 @@ func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
 	case err != nil && d.store.Cluster() && len(inv.Services) > 0:
 		d.unknown("registry", fmt.Errorf("not all of it: %w", err), "the findings of the nodes come first")
 	case err != nil:
-		d.unknown("registry", err, "allow SCAN, TYPE, SMEMBERS, SISMEMBER and EXISTS to the user of --redis")
+		d.unknown("registry", err, "allow SCAN, TYPE, SRANDMEMBER, SISMEMBER and EXISTS to the user of --redis")
 		return
 	}
 	k := d.store.Keys()
@@ -451,6 +451,7 @@ func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
 		d.add("registry keys", stateOK, "", "", "all owned, all of the right type")
 	}
 	d.instances(ctx, inv, reg)
+	d.limits(inv, reg)
 	d.reapers(ctx, inv, reg)
 	d.balancers(ctx, inv.Services)
 }
@@ -537,6 +538,39 @@ func (d *doctor) instances(ctx context.Context, inv registrar.Inventory, reg reg
 	slices.Sort(stale)
 	d.add("registry members", worst(false, len(garbage) > 0), "what cannot be believed is not served", fix, "%s", cmp.Or(few(garbage), "all are instances"))
 	d.add("registry silence", worst(false, len(stale) > 0), "the dead are still served, if no check says otherwise", "see the reapers below; if they live, they hold back: their log says why", "%s", cmp.Or(few(stale), "nobody is silent for longer than the TTL"))
+}
+
+// limits says how near the registry is to keeping newcomers out.
+func (d *doctor) limits(inv registrar.Inventory, reg registrar.Registry) {
+	if !d.known {
+		return
+	}
+	for _, l := range []struct {
+		what, field string
+		n, most     int64
+	}{
+		{"services", "max_services", int64(len(inv.Services)), reg.MaxServices},
+		{"instances", "max_instances", largest(d.sizes), reg.MaxInstances},
+	} {
+		config := d.store.Keys().Config()
+		if l.most > registrar.ReadLimit {
+			d.add("registry limit: "+l.what, stateBad, fmt.Sprintf("nobody reads more than %d", registrar.ReadLimit), fmt.Sprintf("redis-cli hset %s %s %d", config, l.field, registrar.ReadLimit), "%d", l.most)
+			continue
+		}
+		seen := fmt.Sprintf("%d of %d", l.n, l.most)
+		if l.what == "instances" {
+			seen += " in the largest service"
+		}
+		d.add("registry limit: "+l.what, worst(l.n >= l.most, l.n*100 >= l.most*fullPercent), "newcomers are not registered", fmt.Sprintf("take out who is not needed, or: redis-cli hset %s %s %d", config, l.field, max(2*l.most, 1)), "%s", seen)
+	}
+}
+
+func largest(sizes map[registrar.Service]int64) int64 {
+	n := int64(0)
+	for _, size := range sizes {
+		n = max(n, size)
+	}
+	return n
 }
 
 const (

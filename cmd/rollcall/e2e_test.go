@@ -478,6 +478,8 @@ func TestBadInput(t *testing.T) {
 		{"log level", register("--service", "web", "--addr", "127.0.0.1:80", "--log-level", "loud")},
 		{"weight word", []string{"weight", "web", "127.0.0.1:80", "heavy"}},
 		{"weight 300", []string{"weight", "web", "127.0.0.1:80", "300"}},
+		{"long zone", register("--service", "web", "--addr", "127.0.0.1:80", "--zone", strings.Repeat("z", 64))},
+		{"long reason", []string{"drain", "web", "127.0.0.1:80", "--reason", strings.Repeat("r", 256)}},
 		{"drain nothing", []string{"drain", "web"}},
 		{"drain bad address", []string{"drain", "web", "nowhere"}},
 		{"output", []string{"services", "-o", "xml"}},

@@ -110,6 +110,8 @@ func beatCause(err error) string {
 		return "left"
 	case errors.Is(err, registrar.ErrInterval):
 		return "interval"
+	case errors.Is(err, registrar.ErrFull):
+		return "full"
 	case errors.As(err, &refused):
 		code, _, _ := strings.Cut(strings.ToLower(refused.Error()), " ")
 		if slices.Contains(redisCodes, code) {

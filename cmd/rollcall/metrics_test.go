@@ -206,6 +206,7 @@ func TestBeatCauses(t *testing.T) {
 		want string
 	}{
 		{registrar.ErrNotOwner, "not_owner"},
+		{registrar.ErrFull, "full"},
 		{registrar.ErrLeft, "left"},
 		{registrar.ErrInterval, "interval"},
 		{refusal("OOM command not allowed"), "oom"},

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
 
@@ -25,7 +26,7 @@ func TestMain(m *testing.M) {
 		<-c
 		os.Exit(7)
 	}
-	os.Exit(m.Run())
+	goleak.VerifyTestMain(m)
 }
 
 func null(tb testing.TB) [3]*os.File {

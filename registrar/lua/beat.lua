@@ -14,6 +14,8 @@
 --   LEFT      this token has left; nothing written
 --   NOTOWNER  another token holds the address and beats; nothing written
 --   INTERVAL  the interval is more than a third of the TTL; nothing written
+--   INSTANCES, SERVICES  it is new, and there are as many as the registry takes; that
+--             number in the place of the version; nothing written
 local addr, token, meta, claim = ARGV[5], ARGV[6], ARGV[7], ARGV[8] == '1'
 
 local cfg = redis.call('HMGET', KEYS[11], 'ttl_ms', 'interval_ms')
@@ -53,6 +55,11 @@ if score then
   else
     return {'NOTOWNER', now, 0, ttl, interval}
   end
+elseif ARGV[2] ~= '_canary' then
+  local most, here = redis.call('HMGET', KEYS[11], 'max_instances', 'max_services'), redis.call('ZCARD', KEYS[1])
+  local instances, services = tonumber(most[1] or '') or 10000, tonumber(most[2] or '') or 10000
+  if here >= instances then return {'INSTANCES', now, instances, ttl, interval} end
+  if here == 0 and redis.call('SCARD', KEYS[8]) >= services then return {'SERVICES', now, services, ttl, interval} end
 end
 
 local g, v = bump()

@@ -26,13 +26,22 @@ local function mistyped()
   end
 end
 
+-- The reply to an INCR that failed. A value that cannot be counted is this
+-- service's trouble alone; a missing right is every service's.
+local function uncounted(key, e)
+  if string.find(e.err, 'integer') or string.find(e.err, 'overflow') then
+    return redis.error_reply('ERR ' .. key .. ' is no counter: ' .. e.err)
+  end
+  return redis.error_reply(e.err .. ': INCR ' .. key)
+end
+
 -- Bumps first: whatever happens after, everybody looks again.
 -- Returns both versions, or nil and an error reply.
 local function bump()
   local g = redis.pcall('INCR', KEYS[9])
-  if type(g) == 'table' then return nil, redis.error_reply('ERR ' .. KEYS[9] .. ' is no counter: ' .. g.err) end
+  if type(g) == 'table' then return nil, uncounted(KEYS[9], g) end
   local v = KEYS[7] == KEYS[9] and g or redis.pcall('INCR', KEYS[7]) -- a Cluster's service has one counter
-  if type(v) == 'table' then return nil, redis.error_reply('ERR ' .. KEYS[7] .. ' is no counter: ' .. v.err) end
+  if type(v) == 'table' then return nil, uncounted(KEYS[7], v) end
   redis.call('SETNX', KEYS[10], ARGV[4])
   return g, v
 end

@@ -8,9 +8,12 @@
 --       8 cut-off, ms: out is who beat before it, not at it   9 most addresses a call
 --       10 let go, ms: above 0, only one is out, never the last of the service,
 --          and none of any service within so long after the one before
+--       11 replid that the last pulse saw
 -- Returns {status, service version, stale ones left, addr…}
 --   OK      each addr is out by this very call
---   FENCED  Redis does not hold the pulse: other data, or it expired; nothing written
+--   FENCED  Redis does not hold the pulse: other data, or it expired; or it holds
+--           it under another replid: a snapshot or a replica that has the pulse need
+--           not have the beats after it. Nothing written
 --   LATE    the pulse is too old or in the future; nothing written
 local token, last, most, cut = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 
@@ -18,6 +21,7 @@ local token, last, most, cut = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), AR
 
 local now = clock()
 if redis.call('GET', KEYS[12]) ~= token then return {'FENCED', 0, 0} end
+if string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') ~= ARGV[11] then return {'FENCED', 0, 0} end
 if now < last or now - last > most then return {'LATE', 0, 0} end
 local bad = mistyped()
 if bad then return bad end
