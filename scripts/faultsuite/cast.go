@@ -21,6 +21,8 @@ type process struct {
 	cmd  *exec.Cmd
 	done chan struct{} // closed when it has ended
 
+	monitor string // where its metrics are; empty = nowhere
+
 	mu  sync.Mutex
 	out bytes.Buffer
 }
@@ -91,6 +93,10 @@ type member struct {
 func (c *cast) spawn(way *relay, args ...string) *process {
 	p := &process{args: args, cmd: exec.Command(c.binary, args...), done: make(chan struct{})}
 	p.cmd.Env = append(p.cmd.Environ(), "ROLLCALL_REDIS="+way.url(), "ROLLCALL_NAMESPACE="+c.namespace, "ROLLCALL_LOG_FORMAT=json")
+	if c.w.monitored {
+		p.monitor = monitorAddr()
+		p.cmd.Env = append(p.cmd.Env, "ROLLCALL_HTTP="+p.monitor)
+	}
 	p.cmd.Stdout, p.cmd.Stderr = p, p
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {

@@ -35,6 +35,8 @@ type world struct {
 	mutants   []*cast
 	traffic   *traffic
 	clock     string // the file that shifts Redis' clock, if the fault needs one
+	slots     int    // of HAProxy, if more than usual
+	monitored bool   // processes serve their metrics
 
 	watching sync.WaitGroup
 	mu       sync.Mutex
@@ -121,7 +123,7 @@ func (w *world) newCast(namespace, binary string, f fault) *cast {
 		return w.rdb.HGet(w.ctx, c.key("config"), "ttl_ms").Err()
 	})
 	c.ha = haproxytest.Start(w, haproxytest.Options{
-		Backends:  []haproxytest.Backend{{Name: "be", Balance: "roundrobin", Slots: size + 3, Check: true}},
+		Backends:  []haproxytest.Backend{{Name: "be", Balance: "roundrobin", Slots: max(w.slots, size+3), Check: true}},
 		StateFile: true,
 	})
 	for range size {
