@@ -60,10 +60,11 @@ type backend struct {
 	viewAt   time.Time    // the last change came
 	cold     *lastService // serves while view knows nothing; nil = none
 	dirty    map[netip.AddrPort]time.Time
-	reread   bool            // the process was replaced, or may have been
-	applied  registrar.Token // the state that HAProxy has, read back; zero before the first
-	status   BackendStatus   // after the last step; without Synced and Behind
-	sights   sights          // what was seen, for the register
+	back     map[netip.AddrPort]bool // was there since the last step, and may have gone again
+	reread   bool                    // the process was replaced, or may have been
+	applied  registrar.Token         // the state that HAProxy has, read back; zero before the first
+	status   BackendStatus           // after the last step; without Synced and Behind
+	sights   sights                  // what was seen, for the register
 
 	since      time.Time  // the oldest change that is not applied was heard; zero = none
 	have       *Inventory // nil: unknown
@@ -76,10 +77,12 @@ type backend struct {
 	leaving    map[netip.AddrPort]*leaving  // being drained
 	held       map[netip.AddrPort]time.Time // due to leave, but kept; since when
 	doubted    map[netip.AddrPort]bool      // refused for an old heartbeat after an interruption, and not heard of since
-	asked      time.Time                    // for a whole read of the register, because of them
+	stale      bool                         // a hold must not end before another read
+	asked      time.Time                    // for a whole read of the register, because of these two
 	unplaced   map[netip.AddrPort]bool      // no slot for it
 	static     bool                         // HAProxy refused a weight for the balance algorithm
-	process    Process                      // that the next two are of
+	process    Process                      // that static and noOverflow are of
+	idle       map[string]time.Time         // free slots that held an instance, since when
 	noOverflow bool                         // HAProxy refused a server beside the slots
 	postponed  map[netip.AddrPort]bool      // drain would leave nobody
 	said       map[string]time.Time         // what has been reported, and when
@@ -101,7 +104,7 @@ func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registr
 		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh, acked: acked, looked: looked,
 		rules: rules{allow: allow, hold: cfg.Hold},
 		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
-		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{},
+		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{}, back: map[netip.AddrPort]bool{},
 		fast: map[netip.AddrPort]time.Time{}, leaving: map[netip.AddrPort]*leaving{}, held: map[netip.AddrPort]time.Time{},
 		unplaced: map[netip.AddrPort]bool{}, said: map[string]time.Time{}, postponed: map[netip.AddrPort]bool{}, doubted: map[netip.AddrPort]bool{},
 	}
@@ -122,6 +125,9 @@ func (b *backend) change(c notifier.Change) {
 	for _, addr := range b.view.Apply(c) {
 		if _, ok := b.dirty[addr]; !ok {
 			b.dirty[addr] = c.Heard
+		}
+		if e := b.view.Lookup(addr); e.Garbage != "" || e.Present && b.rules.allowed(addr.Addr()) {
+			b.back[addr] = true
 		}
 	}
 	b.signal()
@@ -202,6 +208,11 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	b.reread = false
 	dirty := b.dirty
 	b.dirty = make(map[netip.AddrPort]time.Time, 1)
+	for addr := range b.back {
+		delete(b.held, addr) // who goes once more is held once more
+		delete(b.leaving, addr)
+	}
+	clear(b.back)
 	token := b.view.Token
 	b.mu.Unlock()
 	defer func() {
@@ -286,12 +297,25 @@ func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
 	if b.have != nil && !b.have.Process.Same(st.Process) {
 		b.forget()
 	}
+	watched := b.process != Process{}
 	if !b.process.Same(st.Process) { // perhaps with another configuration
 		b.process, b.static, b.noOverflow = st.Process, false, false
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	inv := NewInventory(st, func(a netip.AddrPort) bool { return b.view.Lookup(a).Present })
+	inv := NewInventory(st, func(a netip.AddrPort) bool { return b.view.Lookup(a).Present && b.rules.allowed(a.Addr()) })
+	// A slot that was free at the last look has been since then, and one that was
+	// not is from now on. Of what was before the first look nothing is known.
+	now, idle := time.Now(), map[string]time.Time{}
+	inv.freed(func(name string) time.Time {
+		since, known := b.idle[name]
+		if watched && !known {
+			since = now
+		}
+		idle[name] = since
+		return since
+	})
+	b.idle = idle
 	inv.Dynamic = b.mode == Dynamic || b.mode == Auto && inv.Slots == 0
 	inv.Overflow = b.mode == Auto && inv.Slots > 0 && !b.noOverflow
 	inv.Checks, inv.Static = b.cfg.Checks, b.static
@@ -305,7 +329,7 @@ func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
 		b.riseIn = lastPoll
 	}
 	b.rising = inv.Rising
-	b.have, b.readAt, b.seen = inv, time.Now(), time.Now()
+	b.have, b.readAt, b.seen = inv, now, now
 	b.nextFull = registrar.Shorten(b.cfg.Full)
 	all := map[netip.AddrPort]bool{}
 	b.view.Each(func(e registrar.Entry) { all[e.Addr] = true })
@@ -440,6 +464,9 @@ func parts(ops []Op) [][]Op {
 
 // apply has the balancer carry out ops and takes in what became of them.
 func (b *backend) apply(ctx context.Context, ops []Op, heard map[netip.AddrPort]time.Time) error {
+	for _, o := range ops {
+		delete(b.idle, o.Name) // whatever becomes of it
+	}
 	got, err := b.balancer.Apply(ctx, b.name, ops)
 	if err != nil {
 		return err
@@ -517,6 +544,23 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 	defer b.mu.Unlock()
 	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, empty: b.have.Serving == 0}
 	interrupted, serving := b.broken, b.have.Serving
+	// Whose drain HAProxy has not carried out, or no longer knows of, is not
+	// leaving: what holds for everybody holds for it.
+	maps.DeleteFunc(b.leaving, func(a netip.AddrPort, _ *leaving) bool {
+		s, there := b.have.Lookup(a)
+		return there && s.Admin == Ready
+	})
+	for _, s := range b.have.extra {
+		serving -= serves(s)
+	}
+	if goal == Leave { // who goes by absence must not count on who goes by a word
+		for _, addr := range addrs {
+			s, there := b.have.Lookup(addr)
+			if v := b.rules.decide(b.view.Lookup(addr), s, there, rd); v.goal == Leave && v.word && b.leaving[addr] == nil {
+				serving -= serves(&s)
+			}
+		}
+	}
 	floor := sync.OnceValue(b.share)
 	wants := make([]Want, 0, len(addrs))
 	kept := map[verdict][]netip.AddrPort{}
@@ -558,7 +602,7 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 			}
 			if b.isLast(addr, w.State, s, serving, floor) {
 				w.State = Ready
-			} else if w.State != Ready {
+			} else if w.State != Ready || w.Weight == 0 {
 				serving -= serves(&s)
 			}
 			wants = append(wants, w)
@@ -574,7 +618,9 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 		}
 		if b.leaving[addr] == nil {
 			b.leaving[addr] = &leaving{since: now}
-			serving -= serves(&s)
+			if !v.word {
+				serving -= serves(&s)
+			}
 			b.polls = 0
 		}
 		l := b.leaving[addr]
@@ -627,6 +673,11 @@ func (b *backend) mustStay(addr netip.AddrPort, v verdict, up bool, serving int,
 	}
 	why = v.why
 	stay := now.Sub(since) < v.hold
+	if !stay && v.hold > 0 && b.viewAt.Sub(since) < v.hold {
+		// Redis may be away since then: what was absent in its last answer may
+		// have beaten a hundred times. Another read must say so too.
+		stay, b.stale = true, true
+	}
 	if !stay && up && serving <= max(b.cfg.MinServers, floor()) {
 		stay, why = true, fmt.Sprintf("only %d servers are up", serving)
 	}
@@ -703,7 +754,11 @@ func (b *backend) finish(addrs []netip.AddrPort) {
 	for _, a := range addrs {
 		s, there := b.have.Lookup(a)
 		if b.leaving[a] != nil {
-			if !there || b.have.Release(a, now) {
+			freed := b.have.Release(a, now)
+			if freed {
+				b.idle[s.Name] = now
+			}
+			if freed || !there {
 				delete(b.leaving, a)
 				b.log.Info().Stringer("addr", a).Msg("gone")
 			}
@@ -778,7 +833,8 @@ func (b *backend) pause(now time.Time) time.Duration {
 		}
 		next = min(next, max(b.riseIn-now.Sub(b.readAt), firstPoll))
 	}
-	if len(b.doubted) > 0 {
+	if b.stale || len(b.doubted) > 0 {
+		b.stale = false
 		// The answer wakes the next step: asked for by each, it would never end.
 		if pace := b.cfg.Full / 6; now.Sub(b.asked) >= pace {
 			b.asked = now

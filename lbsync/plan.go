@@ -3,6 +3,7 @@ package lbsync
 import (
 	"hash/fnv"
 	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -50,7 +51,7 @@ type Inventory struct {
 	byAddr map[netip.AddrPort]*Server // ours, with an address of an instance
 	byName map[string]*Server
 	ids    map[int]bool
-	extra  []*Server // with an address that another has too
+	extra  []*Server // in rotation, with an address that another has too or that is nobody's
 
 	queue  []freeSlot                 // free slots, longest free first, and some that are free no more
 	free   map[*Server]time.Time      // which of them are, and since when
@@ -97,31 +98,40 @@ func NewInventory(st State, wanted func(netip.AddrPort) bool) *Inventory {
 			// Not usable: the template lacks a numeric init-addr.
 		case s.Slot && (placeholder(s) || s.Admin == Maint && s.Weight == 0 && !wanted(s.Addr)):
 			inv.vacate(s, time.Time{})
+			if placeholder(s) && s.Admin != Maint {
+				// HAProxy was replaced between our look and our commands, which
+				// were meant for the instance that the slot had there.
+				inv.extra = append(inv.extra, s)
+			}
 		default:
-			inv.index(s)
+			if free := inv.index(s); free != nil {
+				inv.vacate(free, time.Time{})
+			}
 		}
 	}
 	return inv
 }
 
 // index enters s under its address. Of two with one address the one in
-// rotation stays, and the other goes.
-func (inv *Inventory) index(s *Server) {
+// rotation stays, and the other goes: index returns it if its slot is free.
+func (inv *Inventory) index(s *Server) (free *Server) {
 	other, taken := inv.byAddr[s.Addr]
 	if !taken || other == s {
 		inv.byAddr[s.Addr] = s
-		return
+		return nil
 	}
 	if other.Admin > s.Admin {
 		other, s = s, other
 		inv.byAddr[s.Addr] = other
 	}
 	switch idle := s.Admin == Maint && s.Weight == 0; {
+	case Human(*s): // left alone
 	case !idle:
 		inv.extra = append(inv.extra, s)
 	case s.Slot:
-		inv.vacate(s, time.Time{})
+		return s
 	}
+	return nil
 }
 
 func (inv *Inventory) vacate(s *Server, since time.Time) {
@@ -130,6 +140,17 @@ func (inv *Inventory) vacate(s *Server, since time.Time) {
 	if !placeholder(s) {
 		inv.vacant[s.Addr] = s
 	}
+}
+
+// freed says since when each free slot that held an instance has been free.
+func (inv *Inventory) freed(since func(name string) time.Time) {
+	for i := range inv.queue {
+		if f := &inv.queue[i]; !placeholder(f.server) {
+			f.since = since(f.server.Name)
+			inv.free[f.server] = f.since
+		}
+	}
+	slices.SortStableFunc(inv.queue, func(a, b freeSlot) int { return a.since.Compare(b.since) })
 }
 
 // occupy takes a slot out of the free ones.
@@ -205,7 +226,7 @@ func (inv *Inventory) Update(ops []Op, servers []Server) {
 		}
 		inv.count(old, 1)
 		if old.Ours() && old.Addr.IsValid() && !placeholder(old) {
-			inv.index(old)
+			inv.index(old) // the next whole look finds a slot that is free by it
 		}
 	}
 }
@@ -275,10 +296,9 @@ func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration)
 			continue
 		}
 		look := placeholder(s) || inv.Process.DefersAddr()
-		if s.Weight != 0 {
-			ops = append(ops, inv.weigh(s, 0))
-		}
-		ops = append(ops, Op{Kind: SetAddr, Name: s.Name, ID: s.ID, Addr: w.Addr})
+		// The weight 0 is said even where it is: if HAProxy has just been replaced,
+		// the slot has the template's, and would look like a human's maint.
+		ops = append(ops, inv.weigh(s, 0), Op{Kind: SetAddr, Name: s.Name, ID: s.ID, Addr: w.Addr})
 		if !look {
 			// What HAProxy can refuse of an address, it would have refused the
 			// one before: the kind of the slot's address, or a port that is
@@ -333,7 +353,14 @@ func (inv *Inventory) serve(ops []Op, w Want, s *Server) []Op {
 		ops = append(ops, op(EnableHealth, s))
 		checked = true
 	}
+	// A server that comes into rotation with a check waits for the check: HAProxy
+	// would take it for up until the first one, and answer 503. It must be down
+	// before it can be chosen: before it is ready, or has a weight.
+	unproven := checked && !w.Fast && w.State == Ready && (s.Admin == Maint || !s.Passed)
 	if s.Admin != w.State {
+		if unproven && s.Admin == Drain && s.Weight > 0 {
+			ops = append(ops, op(HealthDown, s))
+		}
 		if w.State == Drain {
 			ops = append(ops, op(SetDrain, s))
 		} else {
@@ -341,10 +368,7 @@ func (inv *Inventory) serve(ops []Op, w Want, s *Server) []Op {
 		}
 	}
 	if !inv.weighs(s, w.Weight) {
-		// A server that comes into rotation with a check waits for the check:
-		// HAProxy would take it for up until the first one, and answer 503.
-		// The weight comes last, so it cannot be chosen before it is down.
-		if s.Weight == 0 && checked && !w.Fast && w.State == Ready && (s.Admin == Maint || !s.Passed) {
+		if unproven && s.Weight == 0 {
 			ops = append(ops, op(HealthDown, s))
 		}
 		ops = append(ops, inv.weigh(s, w.Weight))

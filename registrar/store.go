@@ -195,6 +195,9 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
 	}
 	reply := BeatReply{BeatStatus(status), integer(r[2]), millis(integer(r[3])), millis(integer(r[4]))}
+	if reply.TTL <= 0 || reply.Interval <= 0 {
+		return BeatReply{}, fmt.Errorf("%s: unknown answer %q", what, r)
+	}
 	switch reply.Status {
 	case BeatOK, BeatNew, BeatChanged, BeatTaken:
 		return reply, nil
@@ -233,7 +236,11 @@ func (s *Store) steady(ctx context.Context, svc Service, b Beat) (reply BeatRepl
 	if err != nil {
 		return BeatReply{}, false, err
 	}
-	return BeatReply{BeatStatus(status), 0, millis(integer(r[1])), millis(integer(r[2]))}, true, nil
+	reply = BeatReply{BeatStatus(status), 0, millis(integer(r[1])), millis(integer(r[2]))}
+	if reply.Status != BeatOK || reply.TTL <= 0 || reply.Interval <= 0 {
+		return BeatReply{}, false, fmt.Errorf("unknown answer %q", r)
+	}
+	return reply, true, nil
 }
 
 // Leave takes the token's instance out, or, if it is out already, keeps a late
@@ -366,7 +373,11 @@ func (s *Store) Pulse(ctx context.Context, id, token string, expiry time.Duratio
 	if len(r) != 4 {
 		return Pulse{}, fmt.Errorf("pulse: answer of %d parts, want 4", len(r))
 	}
-	return Pulse{integer(r[0]), text(r[1]), text(r[2]), text(r[3])}, nil
+	p := Pulse{integer(r[0]), text(r[1]), text(r[2]), text(r[3])}
+	if p.Now <= 0 || p.ReplID == "" {
+		return Pulse{}, fmt.Errorf("pulse: answer %q without time or replication id", r)
+	}
+	return p, nil
 }
 
 // Count is what a survey says of one service. What is no address is garbage: it

@@ -9,6 +9,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"text/tabwriter"
+	"unicode"
 
 	"github.com/redis/go-redis/v9"
 	"github.com/rs/zerolog"
@@ -220,11 +221,26 @@ func (p printer) document(v any) error {
 // a line.
 func plain(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 || r == '\u2028' || r == '\u202e' {
-			return '?'
+		if unicode.In(r, unicode.Cc, unicode.Cf, unicode.Co, unicode.Zl, unicode.Zp) {
+			return '?' // what moves the cursor, turns the text around or is not seen
 		}
 		return r
 	}, s)
+}
+
+// printable is an error for a terminal: what Redis or HAProxy answered may be a
+// part of it. Each further line is indented, so it cannot pass for one of ours.
+func printable(err error) string {
+	const limit = 4096
+	text := err.Error()
+	if len(text) > limit {
+		text = text[:limit] + "…"
+	}
+	lines := strings.Split(text, "\n")
+	for i, l := range lines {
+		lines[i] = plain(l)
+	}
+	return strings.Join(lines, "\n  ")
 }
 
 // version is the module's, or the commit's that the binary was built from.

@@ -56,7 +56,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if errors.As(err, &ended) {
 		return int(ended) // the log has said it
 	}
-	fmt.Fprintf(stderr, "rollcall: %v\n", err)
+	fmt.Fprintf(stderr, "rollcall: %s\n", printable(err))
 	var u usageError
 	switch {
 	case errors.As(err, &u):

@@ -114,6 +114,9 @@ func ReadConfig(paths []string) (*File, error) {
 }
 
 func (f *File) read(r io.Reader, defaults, section *Proxy) error {
+	if section.Options == nil {
+		section.Options = map[string]bool{} // of what stands before any section
+	}
 	lines := bufio.NewScanner(r)
 	for lines.Scan() {
 		w, err := words(lines.Text())

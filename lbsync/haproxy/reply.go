@@ -388,6 +388,9 @@ const (
 // down, or an address if there is none or the socket is of level user.
 func parseStat(block, backend string, want lbsync.Server) (stat, error) {
 	rows, err := csv.NewReader(strings.NewReader(strings.TrimPrefix(block, "# "))).ReadAll()
+	if err == nil && len(rows) == 0 {
+		err = errors.New("no header")
+	}
 	if err != nil {
 		return stat{}, fmt.Errorf("%w: malformed statistics: %w", lbsync.ErrUnknown, err)
 	}

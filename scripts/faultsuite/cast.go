@@ -22,6 +22,8 @@ type process struct {
 	cmd  *exec.Cmd
 	done chan struct{} // closed when it has ended
 
+	monitor string // where its metrics are; empty = nowhere
+
 	mu  sync.Mutex
 	out bytes.Buffer
 }
@@ -108,6 +110,10 @@ func (c *cast) spawn(way *relay, args ...string) *process {
 		url = c.w.url
 	}
 	p.cmd.Env = append(p.cmd.Environ(), "ROLLCALL_REDIS="+url, "ROLLCALL_NAMESPACE="+c.namespace, "ROLLCALL_LOG_FORMAT=json")
+	if c.w.monitored {
+		p.monitor = monitorAddr()
+		p.cmd.Env = append(p.cmd.Env, "ROLLCALL_HTTP="+p.monitor)
+	}
 	p.cmd.Stdout, p.cmd.Stderr = p, p
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {

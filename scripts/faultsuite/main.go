@@ -51,6 +51,9 @@ func main() {
 	bare := flag.Bool("no-mutants", false, "without mutants")
 	list := flag.Bool("list", false, "print the faults")
 	format := flag.String("o", "table", "table or json")
+	length := flag.Duration("soak", 0, "play random faults among a churn for this long")
+	every := flag.Duration("every", 20*time.Second, "least time between two of them; the most is three times that")
+	seed := flag.Uint64("seed", 0, "of the random faults; 0 = a random one")
 	flag.Usage = func() {
 		fmt.Fprintln(flag.CommandLine.Output(), "usage: scripts/faults [flags] [NAME…]")
 		flag.PrintDefaults()
@@ -71,7 +74,12 @@ func main() {
 		}
 		return
 	}
-	ok, err := run(picked, *real, !*short && !*bare, *format == "json")
+	var ok bool
+	if *length > 0 {
+		ok, err = runSoak(*length, *every, 3**every, *seed, *real)
+	} else {
+		ok, err = run(picked, *real, !*short && !*bare, *format == "json")
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "faults:", err)
 	}

@@ -43,6 +43,8 @@ type world struct {
 	traffic   *traffic
 	library   string // what is preloaded into a Redis whose clock moves
 	clock     string // the file that shifts Redis' clock, if the fault needs one
+	slots     int    // of HAProxy, if more than usual
+	monitored bool   // processes serve their metrics
 
 	watching sync.WaitGroup
 	mu       sync.Mutex
@@ -137,7 +139,7 @@ func (w *world) newCast(namespace, binary string, f fault) *cast {
 		return w.rdb.HGet(w.ctx, c.key("config"), "ttl_ms").Err()
 	})
 	c.ha = haproxytest.Start(w, haproxytest.Options{
-		Backends:  []haproxytest.Backend{{Name: "be", Balance: "roundrobin", Slots: size + 3, Check: !f.unchecked}},
+		Backends:  []haproxytest.Backend{{Name: "be", Balance: "roundrobin", Slots: max(w.slots, size+3), Check: !f.unchecked}},
 		StateFile: true,
 	})
 	c.config = c.ha.ConfigSum(w)
