@@ -48,6 +48,7 @@ type backend struct {
 	refresh  func(registrar.Service)
 	acked    func() // applied has changed; must not block
 	looked   func() // there is something new in sights; must not block
+	claims   *claims
 	log      zerolog.Logger
 
 	wake chan struct{} // of capacity 1: look at what mu guards
@@ -95,13 +96,13 @@ type leaving struct {
 	maint time.Time // maint was first seen; zero before
 }
 
-func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registrar.Service), acked, looked func(), log zerolog.Logger) *backend {
+func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registrar.Service), acked, looked func(), claims *claims, log zerolog.Logger) *backend {
 	allow := bc.Allow
 	if len(allow) == 0 {
 		allow = cfg.Allow
 	}
 	return &backend{
-		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh, acked: acked, looked: looked,
+		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh, acked: acked, looked: looked, claims: claims,
 		rules: rules{allow: allow, hold: cfg.Hold},
 		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
 		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{}, back: map[netip.AddrPort]bool{},
@@ -609,6 +610,12 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 			continue
 		}
 		if !v.word && b.leaving[addr] == nil {
+			if other := b.claims.other(addr, b.service); other != "" && v.hold > 0 {
+				v.hold, v.why = 0, fmt.Sprintf("service %s has its address", other)
+				b.once(addr.String()+v.why, func(l *zerolog.Event) {
+					l.Stringer("addr", addr).Str("other", string(other)).Msg("not held: another service has this address")
+				})
+			}
 			if why, stays := b.mustStay(addr, v, serves(&s) == 1, serving, floor, now); stays {
 				if v.why = why; why != "" {
 					kept[v] = append(kept[v], addr)

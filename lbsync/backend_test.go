@@ -18,7 +18,7 @@ func TestTheDeadStayOut(t *testing.T) {
 	const ttl = 15 * time.Second
 	refreshed := 0
 	b := newBackend(Config{Allow: DefaultAllow(), Full: DefaultFull}, BackendConfig{Service: "web", Backend: "be"}, nil,
-		func(registrar.Service) { refreshed++ }, func() {}, func() {}, zerolog.Nop())
+		func(registrar.Service) { refreshed++ }, func() {}, func() {}, newClaims(), zerolog.Nop())
 	up, dead := netip.MustParseAddrPort("10.0.0.1:80"), netip.MustParseAddrPort("10.0.0.2:80")
 	b.have = NewInventory(State{Servers: []Server{{Name: DynamicName(up), ID: 1, Addr: up, Admin: Ready, Up: true, Weight: 100}}}, func(netip.AddrPort) bool { return true })
 	begun := int64(1_000_000_000)

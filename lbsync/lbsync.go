@@ -136,6 +136,7 @@ type Syncer struct {
 	watcher  *notifier.Watcher
 	services []registrar.Service
 	backends map[registrar.Service][]*backend
+	claims   *claims
 	log      zerolog.Logger
 
 	acks  chan struct{}                         // of capacity 1: a backend has applied something
@@ -152,7 +153,7 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 		return nil, err
 	}
 	s := &Syncer{
-		cfg: cfg, balancer: bal, store: store, backends: map[registrar.Service][]*backend{},
+		cfg: cfg, balancer: bal, store: store, backends: map[registrar.Service][]*backend{}, claims: newClaims(),
 		acks: make(chan struct{}, 1), acked: map[registrar.Service]registrar.Token{},
 		looks: make(chan struct{}, 1), told: map[registrar.Service]*told{},
 		log: log.With().Str("component", "lbsync").Logger(),
@@ -162,7 +163,7 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 		if s.backends[bc.Service] == nil {
 			svcs = append(svcs, bc.Service)
 		}
-		b := newBackend(cfg, bc, bal, func(svc registrar.Service) { s.watcher.Refresh(svc) }, s.applied, s.looked, s.log)
+		b := newBackend(cfg, bc, bal, func(svc registrar.Service) { s.watcher.Refresh(svc) }, s.applied, s.looked, s.claims, s.log)
 		s.backends[bc.Service] = append(s.backends[bc.Service], b)
 	}
 	s.services = svcs
@@ -196,6 +197,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 	running.Go(func() { s.acknowledge(ctx) })
 	running.Go(func() { s.publish(ctx) })
 	return s.watcher.Run(ctx, func(c notifier.Change) {
+		s.claims.note(c)
 		for _, b := range s.backends[c.Service] {
 			b.change(c)
 		}

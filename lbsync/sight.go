@@ -207,7 +207,7 @@ func (s *Syncer) publish(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	<-timer.C
-	failures := 0
+	var outage registrar.Outage
 	for {
 		select {
 		case <-ctx.Done():
@@ -225,16 +225,14 @@ func (s *Syncer) publish(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case err == nil:
-			if failures > 0 {
+			if failures, say := outage.End(); say {
 				s.log.Info().Int("failures", failures).Msg("the register knows again what HAProxy has")
 			}
-			failures = 0
 			continue
-		case failures == 0:
+		case outage.Fail():
 			s.log.Warn().Err(err).Msg("cannot say what HAProxy has, so explain cannot tell; trying again")
 		}
-		failures++
-		timer.Reset(registrar.Backoff(failures, publishRetry))
+		timer.Reset(registrar.Backoff(outage.Failures, publishRetry))
 		select {
 		case <-ctx.Done():
 			return

@@ -195,6 +195,12 @@ func TestDoctor(t *testing.T) {
 		{"heartbeat", nil, nil, []string{"--heartbeat", "4s"}, [][3]string{{"bad", "registry config", "4s"}}},
 		{"interval", doAll(cmd{"hset", "rollcall:config", "interval_ms", "9000"}), doAll(cmd{"hset", "rollcall:config", "interval_ms", "5000"}), nil, [][3]string{{"bad", "registry config", "9s"}}},
 		{"no number", doAll(cmd{"hset", "rollcall:config", "interval_ms", "soon"}), doAll(cmd{"hset", "rollcall:config", "interval_ms", "5000"}), nil, [][3]string{{"bad", "registry config", "soon"}}},
+		{"two services", func(t *testing.T) {
+			a := do(t, "zrange", instances, 0, 0).([]any)[0]
+			do(t, "zadd", "rollcall:{api}:instances", fromNow(0), a)
+			do(t, "sadd", "rollcall:services", "api")
+		},
+			doAll(cmd{"del", "rollcall:{api}:instances"}, cmd{"srem", "rollcall:services", "api"}), nil, [][3]string{{"warn", "registry addresses", "in api and web"}}},
 		{"few services", doAll(cmd{"hset", "rollcall:config", "max_services", "1"}), doAll(cmd{"hdel", "rollcall:config", "max_services"}), nil, [][3]string{{"bad", "limit: services", "1 of 1"}}},
 		{"hardly room", doAll(cmd{"hset", "rollcall:config", "max_instances", "0"}), doAll(cmd{"hdel", "rollcall:config", "max_instances"}), nil, [][3]string{{"bad", "limit: instances", "1 of 0 in the largest service"}}},
 		{"more than is read", doAll(cmd{"hset", "rollcall:config", "max_instances", "100001"}), doAll(cmd{"hset", "rollcall:config", "max_instances", "100000"}), nil, [][3]string{{"bad", "limit: instances", "100001"}}},
