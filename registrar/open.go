@@ -199,6 +199,9 @@ func (bounded) DialHook(next redis.DialHook) redis.DialHook { return next }
 
 func (b bounded) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	return func(ctx context.Context, cmd redis.Cmder) error {
+		if cmd.Name() == "xread" { // it may block, and its context says for how long
+			return next(ctx, cmd)
+		}
 		ctx, cancel := WithTimeout(ctx)
 		defer cancel()
 		err := next(ctx, cmd)
