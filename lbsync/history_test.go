@@ -207,7 +207,7 @@ func (p *player) allowed(a netip.AddrPort) bool {
 
 // start starts a new lbsync.
 func (p *player) start() {
-	p.backend = newBackend(p.cfg, BackendConfig{Service: "web", Backend: "be", Mode: p.mode}, p.ha, func(registrar.Service) { p.refresh = true }, func() {}, func() {}, zerolog.Nop())
+	p.backend = newBackend(p.cfg, BackendConfig{Service: "web", Backend: "be", Mode: p.mode}, p.ha, func(registrar.Service) { p.refresh = true }, func() {}, func() {}, newClaims(), zerolog.Nop())
 	p.beliefs, p.cold, p.knows, p.last, p.refresh, p.spoilt = newBeliefs(), nil, false, nil, false, false
 }
 
