@@ -83,6 +83,31 @@ var faults = []fault{
 			w.dies()
 			w.between(func() { w.restart(data) })
 		}},
+	{name: "restart-pulse", calm: true, alone: true, bound: 2, what: "the same, with data that has the pulse, and not the heartbeat of one who came back after it",
+		play: func(w *world) {
+			for _, c := range w.casts() {
+				c.members[1].sidecar.signal(syscall.SIGSTOP)
+			}
+			at := w.dies()
+			for _, c := range w.casts() {
+				w.beaten(c, c.members[1], at)
+			}
+			w.between(func() {
+				data := w.snapshot()
+				for _, c := range w.casts() {
+					c.members[1].sidecar.signal(syscall.SIGCONT)
+				}
+				w.until("they are back", w.ttl/15, func() error {
+					for _, c := range w.casts() {
+						if score, err := w.rdb.ZScore(w.ctx, c.key("{web}:instances"), c.members[1].addr.String()).Result(); err != nil || int64(score) == at {
+							return fmt.Errorf("score %.0f: %w", score, errors.Join(err))
+						}
+					}
+					return nil
+				})
+				w.restart(data)
+			})
+		}},
 	{name: "old-note", calm: true, bound: 2, what: "Redis restarts with data in which one has left that is back",
 		play: func(w *world) { w.returned(w.restart) }},
 	{name: "old-note-start", calm: true, bound: 2, what: "the same, and lbsync restarts too",
@@ -689,6 +714,11 @@ repeat t = redis.call('TIME') until t[1] * 1000 + t[2] / 1000 >= e`, nil, (w.ttl
 			for _, c := range w.casts() {
 				c.ha.Kill(w)
 				c.ha.Restart(w)
+				c.forget()
+			}
+			w.must(w.cast.ready(5 * time.Second)) // long before the dead one's TTL
+			for _, c := range w.mutants {
+				c.late = c.ready(0) != nil
 			}
 		}},
 	{name: "haproxy-hung", bound: 2, what: "HAProxy is stopped for a TTL while one joins",

@@ -47,6 +47,7 @@ var (
 	noCold       = edit{"lbsync/backend.go", "\t\tb.cold = &l\n", "\t\t_ = l\n"}
 	noTimes      = edit{"reaper/sweep.go", "if err := r.config(ctx, false); err != nil {", "if err := ctx.Err(); err != nil {"}
 	noFence      = edit{"registrar/lua/reap.lua", "if redis.call('GET', KEYS[12]) ~= token then return {'FENCED', 0, 0} end\n", ""}
+	noFenceID    = edit{"registrar/lua/reap.lua", "if string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') ~= ARGV[11] then return {'FENCED', 0, 0} end\n", ""}
 	noAge        = edit{"registrar/lua/reap.lua", "if now < last or now - last > most then return {'LATE', 0, 0} end\n", ""}
 	cutNow       = edit{"registrar/lua/reap.lua", "local stale = ", "cut = string.format('%.0f', tonumber(cut) + now - last)\nlocal stale = "}
 	noToken      = edit{"reaper/proof.go", "case !p.known(o.pulse.Previous, o.recv):", "case false:"}
@@ -77,8 +78,8 @@ var mutants = []mutant{
 	{name: "control-lag", fault: "failover-lag", edits: []edit{noProtection}},
 	{name: "clock", fault: "clock-steps", guard: "the clock against an anchor (and protection)", edits: []edit{noProtection, noClock}},
 	{name: "control-clock", fault: "clock-steps", edits: []edit{noProtection}},
-	{name: "refused", fault: "noreplicas", guard: "a refused pulse ends the healthy time (and protection)", edits: []edit{noProtection, noSoft}},
-	{name: "control-refused", fault: "noreplicas", edits: []edit{noProtection}},
+	{name: "refused", fault: "noreplicas", guard: "a refused pulse ends the healthy time (and protection, canary)", edits: []edit{noProtection, noCanary, noSoft}},
+	{name: "control-refused", fault: "noreplicas", edits: []edit{noProtection, noCanary}},
 	{name: "full", fault: "oom", guard: "what refuses beats refuses pulse and reap (and protection, canary)", edits: []edit{noProtection, noCanary, beatRefused, stillRefused, pulseFull, reapFull}},
 	{name: "control-full", fault: "oom", edits: []edit{noProtection, noCanary, beatRefused, stillRefused}},
 	{name: "canary", fault: "maxclients", guard: "the canary (and protection)", edits: []edit{noProtection, noCanary}},
@@ -86,7 +87,8 @@ var mutants = []mutant{
 	{name: "protection", fault: "half-cut", guard: "protection", edits: []edit{noProtection}},
 	{name: "suspects", fault: "half-cut", guard: "protection counts suspects, not the stale", edits: []edit{noSuspects, noClause}},
 	{name: "stale", fault: "all-stale", guard: "protection", edits: []edit{noProtection}},
-	{name: "fence", fault: "restart-between", guard: "the fence: a removal needs the last pulse in the same data", edits: []edit{noFence}},
+	{name: "fence", fault: "restart-between", guard: "the fence: a removal needs the last pulse in the same data (and replication id)", edits: []edit{noFence, noFenceID}},
+	{name: "fence-id", fault: "restart-pulse", guard: "the fence: a removal needs the last pulse's replication id", edits: []edit{noFenceID}},
 	{name: "age", fault: "clock-between", guard: "a removal needs a young pulse, and none from the future", edits: []edit{noAge}},
 	{name: "edge", fault: "clock-edge", guard: "the cut-off is the pulse's time - TTL, not now - TTL", edits: []edit{cutNow}},
 	{name: "token", fault: "old-snapshot", guard: "the pulse's token (and replication id, epoch, protection)", edits: []edit{noProtection, noReplID, noEpoch, noToken}},
