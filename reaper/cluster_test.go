@@ -115,14 +115,13 @@ func liveAddr(i int) string { return fmt.Sprintf("10.0.0.%d:80", i+1) }
 // dies writes an instance of svc that beats now and never again.
 func (s *shards) dies(tb testing.TB, svc registrar.Service, addr string) (at int64) {
 	tb.Helper()
-	now, _, err := s.store.Of(svc).Clock(tb.Context())
-	if err != nil {
-		tb.Fatal(err)
-	}
-	if err := s.rdb.ZAdd(tb.Context(), s.store.Keys().Instances(svc), redis.Z{Score: float64(now), Member: addr}).Err(); err != nil {
-		tb.Fatal(err)
-	}
-	return now
+	eventually(tb, func() (err error) {
+		if at, _, err = s.store.Of(svc).Clock(tb.Context()); err != nil {
+			return err
+		}
+		return s.rdb.ZAdd(tb.Context(), s.store.Keys().Instances(svc), redis.Z{Score: float64(at), Member: addr}).Err()
+	})
+	return at
 }
 
 // gone waits until addr has been reaped, and returns when, unix ms.
