@@ -151,7 +151,7 @@ func TestSlotsAreUsedAgainAfterQuarantine(t *testing.T) {
 	if ops, _ := Plan(want, inv, now.Add(2*time.Second-1), time.Second); len(ops) != 0 {
 		t.Errorf("in the second quarantine: %s", words(ops))
 	}
-	if ops, _ := Plan(want, inv, now.Add(2*time.Second), time.Second); words(ops) != "addr s1 10.0.0.2:80; ready s1; weight s1 1" {
+	if ops, _ := Plan(want, inv, now.Add(2*time.Second), time.Second); words(ops) != "weight s1 0; addr s1 10.0.0.2:80; ready s1; weight s1 1" {
 		t.Errorf("after it: %s", words(ops))
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -119,11 +120,17 @@ func FuzzRedisReplies(f *testing.F) {
 	acks := list(":1700000000000\r\n", bulk("abc"), bulk("e"), ":7\r\n", bulk("lb"), bulk("7"), bulk("1.7e12"))
 	for call := range storeCalls {
 		for _, s := range []string{full, delta, acks, full[:len(full)-3], list(bulk("OK"), ":1700000000000\r\n", ":7\r\n", ":15000\r\n", ":5000\r\n"),
-			list(bulk("abc"), bulk("e"), ":3\r\n", ":7\r\n"), "-LOADING x\r\n", "*-1\r\n", "$-1\r\n", ":0\r\n", "_\r\n", "%1\r\n+a\r\n:1\r\n", "*9999999999\r\n", ""} {
+			list(bulk("abc"), bulk("e"), ":3\r\n", ":7\r\n"), "-LOADING x\r\n", "*-1\r\n", "$-1\r\n", ":0\r\n", "_\r\n", "%1\r\n+a\r\n:1\r\n", "*9999\r\n", ""} {
 			f.Add(uint8(call), []byte(s))
 		}
 	}
+	// go-redis makes room for as many elements as an answer announces: that ends
+	// the program, and is not what is looked for here.
+	endless := regexp.MustCompile(`[*%~>$=!|]\+?[0-9]{7}`)
 	f.Fuzz(func(t *testing.T, call uint8, answer []byte) {
+		if endless.Match(answer) {
+			return
+		}
 		rdb := redis.NewClient(&redis.Options{
 			Protocol: 2, MaxRetries: -1, DisableIdentity: true, PoolSize: 1, DialerRetries: 1,
 			Dialer: func(context.Context, string, string) (net.Conn, error) {

@@ -57,6 +57,7 @@ func logger(c *cli.Context) (zerolog.Logger, error) {
 	var w io.Writer = c.App.ErrWriter
 	switch f := c.String("log-format"); f {
 	case "json":
+		w = escaper{w}
 	case "text":
 		w = zerolog.ConsoleWriter{Out: w, NoColor: true, TimeFormat: "15:04:05.000"}
 	default:
@@ -72,7 +73,7 @@ type redisLogger struct{ log zerolog.Logger }
 
 // Printf implements go-redis' logger.
 func (l redisLogger) Printf(_ context.Context, format string, v ...any) {
-	l.log.Debug().Msgf(format, v...)
+	l.log.Debug().Msg(plain(fmt.Sprintf(format, v...)))
 }
 
 // session is what a command needs once its own flags are right.
@@ -226,6 +227,24 @@ func plain(s string) string {
 		}
 		return r
 	}, s)
+}
+
+// escaper writes JSON without a raw control character: zerolog escapes those of
+// ASCII only, and there are terminals that obey the others too.
+type escaper struct{ w io.Writer }
+
+func (e escaper) Write(b []byte) (int, error) {
+	var out strings.Builder
+	for _, r := range string(b) {
+		if r >= 0x80 && unicode.In(r, unicode.Cc, unicode.Cf, unicode.Co, unicode.Zl, unicode.Zp) {
+			r = '?'
+		}
+		out.WriteRune(r)
+	}
+	if _, err := io.WriteString(e.w, out.String()); err != nil {
+		return 0, err
+	}
+	return len(b), nil
 }
 
 // printable is an error for a terminal: what Redis or HAProxy answered may be a

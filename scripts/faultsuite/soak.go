@@ -138,8 +138,8 @@ func (s *soak) calm(d time.Duration) {
 			// One at a time, so that no protection holds it.
 			w.until("everybody serves", 20*w.beat, c.right)
 			c.die(m)
-			died := time.Now()
-			w.until(m.addr.String()+" is out of the registry", w.ttl+time.Second, func() error {
+			died, disarmed := time.Now(), c.disarmed()
+			w.until(m.addr.String()+" is out of the registry", 4*w.ttl, func() error {
 				c.mu.Lock()
 				defer c.mu.Unlock()
 				if !c.seen.known || slices.Contains(c.seen.listed, m.addr.String()) {
@@ -147,8 +147,19 @@ func (s *soak) calm(d time.Duration) {
 				}
 				return nil
 			})
-			s.slowest = max(s.slowest, time.Since(died))
+			out := time.Since(died)
+			if c.disarmed() > disarmed {
+				s.did["die while a reaper disarms"]++
+				break // there is no bound
+			}
+			if out > w.ttl+time.Second {
+				w.Errorf("%s was out %v after it died, and every reaper was armed", m.addr, out)
+			}
+			s.slowest = max(s.slowest, out)
 		case "restart":
+			if m.sidecar.over() == 1 {
+				w.Errorf("the sidecar of %s has ended by itself: %v", m.addr, m.sidecar.said())
+			}
 			m.sidecar.end(w, 9) // SIGKILL
 			c.beat(m)
 		}
@@ -170,6 +181,21 @@ func (s *soak) calm(d time.Duration) {
 	for _, m := range dead {
 		m.app.Close()
 	}
+}
+
+// disarmed counts how often reapers said that they are not armed.
+func (c *cast) disarmed() (n int) {
+	c.mu.Lock()
+	reapers := slices.Clone(c.reapers)
+	c.mu.Unlock()
+	for _, p := range reapers {
+		for _, l := range p.said() {
+			if m, _ := l["message"].(string); strings.HasPrefix(m, "not armed") {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 // over is 1 if p has ended.
@@ -204,7 +230,7 @@ func (s *soak) fault(f fault) {
 	w.ended()
 	w.until("all is right after "+f.name, f.limit(w.ttl)+w.ttl, c.right)
 	right := time.Since(w.over)
-	for n := 0; ; n++ {
+	for {
 		c.mu.Lock()
 		live := 0
 		for _, p := range c.reapers {
@@ -351,7 +377,7 @@ var monitors atomic.Uint32
 // monitorAddr is a new process's own address for its metrics.
 func monitorAddr() string {
 	n, pid := monitors.Add(1), os.Getpid()
-	return fmt.Sprintf("127.%d.%d.%d:9464", 216+pid>>8&31, pid&255, n%250+1)
+	return fmt.Sprintf("127.%d.%d.%d:9464", 216+pid&31, n/250&255, n%250+1)
 }
 
 // report prints what happened, and tells whether all of it is allowed.
@@ -370,7 +396,7 @@ func (s *soak) report(before, after map[string]usage) bool {
 		}
 	}
 	_ = tw.Flush() // to standard output
-	sent, failed, _ := 0, 0, ""
+	sent, failed := 0, 0
 	if s.traffic != nil {
 		s.traffic.stop()
 		sent, failed, _ = s.traffic.count()
