@@ -51,12 +51,13 @@ func TestEventsOfEachChange(t *testing.T) {
 	beat("t1", `no JSON`, false)
 	beat("t2", `{"id":"t2","weight":{}}`, true)
 	word(Word{Verb: "drain", Reason: "disk"})
-	word(Word{Verb: "drain", Reason: "disk"}) // it stood already
-	word(Word{Verb: "maint", Reason: strings.Repeat("é", 200)})
+	word(Word{Verb: "drain", Reason: "disk"})                                                // it stood already
+	_, err := s.change(ctx, s.admin, web, a.String(), "maint", "", strings.Repeat("é", 200)) // more than SetAdmin takes
+	must(t, err)
 	word(Word{Verb: "ready"})
 	word(Word{Verb: "weight", Weight: &twenty})
 	word(Word{Verb: "weight"})
-	_, err := s.Leave(ctx, web, a, "t2", Unhealthy)
+	_, err = s.Leave(ctx, web, a, "t2", Unhealthy)
 	must(t, err)
 	_, err = s.Leave(ctx, web, b, "t3", Left)
 	must(t, err)
