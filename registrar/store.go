@@ -87,7 +87,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, still, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report, seen, entry *redis.Script
+	beat, still, roll, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report, seen, entry *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -99,7 +99,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 	}
 	s := &Store{
 		rdb: rdb, keys: keys,
-		beat: script("beat"), still: script("still"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
+		beat: script("beat"), still: script("still"), roll: script("roll"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
 		reap: script("reap"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), applied: script("applied"), report: script("report"),
@@ -186,6 +186,12 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 			return reply, nil
 		}
 	}
+	return s.decide(ctx, svc, b)
+}
+
+// decide runs beat.lua.
+func (s *Store) decide(ctx context.Context, svc Service, b Beat) (BeatReply, error) {
+	what := fmt.Sprintf("beat %s %s", svc, b.Addr)
 	r, err := s.change(ctx, s.beat, svc, b.Addr.String(), b.Token, b.Meta, flag(b.Claim), b.Interval.Milliseconds())
 	if err != nil {
 		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
