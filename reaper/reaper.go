@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"math"
 	"regexp"
 	"slices"
 	"sync"
@@ -54,6 +55,7 @@ type Store interface {
 	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
 	Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error)
 	Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (registrar.Reaped, error)
+	Announce(ctx context.Context, u registrar.Unsaid) error
 	Report(ctx context.Context, id string, st *registrar.ReaperStatus) error
 }
 
@@ -127,7 +129,8 @@ type Reaper struct {
 	said       string // the cause that the log has; empty = armed
 	complaint  string // the last sweep's error that the log has
 	voice      *voice
-	pulses     int // accepted ones until the next canary
+	pulses     int              // accepted ones until the next canary
+	unsaid     registrar.Unsaid // what it must still announce
 
 	mu     sync.Mutex
 	status registrar.ReaperStatus // guarded by mu
@@ -208,9 +211,28 @@ func (r *Reaper) Run(ctx context.Context) error {
 			// Who runs out just after a removal is that late; a burst of removals
 			// costs that many sweeps.
 			next = min(next, max(due, began+r.proof.period/20))
+			if !r.unsaid.At.IsZero() {
+				next = min(next, max(r.announce(ctx), began+r.proof.period/20))
+			}
 		}
 		wait.Reset(next - r.elapsed())
 	}
+}
+
+// announce says what a sweep left unsaid, when its time has come, and returns
+// when to look again. A sweep does not wait for that: a pulse must not be late.
+func (r *Reaper) announce(ctx context.Context) (next time.Duration) {
+	at := r.unsaid.At.Sub(r.begin)
+	if r.elapsed() < at {
+		return at
+	}
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	if err := r.store.Announce(tctx, r.unsaid); err != nil && ctx.Err() == nil {
+		r.log.Debug().Err(err).Msg("a removal is not announced; those who poll find it")
+	}
+	r.unsaid = registrar.Unsaid{}
+	return math.MaxInt64
 }
 
 // due returns when to sweep after this report: when the oldest heartbeat runs

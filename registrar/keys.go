@@ -72,6 +72,10 @@ func (k Keys) ServiceVersion(s Service) string {
 // LetGo is a STRING: while it is there, no held instance is let go. It expires.
 func (k Keys) LetGo() string { return k.shared("let-go") }
 
+// Quiet is a STRING: while it is there, changes are not announced one by one. It
+// holds the mark of who announces them then, or nothing. It expires.
+func (k Keys) Quiet() string { return k.shared("quiet") }
+
 // Reapers is a HASH: reaper id → JSON of ReaperStatus with its time, "at".
 func (k Keys) Reapers() string { return k.shared("reapers") }
 
@@ -116,7 +120,7 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 	switch key {
 	case k.Services():
 		return "", "set"
-	case k.Version(), k.Epoch(), k.LetGo():
+	case k.Version(), k.Epoch(), k.Quiet(), k.LetGo():
 		return "", "string"
 	case k.Config(), k.Reapers():
 		return "", "hash"
@@ -159,7 +163,7 @@ func (k Keys) change(s Service, own ...string) []string {
 	}
 	keys := append([]string{
 		k.Instances(s), k.Meta(s), k.Admin(s), k.Gone(s), k.GoneAt(s), k.Changed(s), k.ServiceVersion(s),
-		k.Services(), version, k.Epoch(), k.Config(),
+		k.Services(), version, k.Epoch(), k.Config(), k.Quiet(),
 	}, own...)
 	return append(keys, k.Events())
 }

@@ -354,7 +354,7 @@ func TestKeys(t *testing.T) {
 	want := []string{
 		"rollcall:{web}:instances", "rollcall:{web}:meta", "rollcall:{web}:admin", "rollcall:{web}:gone",
 		"rollcall:{web}:gone-at", "rollcall:{web}:changed", "rollcall:{web}:version",
-		"rollcall:services", "rollcall:version", "rollcall:epoch", "rollcall:config", "rollcall:events",
+		"rollcall:services", "rollcall:version", "rollcall:epoch", "rollcall:config", "rollcall:quiet", "rollcall:events",
 		"rollcall:changes", "rollcall:reaper:r1", "rollcall:reapers",
 	}
 	if !slices.Equal(got, want) {

@@ -26,7 +26,7 @@ var imports = map[string][]string{
 	"cmd/rollcall":                   {"lbsync", "lbsync/dataplane", "lbsync/haproxy", "notifier", "reaper", "registrar", "registrar/child", "registrar/health"},
 	"scripts/faultsuite":             {"lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
 	"scripts/recorder":               {},
-	"scripts/benchmark":              {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
+	"scripts/benchmark":              {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "notifier", "registrar", "registrar/redistest"},
 }
 
 // only lists who alone may import what.

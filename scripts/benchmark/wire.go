@@ -94,6 +94,21 @@ func (w *wire) answer() (string, error) {
 	return "", fmt.Errorf("unknown answer %q", line)
 }
 
+// payload reads one message of a subscription.
+func (w *wire) payload() (string, error) {
+	if _, err := w.r.ReadString('\n'); err != nil { // of how many parts it is
+		return "", err
+	}
+	var part string
+	for range 3 {
+		var err error
+		if part, err = w.answer(); err != nil {
+			return "", err
+		}
+	}
+	return part, nil
+}
+
 // exchange sends commands over the connections, pipeline of them at a time on
 // each, and fails unless every answer is want.
 func exchange(h *harness, conns []*wire, commands [][]byte, pipeline int, want string) {
