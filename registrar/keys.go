@@ -2,14 +2,11 @@ package registrar
 
 import (
 	"fmt"
-	"regexp"
 	"strings"
 )
 
 // DefaultNamespace begins every key unless the operator says otherwise.
 const DefaultNamespace = "rollcall"
-
-var namespacePattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9._-]{0,62})$`)
 
 // Keys spells every key and the channel of one namespace. All keys of one
 // service carry the service's name in braces, so a Redis Cluster keeps them in
@@ -28,8 +25,8 @@ type Keys struct {
 // NewKeys returns the keys of namespace ns (lower-case letters, digits, '.',
 // '_' and '-', at most 63).
 func NewKeys(ns string) (Keys, error) {
-	if !namespacePattern.MatchString(ns) {
-		return Keys{}, fmt.Errorf("namespace %q: want %s", ns, namespacePattern)
+	if !isName(ns) {
+		return Keys{}, fmt.Errorf("namespace %q: want %s", ns, nameForm)
 	}
 	return Keys{ns: ns}, nil
 }
