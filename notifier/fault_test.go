@@ -168,6 +168,7 @@ func TestForgedMessages(t *testing.T) {
 		}},
 		{name: "what has been read", payload: func(int) string { return "1 web 1" }},
 		{name: "what is not there", payload: func(i int) string { return fmt.Sprint("1 web ", 100+i) }, paced: true, least: 1, most: 3},
+		{name: "global versions that are not there", payload: func(i int) string { return fmt.Sprint(100+i, " other 1") }, paced: true, most: 3},
 		{name: "strangers", payload: func(i int) string { return fmt.Sprintf("1 stranger%d 1", i) }, all: true, paced: true, least: 1, most: 3},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -131,7 +131,7 @@ func TestParseMessage(t *testing.T) {
 		version int64
 		ok      bool
 	}{
-		{"12 web 7", web, 7, true},
+		{"7 web 7", web, 7, true},
 		{"0 web 0", web, 0, true},
 		{"9223372036854775807 web 9223372036854775807", web, 1<<63 - 1, true},
 		{"1 web 9223372036854775808", "", 0, false},
@@ -155,9 +155,10 @@ func TestParseMessage(t *testing.T) {
 		{"12 web " + strings.Repeat("0", 200) + "7", "", 0, false},
 	} {
 		t.Run(tc.payload, func(t *testing.T) {
-			svc, version, ok := parseMessage(tc.payload)
-			if ok != tc.ok || ok && (svc != tc.svc || version != tc.version) {
-				t.Errorf("%q %d %v, want %q %d %v", svc, version, ok, tc.svc, tc.version, tc.ok)
+			// The global version of those that are right is the service's.
+			global, svc, version, ok := parseMessage(tc.payload)
+			if ok != tc.ok || ok && (svc != tc.svc || version != tc.version || global != tc.version) {
+				t.Errorf("%d %q %d %v, want %d %q %d %v", global, svc, version, ok, tc.version, tc.svc, tc.version, tc.ok)
 			}
 		})
 	}
@@ -168,12 +169,12 @@ func FuzzParseMessage(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, payload string) {
-		svc, version, ok := parseMessage(payload)
+		global, svc, version, ok := parseMessage(payload)
 		if !ok {
 			return
 		}
-		if _, err := registrar.ParseService(string(svc)); err != nil || version < 0 {
-			t.Errorf("%q: %q %d", payload, svc, version)
+		if _, err := registrar.ParseService(string(svc)); err != nil || version < 0 || global < 0 {
+			t.Errorf("%q: %d %q %d", payload, global, svc, version)
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strconv"
 	"strings"
 	"sync"
@@ -49,6 +50,11 @@ const (
 	// it is read is read as one.
 	lieGap   = time.Second
 	lieAhead = time.Second
+	// When the global version has gone on by more than a message tells, others
+	// look at the counters too: each at another moment within gapSpread, and for a
+	// tenth of the time at most.
+	gapSpread = 50 * time.Millisecond
+	gapShare  = 10
 	// pollChunk is the most counters read at once. 1,000 hold Redis for less
 	// than a millisecond.
 	pollChunk = 1000
@@ -80,6 +86,7 @@ type Watcher struct {
 	alive    bool                       // the subscription answers
 	status   Status                     // but for Subscribed, which is alive
 	heard    time.Time                  // its last sign of life
+	told     account
 
 	// followed is changed by the goroutine of Run only, under mu. What it holds
 	// is for that goroutine alone.
@@ -92,6 +99,36 @@ type Watcher struct {
 	waiting   map[registrar.Service]wait // hints that must not be followed yet
 	listing   registrar.Outage           // of the list of services
 	reads     registrar.Sparing          // what is said of single services
+}
+
+// account is how far messages tell everything. Changes that come in a burst are
+// not announced one by one: who hears a global version that went on by more than
+// the message explains reads the counters. In a Cluster, where a service has a
+// version of its own, a message always explains itself.
+type account struct {
+	known   bool                        // what follows
+	global  int64                       // version up to which no change was missed
+	of      map[registrar.Service]int64 // versions of services then
+	highest int64                       // global version that a message named
+	look    time.Time                   // when to read the counters; zero = no need
+	pause   time.Time                   // not before
+}
+
+// hear takes a message into account, and tells whether it leaves a gap.
+func (a *account) hear(global int64, svc registrar.Service, version int64) (gap bool) {
+	if !a.known || global <= a.global {
+		return false
+	}
+	a.highest = max(a.highest, global)
+	was, known := a.of[svc]
+	if global > a.global+1 && !(known && version-was >= global-a.global) {
+		return true
+	}
+	a.global = global
+	if known {
+		a.of[svc] = version
+	}
+	return false
 }
 
 // progress is what a Watcher knows of one service.
@@ -263,6 +300,9 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 // belong to the goroutine of Run.
 func (w *Watcher) Step(ctx context.Context, handle func(Change)) error {
 	w.mu.Lock()
+	if !w.told.look.IsZero() && !time.Now().Before(w.told.look) {
+		w.due = true
+	}
 	if w.every || w.stranger && !time.Now().Before(w.listAfter) {
 		w.due = true
 	}
@@ -288,6 +328,9 @@ func (w *Watcher) pause(now time.Time) time.Duration {
 	if w.stranger && w.listAfter.Before(next) {
 		next = w.listAfter
 	}
+	if !w.told.look.IsZero() && w.told.look.Before(next) {
+		next = w.told.look
+	}
 	return max(next.Sub(now), time.Millisecond)
 }
 
@@ -299,8 +342,8 @@ func (w *Watcher) retry() time.Duration { return min(w.cfg.Poll, lastRetry) }
 func (w *Watcher) Poll(ctx context.Context) error {
 	heard := time.Now()
 	w.mu.Lock()
-	every, stranger := w.every, w.stranger
-	w.every, w.stranger = false, false
+	every, stranger, claimed := w.every, w.stranger, w.told.highest
+	w.every, w.stranger, w.told.look, w.told.highest = false, false, time.Time{}, 0
 	w.mu.Unlock()
 	svcs, err := w.services(ctx, stranger)
 	if err == nil {
@@ -308,6 +351,13 @@ func (w *Watcher) Poll(ctx context.Context) error {
 	}
 	if err == nil {
 		w.due = false
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		now := time.Now()
+		w.told.pause = now.Add(gapShare * now.Sub(heard))
+		if w.told.global < claimed { // somebody lied
+			w.told.pause = now.Add(lieGap)
+		}
 		return nil
 	}
 	w.mu.Lock()
@@ -317,6 +367,10 @@ func (w *Watcher) Poll(ctx context.Context) error {
 }
 
 func (w *Watcher) compare(ctx context.Context, svcs []registrar.Service, every bool, heard time.Time) error {
+	told := account{of: make(map[registrar.Service]int64, len(svcs))}
+	w.mu.Lock()
+	was := w.told.global
+	w.mu.Unlock()
 	for len(svcs) > 0 {
 		part := svcs[:min(pollChunk, len(svcs))]
 		svcs = svcs[len(part):]
@@ -326,14 +380,24 @@ func (w *Watcher) compare(ctx context.Context, svcs []registrar.Service, every b
 		if err != nil {
 			return err
 		}
+		if !told.known { // later parts know more, which does no harm
+			told.known, told.global = !w.store.Cluster(), v.Global
+		}
 		w.mu.Lock()
 		for _, svc := range part {
+			told.of[svc] = v.Of[svc]
 			p := w.followed[svc]
 			if every || !p.known || p.token != v.Token(svc) {
 				w.note(svc, hint{heard: heard, sure: true})
 			}
 		}
 		w.mu.Unlock()
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	// What messages have told meanwhile goes further.
+	if w.told.global == was || w.told.global < told.global {
+		w.told.known, w.told.global, w.told.of = told.known, told.global, told.of
 	}
 	return nil
 }
@@ -737,38 +801,46 @@ func (w *Watcher) compareHistory(ctx context.Context, cut context.CancelCauseFun
 // message notes the service that a message names. What it says besides is a
 // hint at most: anybody on the channel may have sent it.
 func (w *Watcher) message(payload string, heard time.Time) {
-	svc, version, ok := parseMessage(payload)
+	global, svc, version, ok := parseMessage(payload)
 	if !ok {
 		return
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	gap := w.told.hear(global, svc, version) && w.told.look.IsZero()
+	if gap {
+		w.told.look = heard.Add(rand.N(gapSpread))
+		if w.told.look.Before(w.told.pause) {
+			w.told.look = w.told.pause
+		}
+	}
 	switch {
 	case w.followed[svc] != nil:
 		w.note(svc, hint{heard: heard, says: version})
 	case len(w.cfg.Services) == 0:
 		w.stranger = true // its name alone is no reason to remember it
-	default:
+	case !gap:
 		return
 	}
 	w.signal()
 }
 
 // parseMessage reads "<global version> <service> <service version>".
-func parseMessage(payload string) (registrar.Service, int64, bool) {
+func parseMessage(payload string) (global int64, svc registrar.Service, version int64, ok bool) {
 	const limit = 128 // two numbers and a name of 63
 	if len(payload) > limit {
-		return "", 0, false
+		return 0, "", 0, false
 	}
-	global, rest, _ := strings.Cut(payload, " ")
+	first, rest, _ := strings.Cut(payload, " ")
 	name, last, _ := strings.Cut(rest, " ")
-	if _, err := strconv.ParseUint(global, 10, 63); err != nil {
-		return "", 0, false
-	}
-	version, err := strconv.ParseUint(last, 10, 63)
+	g, err := strconv.ParseUint(first, 10, 63)
 	if err != nil {
-		return "", 0, false
+		return 0, "", 0, false
 	}
-	svc, err := registrar.ParseService(name)
-	return svc, int64(version), err == nil
+	v, err := strconv.ParseUint(last, 10, 63)
+	if err != nil {
+		return 0, "", 0, false
+	}
+	svc, err = registrar.ParseService(name)
+	return int64(g), svc, int64(v), err == nil
 }

@@ -130,6 +130,72 @@ func TestLostMessage(t *testing.T) {
 	}
 }
 
+// What was not announced in a burst is found by who hears the next message, of
+// whatever service.
+func TestGap(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		svcs []registrar.Service
+	}{
+		{"named", []registrar.Service{web, "new"}},
+		{"all", nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w := newWorld(t)
+			w.join(web, 1, 1)
+			f := w.follow(Config{Services: tc.svcs, Poll: time.Hour})
+			f.settled()
+			for round := 2; round < 5; round++ {
+				// It is somebody else's to announce, who does not.
+				must(t, w.rdb.Set(t.Context(), w.store.Keys().Quiet(), "another's", 4*time.Second).Err())
+				w.join(web, 1, round)
+				w.join("new", 2, round)
+				must(t, w.rdb.Del(t.Context(), w.store.Keys().Quiet()).Err())
+				w.join("other", 3, round)
+				f.sees(web, 1, weight(round))
+				f.sees("new", 2, weight(round))
+			}
+		})
+	}
+}
+
+func TestAccount(t *testing.T) {
+	type message struct {
+		global  int64
+		svc     registrar.Service
+		version int64
+		gap     bool
+	}
+	for _, tc := range []struct {
+		name     string
+		messages []message
+		global   int64 // in the end
+	}{
+		{"one by one", []message{{11, web, 6, false}, {12, "other", 9, false}, {13, web, 7, false}}, 13},
+		{"again, and older ones", []message{{10, web, 5, false}, {3, web, 99, false}, {0, web, 6, false}}, 10},
+		{"several of one service", []message{{14, web, 9, false}, {15, web, 10, false}}, 15},
+		{"several, one not of the service", []message{{15, web, 9, true}}, 10},
+		{"several of a service that is not followed", []message{{12, "other", 9, true}}, 10},
+		{"several after one that is told", []message{{11, web, 6, false}, {13, web, 8, false}}, 13},
+		{"a gap stays", []message{{12, "other", 9, true}, {13, "other", 10, true}}, 10},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			a := account{known: true, global: 10, of: map[registrar.Service]int64{web: 5}}
+			for _, m := range tc.messages {
+				if gap := a.hear(m.global, m.svc, m.version); gap != m.gap {
+					t.Errorf("%+v: gap %v", m, gap)
+				}
+			}
+			if a.global != tc.global {
+				t.Errorf("account up to %d, want %d", a.global, tc.global)
+			}
+		})
+	}
+	if (&account{}).hear(7, web, 7) {
+		t.Error("a gap after nothing")
+	}
+}
+
 // A burst is read as far fewer changes, and its last state is not missed.
 func TestCoalesce(t *testing.T) {
 	w := newWorld(t)

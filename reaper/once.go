@@ -27,6 +27,15 @@ func (r *Reaper) Once(ctx context.Context, force bool) (Report, error) {
 		cutoff, armed = r.proof.now-r.cfg.TTL.Milliseconds(), true
 	}
 	report, err := r.sweep(ctx, cutoff, armed, force)
+	if !r.unsaid.At.IsZero() {
+		wait := time.NewTimer(time.Until(r.unsaid.At))
+		defer wait.Stop()
+		select {
+		case <-ctx.Done():
+		case <-wait.C:
+			r.announce(ctx)
+		}
+	}
 	if err == nil && !force && len(report.Held) > 0 {
 		err = fmt.Errorf("%w: %d of %d instances look dead; --force overrules", ErrHeld, report.Suspects, report.Members)
 	}

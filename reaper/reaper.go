@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"math"
 	"regexp"
 	"slices"
 	"sync"
@@ -45,7 +46,11 @@ var (
 // errNoPulse says that there is no accepted pulse to sweep with.
 var errNoPulse = errors.New("the last pulse was not accepted")
 
-var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+// An id is at most idLength long. A repetition with a bound takes 100 kB when
+// compiled, in every process.
+var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
+
+const idLength = 128
 
 // Store is what a reaper needs of the register; *registrar.Store is one.
 type Store interface {
@@ -54,6 +59,7 @@ type Store interface {
 	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
 	Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error)
 	Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (registrar.Reaped, error)
+	Announce(ctx context.Context, u registrar.Unsaid) error
 	Report(ctx context.Context, id string, st *registrar.ReaperStatus) error
 }
 
@@ -96,8 +102,8 @@ func DefaultInterval(ttl time.Duration) time.Duration {
 }
 
 func (c Config) validate() error {
-	if !idPattern.MatchString(c.ID) {
-		return fmt.Errorf("reaper id %q: want %s", c.ID, idPattern)
+	if len(c.ID) > idLength || !idPattern.MatchString(c.ID) {
+		return fmt.Errorf("reaper id %q: want %s, at most %d long", c.ID, idPattern, idLength)
 	}
 	if c.TTL < minTTL {
 		return fmt.Errorf("TTL %v: want at least %v", c.TTL, minTTL)
@@ -127,7 +133,8 @@ type Reaper struct {
 	said       string // the cause that the log has; empty = armed
 	complaint  string // the last sweep's error that the log has
 	voice      *voice
-	pulses     int // accepted ones until the next canary
+	pulses     int              // accepted ones until the next canary
+	unsaid     registrar.Unsaid // what it must still announce
 
 	mu     sync.Mutex
 	status registrar.ReaperStatus // guarded by mu
@@ -208,9 +215,28 @@ func (r *Reaper) Run(ctx context.Context) error {
 			// Who runs out just after a removal is that late; a burst of removals
 			// costs that many sweeps.
 			next = min(next, max(due, began+r.proof.period/20))
+			if !r.unsaid.At.IsZero() {
+				next = min(next, max(r.announce(ctx), began+r.proof.period/20))
+			}
 		}
 		wait.Reset(next - r.elapsed())
 	}
+}
+
+// announce says what a sweep left unsaid, when its time has come, and returns
+// when to look again. A sweep does not wait for that: a pulse must not be late.
+func (r *Reaper) announce(ctx context.Context) (next time.Duration) {
+	at := r.unsaid.At.Sub(r.begin)
+	if r.elapsed() < at {
+		return at
+	}
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	if err := r.store.Announce(tctx, r.unsaid); err != nil && ctx.Err() == nil {
+		r.log.Debug().Err(err).Msg("a removal is not announced; those who poll find it")
+	}
+	r.unsaid = registrar.Unsaid{}
+	return math.MaxInt64
 }
 
 // due returns when to sweep after this report: when the oldest heartbeat runs

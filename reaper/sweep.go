@@ -224,6 +224,9 @@ func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sw
 				Strs("addrs", out.Addrs[:min(n, shownAddrs)]).Int64("left", out.Left).Msg("took out who stopped answering")
 		}
 		addrs = append(addrs, out.Addrs...)
+		if !out.Unsaid.At.IsZero() {
+			r.unsaid = out.Unsaid
+		}
 		if out.Left == 0 || len(out.Addrs) == 0 || w.LetGo > 0 {
 			return addrs, nil
 		}

@@ -394,3 +394,46 @@ func TestNotArmedPullsNothingBack(t *testing.T) {
 		t.Errorf("score %.0f, want it untouched", score)
 	}
 }
+
+// TestRemovalIsAnnouncedLate takes somebody out in a pause between two
+// announcements: neither Run nor Once keeps it to itself.
+func TestRemovalIsAnnouncedLate(t *testing.T) {
+	for name, act := range map[string]func(t *testing.T, r *Reaper){
+		"run": func(t *testing.T, r *Reaper) {
+			arm(t, r)
+			run(t, r)
+		},
+		"once": func(t *testing.T, r *Reaper) {
+			if _, err := r.Once(t.Context(), true); err != nil {
+				t.Error(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			g := newRegistry(t)
+			g.put(t, "web", "10.0.0.1:80", g.clock(t))
+			g.put(t, "web", "10.0.0.2:80", g.clock(t)-60_000)
+			sub := g.rdb.Subscribe(t.Context(), g.keys.Changes())
+			defer sub.Close()
+			if _, err := sub.Receive(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if err := g.rdb.Set(t.Context(), g.keys.Quiet(), "", 500*time.Millisecond).Err(); err != nil {
+				t.Fatal(err)
+			}
+			act(t, newReaper(t, Config{}, g.store, zerolog.Nop()))
+			msg, err := sub.ReceiveTimeout(t.Context(), 10*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			v, err := g.store.Versions(t.Context(), []registrar.Service{"web"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got, want := msg.(*redis.Message).Payload, fmt.Sprintf("%d web %d", v.Global, v.Of["web"]); got != want {
+				t.Errorf("message %q, want %q", got, want)
+			}
+			g.wantMembers(t, "web", "10.0.0.1:80")
+		})
+	}
+}

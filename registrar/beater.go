@@ -24,6 +24,8 @@ type BeaterConfig struct {
 	Zone     string            // at most MaxName bytes
 	Tags     map[string]string // keys of at most MaxName bytes, values of at most MaxText
 	Interval time.Duration     // 0 = the registry's own
+	// Roll, if not nil, sends the steady heartbeats together with others'.
+	Roll *Roll
 	// DrainWait is how long Run, when it ends, waits for every live balancer to
 	// have drained the instance before it leaves; 0 = it leaves at once.
 	DrainWait time.Duration
@@ -173,14 +175,18 @@ func (b *Beater) Run(ctx context.Context) error {
 
 // Beat sends one heartbeat and returns when to send the next one: an interval
 // shortened by up to a fifth, so that instances started together drift apart,
-// or after a failure full jitter below a ceiling that doubles from 100 ms to
+// the next tick of the Roll if there is one, or after a failure full jitter below a ceiling that doubles from 100 ms to
 // the interval. A nil error says that the register has this instance;
 // ErrNotOwner, that another holds its address, and ErrFull, that the register has
 // no room for it, are answered at the interval's pace.
 func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 	tctx, cancel := WithTimeout(ctx)
 	defer cancel()
-	reply, err := b.store.Beat(tctx, b.cfg.Service, Beat{
+	send := b.store.Beat
+	if b.cfg.Roll != nil {
+		send = b.cfg.Roll.Beat
+	}
+	reply, err := send(tctx, b.cfg.Service, Beat{
 		Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Claim: !b.answered, Interval: b.cfg.Interval,
 	})
 	b.beaten(ctx, err)
@@ -235,6 +241,9 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 			}
 		}
 		return Backoff(b.outage.Failures, b.interval), err
+	}
+	if b.cfg.Roll != nil {
+		return b.cfg.Roll.next(b.interval), err
 	}
 	return Shorten(b.interval), err
 }

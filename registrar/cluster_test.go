@@ -148,6 +148,15 @@ func TestClusterStore(t *testing.T) {
 		}
 		hear(svc, 3)
 	}
+	var beats []ServiceBeat
+	for _, svc := range names {
+		beats = append(beats, ServiceBeat{svc, Beat{Addr: b, Token: "u", Meta: metaOf("u")}}, ServiceBeat{svc, Beat{Addr: b, Token: "w", Meta: metaOf("w")}})
+	}
+	for i, g := range s.BeatSteady(ctx, beats) {
+		if own := i%2 == 0; g.Done != own || g.Err != nil || own && g.Interval != 2*time.Second {
+			t.Errorf("beat %d of many: %+v", i, g)
+		}
+	}
 	listed, _, err := s.Services(ctx)
 	must(t, err)
 	slices.Sort(listed)

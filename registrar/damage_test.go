@@ -245,6 +245,13 @@ func TestScriptFlush(t *testing.T) {
 			_, err := s.Beat(ctx, web, Beat{Addr: host(2), Token: "t2", Meta: metaOf("t2")})
 			return err
 		}},
+		{"many heartbeats", func(tb testing.TB, s *Store) error {
+			got := s.BeatSteady(ctx, []ServiceBeat{{web, Beat{Addr: host(2), Token: "t2", Meta: metaOf("t2")}}})
+			if !got[0].Done && got[0].Err == nil {
+				return errors.New("it was not steady")
+			}
+			return got[0].Err
+		}},
 		{"read", func(tb testing.TB, s *Store) error { _, err := s.Read(ctx, web, nil); return err }},
 		{"versions", func(tb testing.TB, s *Store) error { _, err := s.Versions(ctx, nil); return err }},
 		{"survey", func(tb testing.TB, s *Store) error { _, err := s.Survey(ctx, []Service{web}, 1, 1, 1); return err }},

@@ -222,6 +222,7 @@ func (s *Store) rights(svc Service) []right {
 		{writers, []any{"eval", "return 1", 0}}, {writers, []any{"evalsha", "-", 0}}, {writers, []any{"zadd", z, 0, "-"}},
 		{changers, []any{"type", z}}, {changers, []any{"incr", str}}, {changers, []any{"incr", k.Version()}},
 		{changers, []any{"setnx", k.Epoch(), "-"}}, {changers, []any{"publish", k.Changes(), "-"}},
+		{changers, []any{"pttl", k.Quiet()}}, {changers, []any{"get", k.Quiet()}}, {changers, []any{"set", k.Quiet(), "-"}},
 		{changers, []any{"hset", h, "-", "-"}}, {changers, []any{"hset", k.Gone(svc), "-", "-"}}, {changers, []any{"hdel", h, "-"}},
 		{changers, []any{"zrem", z, "-"}}, {changers, []any{"zadd", k.GoneAt(svc), 0, "-"}}, {changers, []any{"zcard", z}},
 		{changers, []any{"xadd", k.Events(), "*", "-", "-"}}, {changers, []any{"sadd", k.Services(), "-"}}, {RoleSidecar, []any{"scard", k.Services()}}, {changers, []any{"srem", k.Services(), "-"}},

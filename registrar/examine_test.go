@@ -25,7 +25,7 @@ func TestRightsCoverScripts(t *testing.T) {
 		tried[fmt.Sprint(r.args[0])] += " " + cmp.Or(r.roles, "all")
 	}
 	roles := map[string][]string{
-		"beat": {RoleSidecar}, "still": {RoleSidecar}, "leave": {RoleSidecar}, "deregister": {RoleAdmin}, "admin": {RoleAdmin},
+		"beat": {RoleSidecar}, "still": {RoleSidecar}, "roll": {RoleSidecar}, "leave": {RoleSidecar}, "announce": {RoleSidecar, RoleReaper, RoleAdmin}, "deregister": {RoleAdmin}, "admin": {RoleAdmin},
 		"reap": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "report": {RoleReaper}, "ack": {RoleSync}, "seen": {RoleSync},
 		"read": nil, "versions": nil, "applied": nil, "entry": nil, "lib": {RoleSidecar, RoleReaper, RoleAdmin}, "event": {RoleSidecar, RoleReaper, RoleAdmin},
 	}

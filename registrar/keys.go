@@ -2,14 +2,11 @@ package registrar
 
 import (
 	"fmt"
-	"regexp"
 	"strings"
 )
 
 // DefaultNamespace begins every key unless the operator says otherwise.
 const DefaultNamespace = "rollcall"
-
-var namespacePattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9._-]{0,62})$`)
 
 // Keys spells every key and the channel of one namespace. All keys of one
 // service carry the service's name in braces, so a Redis Cluster keeps them in
@@ -28,8 +25,8 @@ type Keys struct {
 // NewKeys returns the keys of namespace ns (lower-case letters, digits, '.',
 // '_' and '-', at most 63).
 func NewKeys(ns string) (Keys, error) {
-	if !namespacePattern.MatchString(ns) {
-		return Keys{}, fmt.Errorf("namespace %q: want %s", ns, namespacePattern)
+	if !isName(ns) {
+		return Keys{}, fmt.Errorf("namespace %q: want %s", ns, nameForm)
 	}
 	return Keys{ns: ns}, nil
 }
@@ -71,6 +68,10 @@ func (k Keys) ServiceVersion(s Service) string {
 
 // LetGo is a STRING: while it is there, no held instance is let go. It expires.
 func (k Keys) LetGo() string { return k.shared("let-go") }
+
+// Quiet is a STRING: while it is there, changes are not announced one by one. It
+// holds the mark of who announces them then, or nothing. It expires.
+func (k Keys) Quiet() string { return k.shared("quiet") }
 
 // Reapers is a HASH: reaper id → JSON of ReaperStatus with its time, "at".
 func (k Keys) Reapers() string { return k.shared("reapers") }
@@ -116,7 +117,7 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 	switch key {
 	case k.Services():
 		return "", "set"
-	case k.Version(), k.Epoch(), k.LetGo():
+	case k.Version(), k.Epoch(), k.Quiet(), k.LetGo():
 		return "", "string"
 	case k.Config(), k.Reapers():
 		return "", "hash"
@@ -159,7 +160,7 @@ func (k Keys) change(s Service, own ...string) []string {
 	}
 	keys := append([]string{
 		k.Instances(s), k.Meta(s), k.Admin(s), k.Gone(s), k.GoneAt(s), k.Changed(s), k.ServiceVersion(s),
-		k.Services(), version, k.Epoch(), k.Config(),
+		k.Services(), version, k.Epoch(), k.Config(), k.Quiet(),
 	}, own...)
 	return append(keys, k.Events())
 }

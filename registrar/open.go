@@ -23,6 +23,15 @@ const (
 	Timeout     = time.Second
 )
 
+// bufferSize is that of a connection, in each direction: 0 = go-redis' own 32 KiB,
+// which are for long answers. Who has one connection beats, and has none.
+func bufferSize(pool int) int {
+	if pool == 1 {
+		return 4 << 10
+	}
+	return 0
+}
+
 // The ports of lists of hosts that name none.
 const (
 	sentinelPort = "26379"
@@ -107,6 +116,7 @@ func (a Access) server(rawURL string, secure *tls.Config, pool int) (redis.Unive
 	o.PoolSize = pool
 	o.MinIdleConns = 0 // a URL that asks for some would make NewClient dial
 	o.DisableIdentity = true
+	o.ReadBufferSize, o.WriteBufferSize = bufferSize(pool), bufferSize(pool)
 	rdb := redis.NewClient(o)
 	rdb.AddHook(bounded{})
 	return rdb, nil
@@ -136,6 +146,7 @@ func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis
 		DialTimeout:                DialTimeout, DialerRetries: 1,
 		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
 		MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
+		ReadBufferSize: bufferSize(pool), WriteBufferSize: bufferSize(pool),
 	})
 	rdb.AddHook(bounded{})
 	return rdb, nil
@@ -177,6 +188,7 @@ func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.
 		DialTimeout:                DialTimeout, DialerRetries: 1,
 		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
 		MaxRedirects: -1, MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
+		ReadBufferSize: bufferSize(pool), WriteBufferSize: bufferSize(pool),
 		ClusterStateReloadInterval: clusterReload,
 		// Their table costs a COMMAND to a random node, for up to 5 s and with a
 		// right of its own; every command here has its key.

@@ -87,7 +87,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, still, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report, seen, entry *redis.Script
+	beat, still, roll, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report, seen, entry, announce *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -99,11 +99,11 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 	}
 	s := &Store{
 		rdb: rdb, keys: keys,
-		beat: script("beat"), still: script("still"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
+		beat: script("beat"), still: script("still"), roll: script("roll"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
 		reap: script("reap"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), applied: script("applied"), report: script("report"),
-		seen: script("seen"), entry: script("entry"),
+		seen: script("seen"), entry: script("entry"), announce: script("announce"),
 	}
 	if _, s.keys.cluster = rdb.(*redis.ClusterClient); s.keys.cluster {
 		s.listing = &listing{at: map[Service]time.Time{}}
@@ -132,10 +132,57 @@ func (s *Store) Subscribe(ctx context.Context) *redis.PubSub {
 	return s.rdb.Subscribe(ctx, s.keys.Changes())
 }
 
-// change runs a script that changes one service.
+// change runs a script that changes one service, and announces the change later
+// if it must.
 func (s *Store) change(ctx context.Context, sc *redis.Script, svc Service, args ...any) ([]any, error) {
-	argv := append([]any{s.keys.Changes(), string(svc), s.now, rand.Text()}, args...)
-	return sc.Run(ctx, s.rdb, s.keys.Of(svc).change(svc), argv...).Slice()
+	mark := rand.Text()
+	argv := append([]any{s.keys.Changes(), string(svc), s.now, mark}, args...)
+	r, err := sc.Run(ctx, s.rdb, s.keys.Of(svc).change(svc), argv...).Slice()
+	if err != nil {
+		return nil, err
+	}
+	r, unsaid := withheld(r, svc, mark)
+	if !unsaid.At.IsZero() {
+		wait := time.NewTimer(time.Until(unsaid.At))
+		defer wait.Stop()
+		select {
+		case <-ctx.Done():
+		case <-wait.C:
+			_ = s.Announce(ctx, unsaid) // the change is made, and who has not heard of it polls
+		}
+	}
+	return r, nil
+}
+
+// Unsaid is a change that was not announced at once, since another one had just
+// been, to many. The zero value is none.
+type Unsaid struct {
+	At      time.Time // from when on Announce may be called; with the monotonic clock
+	service Service
+	mark    string
+}
+
+// withheld takes off a script's reply the word that the call must announce later.
+func withheld(r []any, svc Service, mark string) ([]any, Unsaid) {
+	if len(r) == 0 {
+		return r, Unsaid{}
+	}
+	last, _ := r[len(r)-1].([]any)
+	if len(last) != 2 || text(last[0]) != "QUIET" {
+		return r, Unsaid{}
+	}
+	// Redis' clock runs to whole milliseconds.
+	return r[:len(r)-1], Unsaid{time.Now().Add(millis(integer(last[1]) + 1)), svc, mark}
+}
+
+// Announce says what was not said, unless somebody has since. Without it the
+// change is found by the next poll.
+func (s *Store) Announce(ctx context.Context, u Unsaid) error {
+	argv := []any{s.keys.Changes(), string(u.service), s.now, rand.Text(), u.mark}
+	if err := s.announce.Run(ctx, s.rdb, s.keys.Of(u.service).change(u.service), argv...).Err(); err != nil {
+		return fmt.Errorf("announce a change of %s: %w", u.service, err)
+	}
+	return nil
 }
 
 // BeatStatus is what a beat came to.
@@ -186,6 +233,12 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 			return reply, nil
 		}
 	}
+	return s.decide(ctx, svc, b)
+}
+
+// decide runs beat.lua.
+func (s *Store) decide(ctx context.Context, svc Service, b Beat) (BeatReply, error) {
+	what := fmt.Sprintf("beat %s %s", svc, b.Addr)
 	r, err := s.change(ctx, s.beat, svc, b.Addr.String(), b.Token, b.Meta, flag(b.Claim), b.Interval.Milliseconds())
 	if err != nil {
 		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
@@ -466,6 +519,7 @@ type Reaped struct {
 	Addrs   []string
 	Version int64 // of the service, after the call; 0 if nobody went
 	Left    int64 // how many more are before the cut-off
+	Unsaid  Unsaid
 }
 
 // Reap takes out of svc at most 250 instances that beat before the cut-off. An
@@ -473,7 +527,8 @@ type Reaped struct {
 // ErrFenced or ErrLate if the licence is void, and ErrBroken if another service
 // may still be reaped.
 func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) {
-	argv := []any{s.keys.Changes(), string(svc), s.now, rand.Text(), w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds(), w.ReplID}
+	mark := rand.Text()
+	argv := []any{s.keys.Changes(), string(svc), s.now, mark, w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds(), w.ReplID}
 	k := s.keys.Of(svc)
 	r, err := s.reap.Run(ctx, s.rdb, k.change(svc, k.Reaper(w.ID), k.LetGo()), argv...).Slice()
 	if err != nil {
@@ -494,7 +549,8 @@ func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) 
 	default:
 		return Reaped{}, fmt.Errorf("reap %s: unknown answer %q", svc, status)
 	}
-	out := Reaped{Version: integer(r[1]), Left: integer(r[2])}
+	r, unsaid := withheld(r, svc, mark)
+	out := Reaped{Version: integer(r[1]), Left: integer(r[2]), Unsaid: unsaid}
 	for _, a := range r[3:] {
 		out.Addrs = append(out.Addrs, text(a))
 	}

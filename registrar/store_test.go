@@ -354,7 +354,7 @@ func TestKeys(t *testing.T) {
 	want := []string{
 		"rollcall:{web}:instances", "rollcall:{web}:meta", "rollcall:{web}:admin", "rollcall:{web}:gone",
 		"rollcall:{web}:gone-at", "rollcall:{web}:changed", "rollcall:{web}:version",
-		"rollcall:services", "rollcall:version", "rollcall:epoch", "rollcall:config", "rollcall:events",
+		"rollcall:services", "rollcall:version", "rollcall:epoch", "rollcall:config", "rollcall:quiet", "rollcall:events",
 		"rollcall:changes", "rollcall:reaper:r1", "rollcall:reapers",
 	}
 	if !slices.Equal(got, want) {
@@ -525,13 +525,17 @@ func TestServerClock(t *testing.T) {
 	from := now()
 	join(t, s, a, "t1")
 	within("score on arrival", from, int64(s.rdb.ZScore(ctx, s.keys.Instances(web), a.String()).Val()))
-	// still.lua puts the milliseconds together as text: early in a second there
-	// are zeros to mind.
+	// still.lua and roll.lua put the milliseconds together as text: early in a
+	// second there are zeros to mind.
 	for early := false; !early; early = from%1000 < 100 {
 		from = now()
 		_, err := s.Beat(ctx, web, Beat{Addr: a, Token: "t1", Meta: metaOf("t1")})
 		must(t, err)
 		within("score of a heartbeat", from, int64(s.rdb.ZScore(ctx, s.keys.Instances(web), a.String()).Val()))
+		if got := s.BeatSteady(ctx, []ServiceBeat{{web, Beat{Addr: a, Token: "t1", Meta: metaOf("t1")}}}); !got[0].Done {
+			t.Errorf("many heartbeats: %+v", got[0])
+		}
+		within("score of many heartbeats", from, int64(s.rdb.ZScore(ctx, s.keys.Instances(web), a.String()).Val()))
 	}
 	from = now()
 	p, err := s.Pulse(ctx, "r1", "p", time.Minute)

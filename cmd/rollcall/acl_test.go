@@ -252,6 +252,7 @@ func TestRolesBounds(t *testing.T) {
 		{"sadd rollcall:services web", []string{sidecar}}, {"srem rollcall:services web", []string{sidecar, reap, operate}},
 		{"hset rollcall:config a 1", []string{reap}}, {"hdel rollcall:config a", no},
 		{"set rollcall:reaper:x y", []string{reap}}, {"set rollcall:let-go y", []string{reap}},
+		{"set rollcall:quiet y", []string{sidecar, reap, operate}}, {"pttl rollcall:quiet", []string{sidecar, reap, operate}},
 		{"hset rollcall:reapers f y", []string{reap}}, {"hdel rollcall:reapers f", []string{reap}}, {"hgetall rollcall:reapers", []string{reap, operate, watch}},
 		{"hset rollcall:{web}:applied a 1", []string{sync}}, {"hdel rollcall:{web}:applied a", []string{sync}}, {"zadd rollcall:balancers 1 a", []string{sync}},
 		{"hset rollcall:{web}:seen:lb a 1", []string{sync}}, {"hdel rollcall:{web}:seen:lb a", []string{sync}}, {"unlink rollcall:{web}:seen:lb", []string{sync}},

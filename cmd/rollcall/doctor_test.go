@@ -366,7 +366,7 @@ func TestDoctorRedis(t *testing.T) {
 			{"publish", []any{"-publish"}, [][3]string{{"bad", "rights: register", "publish rollcall:changes"}, {"bad", "rights: reap", "publish"}, {"bad", "rights: operator", "publish"}}},
 			{"subscribe", []any{"-subscribe"}, [][3]string{{"bad", "rights: lbsync", "subscribe rollcall:changes"}}},
 			{"channel", []any{"resetchannels", "&other"}, [][3]string{{"bad", "rights: register", "publish"}, {"bad", "rights: reap", "publish"}, {"bad", "rights: operator", "publish"}, {"bad", "rights: lbsync", "subscribe"}}},
-			{"pulse", []any{"-set"}, [][3]string{{"bad", "rights: reap", "set rollcall:reaper:-"}}},
+			{"pulse", []any{"-set"}, [][3]string{{"bad", "rights: register", "set rollcall:quiet"}, {"bad", "rights: reap", "set rollcall:quiet, set rollcall:reaper:-"}, {"bad", "rights: operator", "set rollcall:quiet"}}},
 			{"settings", []any{"-config"}, [][3]string{{"unknown", "redis pub/sub buffer", "no right"}, {"unknown", "redis replicas", "no right"}}},
 			{"no DISCARD", []any{"-discard"}, [][3]string{{"unknown", "redis rights", "MULTI"}}},
 			{"trial", []any{"-multi"}, [][3]string{{"unknown", "redis rights", "MULTI"}}},
@@ -374,7 +374,7 @@ func TestDoctorRedis(t *testing.T) {
 		} {
 			t.Run(tt.name, func(t *testing.T) { expect(t, as(t, tt.rules...), tt.want...) })
 		}
-		as(t, "-subscribe", "-set")
+		as(t, "-subscribe", "-hsetnx")
 		findings, _ := s.doctor(t, "--redis", "redis://u:p@"+primary.Addr+"/0", "--role", "register", "--role", "operator")
 		expect(t, only(findings, "redis"))
 		findings, _ = s.doctor(t, "--redis", "redis://u:wrong@"+primary.Addr+"/0")

@@ -28,7 +28,7 @@ var imports = map[string][]string{
 	"scripts/camera":                 {},
 	"scripts/faultsuite":             {"lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
 	"scripts/recorder":               {},
-	"scripts/benchmark":              {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
+	"scripts/benchmark":              {"lbsync", "lbsync/haproxy", "lbsync/haproxy/haproxytest", "notifier", "registrar", "registrar/redistest"},
 }
 
 // only lists who alone may import what.

@@ -75,7 +75,7 @@ func registerCommand() *cli.Command {
 					return err
 				}
 			}
-			cfg.Hurry, cfg.Tell = side.hurry, side.notify.useful
+			cfg.Hurry, cfg.Tell = side.hurry, settled(side.notify.useful)
 			mon, err := newMonitor(c, s.log)
 			if err != nil {
 				return err

@@ -27,6 +27,16 @@ func trim() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(25)
 	}
+	debug.FreeOSMemory() // what the imported packages' initialisation has left
+}
+
+// settled gives back what connecting and registering took: a sidecar that is
+// steady needs nothing of it.
+func settled(tell func(status string)) func(status string) {
+	return func(status string) {
+		tell(status)
+		debug.FreeOSMemory()
+	}
 }
 
 // sidecar is one register command at work: the Beater, what looks after the

@@ -323,11 +323,11 @@ func parseOptions(text string) (models.RuntimeAddServer, error) {
 	return server, nil
 }
 
-var nameForm = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,64}$`)
+var nameForm = regexp.MustCompile(`^[A-Za-z0-9_.:-]+$`) // at most 64 of them
 
 func checkName(what, name string) error {
 	// A dot alone would be taken out of a path.
-	if !nameForm.MatchString(name) || name == "." || name == ".." {
+	if len(name) > 64 || !nameForm.MatchString(name) || name == "." || name == ".." {
 		return fmt.Errorf("%s name %q is not 1 to 64 of A-Za-z0-9_.:-", what, name)
 	}
 	return nil

@@ -21,7 +21,7 @@ const reportCommand = "show info"
 // commands"). No command of ours has one.
 const forbidden = ";\\\"'#$<>|"
 
-var nameForm = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,64}$`)
+var nameForm = regexp.MustCompile(`^[A-Za-z0-9_.:-]+$`) // at most 64 of them
 
 // Render returns the command that op becomes, or says what in op must not
 // reach HAProxy. Nothing is repaired or left out.
@@ -146,7 +146,7 @@ func checkCommand(command string) error {
 }
 
 func checkName(what, name string) error {
-	if !nameForm.MatchString(name) {
+	if len(name) > 64 || !nameForm.MatchString(name) {
 		return fmt.Errorf("%s name %q is not 1 to 64 of A-Za-z0-9_.:-", what, name)
 	}
 	return nil

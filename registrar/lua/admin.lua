@@ -1,7 +1,7 @@
 #!lua
 -- An operator's word about one address, present or not.
 --
--- KEYS  1 to 11 as in lib.lua
+-- KEYS  1 to 12 as in lib.lua
 -- ARGV  1 to 4 as in lib.lua   5 addr
 --       6 drain | maint | ready | weight   7 weight, '' = the instance's own again   8 reason
 -- Returns {status, service version, 1 if the instance is there}
@@ -56,5 +56,4 @@ prune(now)
 local what, why = verb == 'drain' and 'drained' or verb, word.reason or ''
 if verb == 'weight' then why = weight and string.format('%.0f', weight) or 'own' end
 event(now, ARGV[2], addr, what, v, '', why)
-announce(g, v)
-return {'OK', v, here}
+return announce(g, v, {'OK', v, here})

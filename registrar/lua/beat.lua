@@ -3,7 +3,7 @@
 -- only the score moves. allow-oom: a full Redis must not make the living look
 -- dead.
 --
--- KEYS  1 to 11 as in lib.lua
+-- KEYS  1 to 12 as in lib.lua
 -- ARGV  1 to 4 as in lib.lua
 --       5 addr   6 token   7 metadata, JSON with the token as id
 --       8 '1' = claim: take over whoever holds the address   9 interval, ms, 0 = the registry's
@@ -80,5 +80,4 @@ elseif status == 'CHANGED' then
   if before.weight ~= after.weight and type(after.weight) == 'number' then why = 'weight ' .. tostring(after.weight) end
 end
 event(now, ARGV[2], addr, what, v, token, why)
-announce(g, v)
-return {status, now, v, ttl, interval}
+return announce(g, v, {status, now, v, ttl, interval})

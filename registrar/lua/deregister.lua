@@ -2,7 +2,7 @@
 -- An operator takes an instance out. One that beats is refused unless forced:
 -- its next beat would bring it back.
 --
--- KEYS  1 to 11 as in lib.lua
+-- KEYS  1 to 12 as in lib.lua
 -- ARGV  1 to 4 as in lib.lua   5 addr   6 '1' = force
 -- Returns {status, service version, age of the last beat in ms}
 --   OK      it is out
@@ -25,5 +25,4 @@ local g, v = bump()
 if not g then return v end
 take_out(addr, 'operator', now, v)
 tidy(now)
-announce(g, v)
-return {'OK', v, now - score}
+return announce(g, v, {'OK', v, now - score})

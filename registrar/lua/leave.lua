@@ -2,7 +2,7 @@
 -- The owner takes its instance out. Absent is no obstacle: the note keeps a
 -- late beat of this token from bringing it back.
 --
--- KEYS  1 to 11 as in lib.lua
+-- KEYS  1 to 12 as in lib.lua
 -- ARGV  1 to 4 as in lib.lua   5 addr   6 token   7 reason: left or unhealthy
 -- Returns {status, service version}
 --   OK        it is out, or noted as out
@@ -37,5 +37,4 @@ else
   note_gone(addr, reason, token, now, v, 'it was not there')
 end
 tidy(now)
-announce(g, v)
-return {'OK', v}
+return announce(g, v, {'OK', v})

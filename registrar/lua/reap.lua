@@ -2,7 +2,7 @@
 -- Takes out instances of one service whose last beat is older than the
 -- cut-off. No flag: a Redis that would refuse a beat must refuse this too.
 --
--- KEYS  1 to 11 as in lib.lua   12 this reaper's pulse STRING   13 let-go STRING
+-- KEYS  1 to 12 as in lib.lua   13 this reaper's pulse STRING   14 let-go STRING
 -- ARGV  1 to 4 as in lib.lua
 --       5 token of the last pulse   6 time of the last pulse, ms   7 its greatest age, ms
 --       8 cut-off, ms: out is who beat before it, not at it   9 most addresses a call
@@ -20,7 +20,7 @@ local token, last, most, cut = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), AR
 -- lib
 
 local now = clock()
-if redis.call('GET', KEYS[12]) ~= token then return {'FENCED', 0, 0} end
+if redis.call('GET', KEYS[13]) ~= token then return {'FENCED', 0, 0} end
 if string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') ~= ARGV[11] then return {'FENCED', 0, 0} end
 if now < last or now - last > most then return {'LATE', 0, 0} end
 local bad = mistyped()
@@ -38,12 +38,11 @@ local pace = tonumber(ARGV[10])
 if pace > 0 then
   local left = redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. cut)
   if redis.call('ZCARD', KEYS[1]) < 2 then return {'OK', 0, left} end
-  if not redis.call('SET', KEYS[13], token, 'NX', 'PX', pace) then return {'OK', 0, left} end
+  if not redis.call('SET', KEYS[14], token, 'NX', 'PX', pace) then return {'OK', 0, left} end
   stale = {stale[1]}
 end
 local g, v = bump()
 if not g then return v end
 for _, a in ipairs(stale) do take_out(a, 'expired', now, v) end
 tidy(now)
-announce(g, v)
-return {'OK', v, redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. cut), unpack(stale)}
+return announce(g, v, {'OK', v, redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. cut), unpack(stale)})

@@ -3,35 +3,41 @@ package main
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"rollcall/registrar"
 )
 
 // fleet100k has 100,000 instances beat every 5 s for three rounds, one by one, each
-// waiting for its answer. Every beat must be answered OK, and afterwards no score
+// waiting for its answer. Every beat must be accepted, and afterwards no score
 // may be older than two rounds.
 func fleet100k(h *harness) []Row {
-	return beatOn(h, 100_000, 5000, 1, "one by one on 5,000 connections")
+	return beatOn(h, 100_000, 5000, "one by one on 5,000 connections", "OK", func(f *fleet) [][]byte {
+		return f.beats(f.steady, rand.Perm(f.size))
+	})
 }
 
-// million is the same with 1,000,000 instances, pipelined as host agents would.
-func million(h *harness) []Row { return beatOn(h, 1_000_000, 16, 64, "64 pipelined on 16 connections") }
+// million is the same with 1,000,000 instances, in calls of 50 as host agents
+// send them, 5 of a service each.
+func million(h *harness) []Row {
+	return beatOn(h, 1_000_000, 16, "50 a call on 16 connections, 5 of a service", "15000 5000", func(f *fleet) [][]byte {
+		_, calls := f.hosts(f.size, 5)
+		return calls
+	})
+}
 
-func beatOn(h *harness, size, connections, pipeline int, how string) []Row {
+func beatOn(h *harness, size, connections int, how, want string, render func(*fleet) [][]byte) []Row {
 	const (
 		interval = 5 * time.Second
 		slices   = 50 // of an interval
 		rounds   = 3
 	)
 	f := newFleet(h, size)
+	calls := render(f)
 	parts := make([][][]byte, slices)
 	for i := range parts {
-		mine := make([]int, size/slices)
-		for j := range mine {
-			mine[j] = j*slices + i
-		}
-		parts[i] = f.beats(f.steady, mine)
+		parts[i] = calls[i*len(calls)/slices : (i+1)*len(calls)/slices]
 	}
 	conns := f.conns(connections)
 	var shares, behind []float64
@@ -39,7 +45,7 @@ func beatOn(h *harness, size, connections, pipeline int, how string) []Row {
 		begun, before := time.Now(), busy(h, f.rdb)
 		for i, part := range parts {
 			time.Sleep(time.Until(begun.Add(time.Duration(i) * interval / slices)))
-			exchange(h, conns, part, pipeline, "OK")
+			exchange(h, conns, part, 1, want)
 		}
 		took := time.Since(begun)
 		time.Sleep(interval - took)

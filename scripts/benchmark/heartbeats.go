@@ -25,8 +25,10 @@ type fleet struct {
 	rdb  *redis.Client
 	size int
 	// arrival and steady are the arguments that the store sends for a first
-	// beat and for every later one of the instance that template names.
+	// beat and for every later one of the instance that template names; roll is
+	// the SHA of the script that takes many.
 	arrival, steady []string
+	roll            string
 }
 
 // template is replaced by the name, address and token of each instance.
@@ -85,6 +87,10 @@ func newFleet(h *harness, size int) *fleet {
 		}
 		return nil
 	})
+	for range 2 { // likewise
+		store.BeatSteady(ctx, []registrar.ServiceBeat{{Service: template.service, Beat: b}})
+	}
+	f.roll = fmt.Sprint(seen.args[1])
 	for first := 0; first < size; first += 10000 {
 		part := make([]int, min(10000, size-first))
 		for i := range part {
@@ -118,6 +124,32 @@ func (f *fleet) beats(args []string, instances []int) [][]byte {
 		out[n] = encode(mine)
 	}
 	return out
+}
+
+// hosts picks n instances at random, none twice, as there are on hosts of 50
+// containers, so many of them of each service, and renders their beats as the
+// host's agent sends them: one call a host.
+func (f *fleet) hosts(n, each int) (instances []int, calls [][]byte) {
+	const perHost = 50
+	places := rand.Perm(f.size / each)
+	for len(instances) < n {
+		keys, argv := []string{"rollcall:config"}, []string{"", "0"}
+		for _, place := range places[:perHost/each] {
+			first := place * each
+			keys = append(keys, f.key(first, "instances"), f.key(first, "meta"))
+			argv = append(argv, strconv.Itoa(each))
+			for i := first; i < first+each; i++ {
+				instances = append(instances, i)
+				argv = append(argv, f.addr(i))
+			}
+			for i := first; i < first+each; i++ {
+				argv = append(argv, meta(f.token(i)))
+			}
+		}
+		places = places[perHost/each:]
+		calls = append(calls, encode(slices.Concat([]string{"EVALSHA", f.roll, strconv.Itoa(len(keys))}, keys, argv)))
+	}
+	return instances, calls
 }
 
 // zadds renders the floor of the same beats.
@@ -172,13 +204,19 @@ func heartbeats(h *harness) []Row {
 	note := func(name string, figure, floor time.Duration, beats int) {
 		results[name] = append(results[name], rates{float64(beats) / figure.Seconds(), float64(beats) / floor.Seconds()})
 	}
+	alike := []int{50, 10, 5, 1}
 	variants := f.variants()
 	for range h.runs {
 		who := f.sample(n)
 		one := f.send(f.conns(clients), f.zadds(who), 1, "0")
 		note("heartbeat/one by one", f.send(f.conns(clients), f.beats(f.steady, who), 1, "OK"), one, n)
 		many := f.send(f.conns(16), f.zadds(who), 64, "0")
-		note("heartbeat/batched", f.send(f.conns(16), f.beats(f.steady, who), 64, "OK"), many, n)
+		note("heartbeat/pipelined", f.send(f.conns(16), f.beats(f.steady, who), 64, "OK"), many, n)
+		for _, each := range alike {
+			who, calls := f.hosts(n, each)
+			bare := f.send(f.conns(16), f.zadds(who), 64, "0")
+			note(fmt.Sprintf("heartbeat/host/%d alike", each), f.send(f.conns(16), calls, 1, "15000 5000"), bare, len(who))
+		}
 		if h.short {
 			continue
 		}
@@ -188,10 +226,14 @@ func heartbeats(h *harness) []Row {
 	}
 	meaning := map[string]string{
 		"heartbeat/one by one": fmt.Sprintf("%d connections, one beat each at a time, against bare ZADD likewise", clients),
-		"heartbeat/batched":    "16 connections, 64 beats pipelined, against bare ZADD likewise",
+		"heartbeat/pipelined":  "16 connections, 64 beats pipelined, against bare ZADD likewise",
 	}
-	goals := map[string]float64{"heartbeat/batched": 0.7}
-	names := []string{"heartbeat/one by one", "heartbeat/batched"}
+	goals := map[string]float64{"heartbeat/host/50 alike": 0.7}
+	names := []string{"heartbeat/one by one", "heartbeat/pipelined"}
+	for _, each := range alike {
+		name := fmt.Sprintf("heartbeat/host/%d alike", each)
+		names, meaning[name] = append(names, name), fmt.Sprintf("16 hosts' agents, 50 instances a call, %d of each service, against 64 ZADDs pipelined", each)
+	}
 	if !h.short {
 		for _, v := range variants {
 			name := "heartbeat/cost/" + v.name
@@ -244,20 +286,6 @@ func (f *fleet) variants() []variant {
 	if err := f.rdb.FunctionLoadReplace(ctx, lib).Err(); err != nil {
 		f.h.Fatal(err)
 	}
-	many := load(now + `local members, n = {}, #ARGV / 2
-for i = 1, n do members[i] = ARGV[i] end
-local held = redis.call('HMGET', KEYS[2], unpack(members))
-local out, add = {'OK'}, {}
-for i = 1, n do
-  if held[i] == ARGV[n + i] then
-    add[#add + 1] = now
-    add[#add + 1] = members[i]
-  else
-    out[#out + 1] = i
-  end
-end
-if #add > 0 then redis.call('ZADD', KEYS[1], 'XX', unpack(add)) end
-return out`)
 	return []variant{
 		{"script", "an empty script with 3 keys", single("return 'OK'")},
 		{"zadd", "a script that only writes the score", single("redis.call('ZADD', KEYS[1], ARGV[3], ARGV[1]) return 'OK'")},
@@ -268,22 +296,6 @@ return out`)
 			out := make([][]byte, len(instances))
 			for n, i := range instances {
 				out[n] = encode([]string{"FCALL", "benchbeat", "3", f.key(i, "instances"), f.key(i, "meta"), "rollcall:config", f.addr(i), meta(f.token(i)), "1763893622123"})
-			}
-			return out
-		}},
-		{"many", "one call for 50 instances of a service", func(instances []int) [][]byte {
-			const members = 50
-			var out [][]byte
-			for n := 0; n < len(instances); n += members {
-				first := instances[n] / perService * perService
-				args := []string{"EVALSHA", many, "2", f.key(first, "instances"), f.key(first, "meta")}
-				for i := range members {
-					args = append(args, f.addr(first+2*i))
-				}
-				for i := range members {
-					args = append(args, meta(f.token(first+2*i)))
-				}
-				out = append(out, encode(args))
 			}
 			return out
 		}},

@@ -64,6 +64,7 @@ var benches = []bench{
 	{"million", million, true},
 	{"peers", peers, true},
 	{"announcements", announcements, true},
+	{"watchers", watchers, true},
 	{"consumers", consumers, true},
 	{"footprint", footprint, true},
 }

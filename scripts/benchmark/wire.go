@@ -48,7 +48,8 @@ func encode(args []string) []byte {
 	return b
 }
 
-// answer reads one answer and returns it, or the first part of it.
+// answer reads one answer and returns it: of a list the first part, or all if it
+// begins with a number.
 func (w *wire) answer() (string, error) {
 	line, err := w.r.ReadString('\n')
 	if err != nil {
@@ -77,19 +78,35 @@ func (w *wire) answer() (string, error) {
 		_, err := io.ReadFull(w.r, b)
 		return string(b[:max(n, 0)]), err
 	case kind == '*':
-		first := ""
-		for i := range n {
+		var all []string
+		for range n {
 			s, err := w.answer()
 			if err != nil {
 				return "", err
 			}
-			if i == 0 {
-				first = s
-			}
+			all = append(all, s)
 		}
-		return first, nil
+		if n > 0 && all[0] != "" && all[0][0] > '9' {
+			all = all[:1]
+		}
+		return strings.Join(all, " "), nil
 	}
 	return "", fmt.Errorf("unknown answer %q", line)
+}
+
+// payload reads one message of a subscription.
+func (w *wire) payload() (string, error) {
+	if _, err := w.r.ReadString('\n'); err != nil { // of how many parts it is
+		return "", err
+	}
+	var part string
+	for range 3 {
+		var err error
+		if part, err = w.answer(); err != nil {
+			return "", err
+		}
+	}
+	return part, nil
 }
 
 // exchange sends commands over the connections, pipeline of them at a time on
