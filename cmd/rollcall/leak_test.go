@@ -176,11 +176,8 @@ func TestNothingForgesOutput(t *testing.T) {
 	do(rdb.ZAdd(ctx, k.Balancers(), redis.Z{Score: float64(now), Member: evil}).Err())
 	do(rdb.HSet(ctx, k.Reapers(), evil, `{"armed":false,"cause":`+string(quoted)+`,"at":`+fmt.Sprint(now)+`}`, "r", evil).Err())
 
-	var runs [][]string
-	for _, args := range [][]string{{"services"}, {"instances", "web"}, {"lb"}, {"status"}, {"watch"}, {"doctor"}, {"reap"}, {"drain", "web", "10.0.0.1:80"},
-		{"lbsync", "--socket", ha.Socket, "--backend", "web=be"}, {"register", "--service", "web", "--addr", "10.0.0.1:80"}} {
-		runs = append(runs, args)
-	}
+	runs := [][]string{{"services"}, {"instances", "web"}, {"lb"}, {"status"}, {"watch"}, {"doctor"}, {"reap"}, {"drain", "web", "10.0.0.1:80"},
+		{"lbsync", "--socket", ha.Socket, "--backend", "web=be"}, {"register", "--service", "web", "--addr", "10.0.0.1:80"}}
 	var checking sync.WaitGroup
 	for _, format := range []string{"text", "json"} {
 		for _, args := range runs {
