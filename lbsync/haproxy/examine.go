@@ -45,10 +45,6 @@ const (
 // cannot exist: HAProxy checks the level first, so an admin is told that there
 // is no such backend, and the others "Permission denied" (measured on 2.6.12).
 func (c *Client) Examine(ctx context.Context) (Facts, error) {
-	if err := c.take(ctx); err != nil {
-		return Facts{}, err
-	}
-	defer c.release()
 	r, err := c.exchange(ctx, []string{"show env " + filesVariable})
 	if err != nil {
 		return Facts{}, fmt.Errorf("examine HAProxy: %w", err)
@@ -98,10 +94,6 @@ func (c *Client) ExamineBackend(ctx context.Context, backend string) (BackendFac
 	if err := checkName("backend", backend); err != nil {
 		return BackendFacts{}, err
 	}
-	if err := c.take(ctx); err != nil {
-		return BackendFacts{}, err
-	}
-	defer c.release()
 	fail := func(err error) (BackendFacts, error) {
 		return BackendFacts{}, fmt.Errorf("examine backend %s: %w", backend, err)
 	}
