@@ -111,6 +111,25 @@ func TestRolesWhole(t *testing.T) {
 		done(as(role, "status"), "REAPER")
 		done(as(role, "events"), "joined")
 	}
+	token := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(token, []byte(rolePassword+rolePassword), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for role, more := range map[string][]string{"watcher": nil, "operator": {"--token-file", token}} {
+		page := s.page(t, append(as(role, "serve"), more...)...)
+		for _, path := range []string{"/v1/status", "/v1/services/web", "/v1/events?since=1-1"} {
+			if code, body, err := page.do("GET", path, ""); err != nil || code != 200 {
+				t.Errorf("%s: %s: %d %s, %v", role, path, code, body, err)
+			}
+		}
+		if more != nil {
+			for path, body := range map[string]string{"/maint?wait=10s": `{"reason":"x"}`, "/ready?wait=10s": `{}`} {
+				if code, body, err := page.do("POST", "/v1/services/web/instances/"+a.Addr().String()+path, body, "Authorization", "Bearer "+rolePassword+rolePassword); err != nil || code != 200 {
+					t.Errorf("%s: %s: %d %s, %v", role, path, code, body, err)
+				}
+			}
+		}
+	}
 	for _, word := range [][]string{
 		{"drain", "web", a.Addr().String(), "--wait"}, {"maint", "web", a.Addr().String()}, {"ready", "web", a.Addr().String()},
 		{"weight", "web", a.Addr().String(), "20"}, {"weight", "web", a.Addr().String(), "own"},

@@ -146,11 +146,16 @@ func secret(name string) (string, error) {
 	if file == "" {
 		return "", nil
 	}
-	b, err := os.ReadFile(file)
+	v, err := secretFile(file)
 	if err != nil {
 		return "", fmt.Errorf("%s_FILE: %w", name, err)
 	}
-	return strings.TrimRight(string(b), "\r\n"), nil
+	return v, nil
+}
+
+func secretFile(path string) (string, error) {
+	b, err := os.ReadFile(path)
+	return strings.TrimRight(string(b), "\r\n"), err
 }
 
 // args returns the command's arguments, of which it takes as many as want.

@@ -16,6 +16,7 @@ import (
 
 	"rollcall/lbsync"
 	"rollcall/notifier"
+	"rollcall/notifier/httpapi"
 	"rollcall/reaper"
 	"rollcall/registrar"
 )
@@ -310,6 +311,29 @@ func (m *monitor) watch(w *notifier.Watcher) *prometheus.CounterVec {
 	m.watcher(w.Status)
 	m.ready = func() error { return redisReady(w.Status()) }
 	return printed
+}
+
+// serves adds what `serve` counts.
+func (m *monitor) serves(srv *httpapi.Server) {
+	streams := gauge("rollcall_serve_streams", "Streams that are open.")
+	waits := gauge("rollcall_serve_waits", "Requests that wait for a change.")
+	m.add(scraped{[]*prometheus.Desc{streams, waits}, func(emit func(*prometheus.Desc, float64, ...string)) {
+		st := srv.Stats()
+		emit(streams, float64(st.Streams))
+		emit(waits, float64(st.Waiting))
+	}})
+	for name, c := range map[string]struct {
+		help string
+		of   func(httpapi.Stats) int64
+	}{
+		"rollcall_serve_streams_dropped_total": {"Streams that ended because the reader took nothing for 10 s.", func(s httpapi.Stats) int64 { return s.Dropped }},
+		"rollcall_serve_writes_total":          {"Words of operators that were written.", func(s httpapi.Stats) int64 { return s.Writes }},
+		"rollcall_serve_tokens_refused_total":  {"Wrong tokens.", func(s httpapi.Stats) int64 { return s.RefusedTokens }},
+	} {
+		m.add(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: c.help}, func() float64 { return float64(c.of(srv.Stats())) }))
+	}
+	m.watcher(srv.Watching)
+	m.ready = func() error { return redisReady(srv.Watching()) }
 }
 
 // meteredBalancer counts what is asked of HAProxy.

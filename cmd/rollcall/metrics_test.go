@@ -28,6 +28,7 @@ import (
 	"rollcall/lbsync"
 	"rollcall/lbsync/haproxy/haproxytest"
 	"rollcall/notifier"
+	"rollcall/notifier/httpapi"
 	"rollcall/reaper"
 	"rollcall/registrar"
 	"rollcall/registrar/redistest"
@@ -500,6 +501,10 @@ func metricNames(t *testing.T) (names []string, histograms map[string]bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	server, err := httpapi.New(httpapi.Config{}, store, zerolog.Nop())
+	if err != nil {
+		t.Fatal(err)
+	}
 	histograms = map[string]bool{}
 	for _, wire := range []func(m *monitor){
 		func(m *monitor) { m.beats("web", addrOne{}) },
@@ -510,6 +515,7 @@ func metricNames(t *testing.T) (names []string, histograms map[string]bool) {
 			m.syncer(func() lbsync.Status { return lbsync.Status{} }, m.balancer(&lbsync.Config{}, nil), new(atomic.Bool))
 		},
 		func(m *monitor) { m.watch(watcher) },
+		func(m *monitor) { m.serves(server) },
 	} {
 		set := flag.NewFlagSet("", flag.PanicOnError)
 		set.String("http", "127.0.0.1:1", "")

@@ -61,7 +61,8 @@ func TestReadmeCommands(t *testing.T) {
 	if n := strings.Count(script, "\n"); n < 30 {
 		t.Fatalf("the README has only %d lines to run", n)
 	}
-	script = strings.NewReplacer("127.0.0.1:6379", redis.Addr, "/run/haproxy/admin.sock", ha.Socket).Replace(script)
+	script = strings.NewReplacer("127.0.0.1:6379", redis.Addr, "/run/haproxy/admin.sock", ha.Socket,
+		"serve --token-file", "serve --listen "+redis.Host+":8300 --token-file", "127.0.0.1:8300", redis.Host+":8300").Replace(script)
 	// At the end: who was registered serves, and what runs ends.
 	script = "set -eux\ntrap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT\n" + script + `
 redis-cli zrange 'rollcall:{web}:instances' 0 -1 | grep -qx 127.0.0.1:9002
@@ -76,7 +77,7 @@ redis-cli zrange 'rollcall:{web}:instances' 0 -1 | grep -qx 127.0.0.1:9002
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, want := range []string{"127.0.0.1:9001  ready", "127.0.0.1:9003", `"zone":"a"`, "drain, version", "left"} {
+	for _, want := range []string{"127.0.0.1:9001  ready", "127.0.0.1:9003", `"zone":"a"`, "drain, version", "left", `"service":"web","version":`, `"done":"weight"`, `"applied":true`} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("nothing printed %q", want)
 		}

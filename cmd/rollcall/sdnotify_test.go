@@ -26,6 +26,7 @@ func TestDaemonsNotify(t *testing.T) {
 		{[]string{"reap", "--ttl", "600ms"}, "cannot read the registry's times", "STATUS=armed"},
 		{[]string{"lbsync", "--socket", ha.Socket, "--backend", "web=be"}, "redis does not answer", "STATUS=every backend is true"},
 		{[]string{"watch"}, "redis does not answer", "STATUS=watching"},
+		{[]string{"serve", "--listen", "127.0.0.1:0"}, "redis does not answer", "STATUS=serving"},
 	} {
 		t.Run(c.args[0], func(t *testing.T) {
 			dir, err := os.MkdirTemp("", "rc")

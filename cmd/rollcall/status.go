@@ -28,7 +28,7 @@ type statusDoc struct {
 	Held      []heldRow        `json:"held"`
 	Overrule  string           `json:"overrule"` // the command that takes the held out
 	Balancers []statusBalancer `json:"balancers"`
-	problems  []string
+	Problems  []string         `json:"problems"` // why it is not healthy
 	cluster   bool
 }
 
@@ -108,7 +108,7 @@ func statusCommand() *cli.Command {
 				err = doc.tables(s.printer)
 			}
 			if err == nil && !doc.Healthy {
-				err = fmt.Errorf("%w: %s", errUnhealthy, strings.Join(doc.problems, "; "))
+				err = fmt.Errorf("%w: %s", errUnhealthy, strings.Join(doc.Problems, "; "))
 			}
 			return err
 		},
@@ -124,12 +124,18 @@ func (s *session) status(ctx context.Context) (*statusDoc, error) {
 	if err != nil {
 		return nil, err
 	}
+	doc := newStatus(o)
+	doc.count(rows)
+	return doc, nil
+}
+
+// newStatus makes the document of one registry, but for its counts.
+func newStatus(o registrar.Overview) *statusDoc {
 	doc := &statusDoc{
 		Now: o.Now, Registry: registryFacts{Epoch: o.Epoch, Version: o.Version, TTLMS: o.TTL.Milliseconds(), IntervalMS: o.Interval.Milliseconds()},
-		Reapers: []reaperRow{}, Held: held(o.Reapers), Balancers: []statusBalancer{},
+		Reapers: []reaperRow{}, Held: held(o.Reapers), Balancers: []statusBalancer{}, Problems: []string{},
 		Overrule: reaper.Overrule(o.TTL, o.Interval),
 	}
-	doc.count(rows)
 	for _, r := range o.Reapers {
 		doc.Reapers = append(doc.Reapers, newReaperRow(r))
 	}
@@ -137,9 +143,9 @@ func (s *session) status(ctx context.Context) (*statusDoc, error) {
 		doc.Balancers = append(doc.Balancers, statusBalancer{b.ID, b.Live, b.Seen})
 	}
 	if !armed(o) {
-		doc.problems = append(doc.problems, "no reaper is armed, so nobody is taken out")
+		doc.Problems = append(doc.Problems, "no reaper is armed, so nobody is taken out")
 	}
-	return doc, nil
+	return doc
 }
 
 // clusterStatus puts together what the registers of all services say. With an
@@ -161,7 +167,7 @@ func (s *session) clusterStatus(ctx context.Context) (*statusDoc, error) {
 		}
 		return err
 	})
-	doc := &statusDoc{cluster: true, Reapers: []reaperRow{}, Balancers: []statusBalancer{}}
+	doc := &statusDoc{cluster: true, Reapers: []reaperRow{}, Balancers: []statusBalancer{}, Problems: []string{}}
 	ttl, interval := registrar.DefaultTTL, registrar.DefaultInterval
 	for _, o := range views {
 		doc.Now = max(doc.Now, o.Now)
@@ -196,11 +202,11 @@ func (s *session) clusterStatus(ctx context.Context) (*statusDoc, error) {
 	slices.SortFunc(doc.Reapers, func(a, b reaperRow) int { return strings.Compare(a.Reaper, b.Reaper) })
 	slices.SortFunc(doc.Balancers, func(a, b statusBalancer) int { return strings.Compare(a.Balancer, b.Balancer) })
 	if len(idle) > 0 {
-		doc.problems = append(doc.problems, "no reaper is armed, so nobody is taken out, of "+few(idle))
+		doc.Problems = append(doc.Problems, "no reaper is armed, so nobody is taken out, of "+few(idle))
 	}
 	if unread = slices.DeleteFunc(unread, func(s string) bool { return s == "" }); len(unread) > 0 {
 		first, _, _ := strings.Cut(err.Error(), "\n")
-		doc.problems = append(doc.problems, fmt.Sprintf("nothing is known of %s: %s", few(unread), first))
+		doc.Problems = append(doc.Problems, fmt.Sprintf("nothing is known of %s: %s", few(unread), first))
 	}
 	return doc, err
 }
@@ -279,9 +285,9 @@ func (d *statusDoc) count(rows []serviceRow) {
 
 func (d *statusDoc) judge() {
 	for _, h := range d.Held {
-		d.problems = append(d.problems, fmt.Sprintf("%s held: %d of %d look dead at once", heldName(h.Service), h.Suspects, h.Members))
+		d.Problems = append(d.Problems, fmt.Sprintf("%s held: %d of %d look dead at once", heldName(h.Service), h.Suspects, h.Members))
 	}
-	d.Healthy = len(d.problems) == 0
+	d.Healthy = len(d.Problems) == 0
 }
 
 // held returns what live reapers hold, each service once: as the one says that

@@ -1,0 +1,320 @@
+package httpapi
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"rollcall/registrar"
+)
+
+var (
+	errReadOnly = errors.New("this server is read-only; start it with --token-file to allow writes")
+	errToken    = errors.New("want the header Authorization: Bearer TOKEN, with the token of --token-file")
+	errGuesses  = errors.New("too many wrong tokens from this address; come again later")
+	errJSON     = errors.New("want the header Content-Type: application/json")
+)
+
+func checkToken(token string, err error) error {
+	switch {
+	case err != nil:
+		return fmt.Errorf("token: %w", err)
+	case len(token) < MinToken:
+		return fmt.Errorf("token: want at least %d characters", MinToken)
+	}
+	return nil
+}
+
+// done is the answer to a write.
+type done struct {
+	Service   registrar.Service `json:"service"`
+	Addr      string            `json:"addr"`
+	Done      string            `json:"done"`
+	Version   int64             `json:"version"`
+	Present   bool              `json:"present"`
+	Applied   *bool             `json:"applied,omitempty"` // by every live balancer; with ?wait
+	Why       string            `json:"why,omitempty"`     // not applied
+	Balancers []Balancer        `json:"balancers,omitempty"`
+}
+
+func (s *Server) postWord(w http.ResponseWriter, r *http.Request) {
+	s.write(w, r, r.PathValue("verb"), func(ctx context.Context, svc registrar.Service, addr netip.AddrPort, o order) (done, error) {
+		version, present, err := s.store.SetAdmin(ctx, svc, addr, o.word)
+		return done{Version: version, Present: present}, err
+	})
+}
+
+func (s *Server) deleteInstance(w http.ResponseWriter, r *http.Request) {
+	s.write(w, r, "deregister", func(ctx context.Context, svc registrar.Service, addr netip.AddrPort, o order) (done, error) {
+		version, err := s.store.Deregister(ctx, svc, addr, o.force)
+		return done{Version: version}, err
+	})
+}
+
+// write does one operator's word, after every check, and waits for the balancers
+// if that is asked for.
+func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do func(context.Context, registrar.Service, netip.AddrPort, order) (done, error)) {
+	if code, err := s.authorize(r); err != nil {
+		if code == http.StatusUnauthorized {
+			w.Header().Set("WWW-Authenticate", "Bearer")
+		}
+		fail(w, code, err)
+		return
+	}
+	svc, err := registrar.ParseService(r.PathValue("service"))
+	if err != nil {
+		fail(w, http.StatusBadRequest, err)
+		return
+	}
+	addr, err := registrar.ParseAddr(r.PathValue("addr"))
+	if err != nil {
+		fail(w, http.StatusBadRequest, err)
+		return
+	}
+	patience, err := wait(r)
+	if err != nil {
+		fail(w, http.StatusBadRequest, err)
+		return
+	}
+	rc := http.NewResponseController(w)
+	if err := errors.Join(rc.SetReadDeadline(time.Now().Add(bodyTimeout)), rc.SetWriteDeadline(time.Now().Add(bodyTimeout+registrar.Timeout+patience+writeTimeout))); err != nil {
+		fail(w, http.StatusInternalServerError, err)
+		return
+	}
+	o, code, err := s.order(w, r, verb)
+	if err != nil {
+		fail(w, code, err)
+		return
+	}
+	// It has been read; what follows may take longer.
+	if err := rc.SetReadDeadline(time.Time{}); err != nil {
+		fail(w, http.StatusInternalServerError, err)
+		return
+	}
+	ctx, cancel := registrar.WithTimeout(r.Context())
+	out, err := do(ctx, svc, addr, o)
+	cancel()
+	log := s.log.Info()
+	if err != nil {
+		log = s.log.Warn().Err(err)
+	}
+	log.Str("service", string(svc)).Stringer("addr", addr).Str("verb", verb).Str("reason", o.word.Reason).Str("who", "http "+r.RemoteAddr).Msg("an operator's word")
+	switch {
+	case errors.Is(err, registrar.ErrAbsent):
+		fail(w, http.StatusNotFound, err)
+		return
+	case errors.Is(err, registrar.ErrBeats):
+		fail(w, http.StatusConflict, fmt.Errorf("%w; use maint to keep it out, or ?force=true to take it out until its next beat", err))
+		return
+	case err != nil:
+		fail(w, http.StatusServiceUnavailable, fmt.Errorf("whether it was done is unknown: %w", err))
+		return
+	}
+	s.writes.Add(1)
+	out.Service, out.Addr, out.Done = svc, addr.String(), verb
+	code = http.StatusOK
+	if patience > 0 {
+		code = s.await(r.Context(), &out, patience)
+	}
+	answer(w, code, encode(out))
+}
+
+// await waits until live balancers have applied it, and says who has: 200, or
+// 202 if not all have in time.
+func (s *Server) await(ctx context.Context, out *done, patience time.Duration) (code int) {
+	tctx, cancel := context.WithTimeout(ctx, patience)
+	_, err := s.store.WaitApplied(tctx, out.Service, out.Version, nil)
+	cancel()
+	applied := err == nil
+	out.Applied = &applied
+	code = http.StatusOK
+	if err != nil {
+		code, out.Why = http.StatusAccepted, err.Error()
+	}
+	tctx, cancel = registrar.WithTimeout(ctx)
+	defer cancel()
+	acks, err := s.store.Acks(tctx, out.Service)
+	if err != nil {
+		return code // what was waited for is known
+	}
+	for _, b := range acks.Balancers {
+		if b.Live {
+			out.Balancers = append(out.Balancers, Balancer{Balancer: b.ID, Service: out.Service, Applied: b.Applied, Seen: b.Seen, Live: true, Behind: max(0, out.Version-b.Applied)})
+		}
+	}
+	return code
+}
+
+// authorize tells who may not write, and with what code.
+func (s *Server) authorize(r *http.Request) (code int, err error) {
+	if s.cfg.Token == nil {
+		return http.StatusForbidden, errReadOnly
+	}
+	// A browser sends no Authorization by itself, so nobody can be tricked into
+	// a write; that another site's page asks is refused all the same.
+	if err := http.NewCrossOriginProtection().Check(r); err != nil {
+		return http.StatusForbidden, err
+	}
+	from, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return http.StatusForbidden, fmt.Errorf("remote address: %w", err)
+	}
+	if !s.refused.allows(from.Addr(), time.Now()) {
+		return http.StatusTooManyRequests, errGuesses
+	}
+	token, err := s.cfg.Token()
+	if err := checkToken(token, err); err != nil {
+		s.log.Error().Err(err).Msg("nobody can write")
+		return http.StatusServiceUnavailable, errors.New("the server cannot read its token")
+	}
+	given, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	want, got := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(given))
+	if !ok || subtle.ConstantTimeCompare(want[:], got[:]) != 1 {
+		s.refused.note(from.Addr(), time.Now())
+		return http.StatusUnauthorized, errToken
+	}
+	return 0, nil
+}
+
+// order is what a write says beside service and address.
+type order struct {
+	word  registrar.Word
+	force bool
+}
+
+// order reads the body and the query.
+func (s *Server) order(w http.ResponseWriter, r *http.Request, verb string) (o order, code int, err error) {
+	if verb == "deregister" {
+		return order{force: r.URL.Query().Get("force") == "true"}, 0, nil
+	}
+	if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {
+		return o, http.StatusUnsupportedMediaType, errJSON
+	}
+	var body struct {
+		Reason string          `json:"reason"`
+		Weight json.RawMessage `json:"weight"` // a number, or null for the instance's own
+	}
+	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+	dec.DisallowUnknownFields()
+	err = dec.Decode(&body)
+	var large *http.MaxBytesError
+	switch {
+	case errors.As(err, &large):
+		return o, http.StatusRequestEntityTooLarge, err
+	case err != nil:
+		return o, http.StatusBadRequest, fmt.Errorf("body: %w", err)
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return o, http.StatusBadRequest, errors.New("body: want one JSON object and nothing after it")
+	}
+	o.word = registrar.Word{Verb: verb, Reason: body.Reason}
+	return o, http.StatusBadRequest, o.check(body.Weight)
+}
+
+// check holds what each verb needs and may have.
+func (o *order) check(weight json.RawMessage) error {
+	w := &o.word
+	switch w.Verb {
+	case "drain", "maint":
+		if strings.TrimSpace(w.Reason) == "" {
+			return fmt.Errorf("%s: say a reason, for whoever wonders", w.Verb)
+		}
+	case "ready", "weight":
+		if w.Reason != "" {
+			return fmt.Errorf("%s: takes no reason", w.Verb)
+		}
+	default:
+		return fmt.Errorf("%q: want drain, maint, ready or weight", clip(w.Verb))
+	}
+	if len(w.Reason) > registrar.MaxText || !utf8.ValidString(w.Reason) || strings.ContainsFunc(w.Reason, unicode.IsControl) {
+		return fmt.Errorf("reason: want at most %d bytes, on one line", registrar.MaxText)
+	}
+	if (w.Verb == "weight") != (weight != nil) {
+		return errors.New("weight: goes with the verb weight, a number or null for the instance's own")
+	}
+	if weight == nil || string(weight) == "null" {
+		return nil
+	}
+	n := 0
+	if err := json.Unmarshal(weight, &n); err != nil {
+		return fmt.Errorf("weight: %w", err)
+	}
+	w.Weight = &n
+	return registrar.CheckWeight(n)
+}
+
+// Of wrong tokens an address may send guesses at once, and one more each
+// guessAgain.
+const (
+	guesses    = 10
+	guessAgain = 10 * time.Second
+	guessers   = 1000 // addresses that are remembered; all others share one
+)
+
+// refused bounds the rate of wrong tokens.
+type refused struct {
+	total atomic.Int64
+	mu    sync.Mutex
+	by    map[netip.Addr]*bucket // guarded by mu
+}
+
+// bucket is when an address' guesses are paid for.
+type bucket struct{ paid time.Time }
+
+func (r *refused) bucket(from netip.Addr, now time.Time) *bucket {
+	from = from.Unmap()
+	if from.Is6() { // whoever has one address of a /64 has all of them
+		if p, err := from.Prefix(64); err == nil {
+			from = p.Addr()
+		}
+	}
+	if b := r.by[from]; b != nil {
+		return b
+	}
+	if len(r.by) >= guessers {
+		for a, b := range r.by {
+			if b.paid.Before(now) {
+				delete(r.by, a)
+			}
+		}
+	}
+	if len(r.by) >= guessers {
+		from = netip.Addr{}
+		if b := r.by[from]; b != nil {
+			return b
+		}
+	}
+	b := &bucket{}
+	r.by[from] = b
+	return b
+}
+
+func (r *refused) allows(from netip.Addr, now time.Time) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.bucket(from, now).paid.Sub(now) <= (guesses-1)*guessAgain
+}
+
+func (r *refused) note(from netip.Addr, now time.Time) {
+	r.total.Add(1)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	b := r.bucket(from, now)
+	if b.paid.Before(now) {
+		b.paid = now
+	}
+	b.paid = b.paid.Add(guessAgain)
+}

@@ -1,0 +1,198 @@
+package httpapi_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+
+	"rollcall/notifier/httpapi"
+	"rollcall/registrar"
+)
+
+const jsonType = "application/json"
+
+// TestWrites does each operator's word, and holds who may not and what is not
+// taken.
+func TestWrites(t *testing.T) {
+	t.Parallel()
+	w := start(t, nil, func(w *world) { w.beat(t, "web", 1, registrar.Meta{}) })
+	const at = "/v1/services/web/instances/10.0.0.1:8080"
+	auth := []string{"Authorization", "Bearer " + secret, "Content-Type", jsonType}
+	with := func(more ...string) []string { return append(more, auth...) }
+	for _, c := range []struct {
+		name, method, path, body string
+		headers                  []string
+		want                     int
+		says                     string
+	}{
+		{"no token", "POST", at + "/drain", `{"reason":"x"}`, []string{"Content-Type", jsonType}, 401, "Authorization: Bearer"},
+		{"a wrong token", "POST", at + "/drain", `{"reason":"x"}`, []string{"Content-Type", jsonType, "Authorization", "Bearer " + secret + "x"}, 401, ""},
+		{"the token as something else", "POST", at + "/drain", `{"reason":"x"}`, []string{"Content-Type", jsonType, "Authorization", "Basic " + secret}, 401, ""},
+		{"the token in the URL", "POST", at + "/drain?token=" + strings.ReplaceAll(secret, " ", "+"), `{"reason":"x"}`, []string{"Content-Type", jsonType}, 401, ""},
+		{"another site's page", "POST", at + "/drain", `{"reason":"x"}`, with("Origin", "https://evil.example"), 403, "cross-origin"},
+		{"another site's page, as browsers say", "POST", at + "/drain", `{"reason":"x"}`, with("Sec-Fetch-Site", "cross-site"), 403, "cross-origin"},
+		{"deregister without a token", "DELETE", at, "", nil, 401, ""},
+		{"a form", "POST", at + "/drain", "reason=x", []string{"Authorization", "Bearer " + secret, "Content-Type", "application/x-www-form-urlencoded"}, 415, ""},
+		{"no type", "POST", at + "/drain", `{"reason":"x"}`, []string{"Authorization", "Bearer " + secret}, 415, ""},
+		{"no reason", "POST", at + "/drain", `{}`, auth, 400, "reason"},
+		{"a blank reason", "POST", at + "/maint", `{"reason":"  "}`, auth, 400, "reason"},
+		{"a reason too long", "POST", at + "/drain", `{"reason":"` + strings.Repeat("x", registrar.MaxText+1) + `"}`, auth, 400, "255"},
+		{"a reason of two lines", "POST", at + "/drain", `{"reason":"a\nb"}`, auth, 400, "one line"},
+		{"no JSON", "POST", at + "/drain", `reason`, auth, 400, "body"},
+		{"two documents", "POST", at + "/drain", `{"reason":"x"}{}`, auth, 400, "one JSON object"},
+		{"a field too many", "POST", at + "/drain", `{"reason":"x","who":"me"}`, auth, 400, "who"},
+		{"a body too large", "POST", at + "/drain", `{"reason":"` + strings.Repeat("x", 70<<10) + `"}`, auth, 413, ""},
+		{"an unknown verb", "POST", at + "/explode", `{}`, auth, 400, "explode"},
+		{"weight without one", "POST", at + "/weight", `{}`, auth, 400, "weight"},
+		{"weight of 257", "POST", at + "/weight", `{"weight":257}`, auth, 400, "256"},
+		{"weight of a half", "POST", at + "/weight", `{"weight":0.5}`, auth, 400, "weight"},
+		{"drain with a weight", "POST", at + "/drain", `{"reason":"x","weight":1}`, auth, 400, "weight"},
+		{"no service name", "POST", "/v1/services/WEB/instances/10.0.0.1:8080/drain", `{"reason":"x"}`, auth, 400, "service name"},
+		{"no address", "POST", "/v1/services/web/instances/10.0.0.1/drain", `{"reason":"x"}`, auth, 400, "address"},
+		{"another spelling of an address", "POST", "/v1/services/web/instances/[::ffff:10.0.0.1]:8080/drain", `{"reason":"x"}`, auth, 400, "address"},
+		{"a wait that is none", "POST", at + "/drain?wait=long", `{"reason":"x"}`, auth, 400, "wait"},
+		{"GET", "GET", at + "/drain", "", auth, 404, ""},
+		{"PUT", "PUT", at + "/drain", "{}", auth, 405, ""},
+
+		{"drain", "POST", at + "/drain", `{"reason":"<b>new</b> disk"}`, auth, 200, `"done":"drain","version":2,"present":true}`},
+		{"the same page's own", "POST", at + "/drain", `{"reason":"other"}`, with("Sec-Fetch-Site", "same-origin"), 200, `"version":3`},
+		{"maint, nobody to wait for", "POST", at + "/maint?wait=5s", `{"reason":"x"}`, auth, 200, `"version":4,"present":true,"applied":true}`},
+		{"ready", "POST", at + "/ready", `{}`, auth, 200, `"version":5`},
+		{"weight", "POST", at + "/weight", `{"weight":0}`, auth, 200, `"version":6`},
+		{"own weight", "POST", at + "/weight", `{"weight":null}`, auth, 200, `"version":7`},
+		{"deregister one that beats", "DELETE", at, "", auth, 409, "force=true"},
+		{"deregister it nevertheless", "DELETE", at + "?force=true", "", auth, 200, `"done":"deregister","version":8`},
+		{"deregister nobody", "DELETE", at, "", auth, 404, "no such instance"},
+		{"an absent one", "POST", "/v1/services/web/instances/[2001:db8::1]:80/drain", `{"reason":"x"}`, auth, 200, `"present":false`},
+	} {
+		r, err := w.fetch(c.method, c.path, c.body, c.headers...)
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		if r.code != c.want || !strings.Contains(r.body, c.says) {
+			t.Errorf("%s: %d %s, want %d %s", c.name, r.code, r.body, c.want, c.says)
+		}
+	}
+	for _, want := range []string{`"verb":"drain","reason":"<b>new</b> disk","who":"http 127.0.0.1:`, `"verb":"deregister"`} {
+		if !strings.Contains(strings.ReplaceAll(w.log.String(), `\u003c`, "<"), want) {
+			t.Errorf("the log lacks %s:\n%s", want, w.log)
+		}
+	}
+	if strings.Contains(w.log.String(), secret) {
+		t.Error("the token is in the log")
+	}
+}
+
+// TestReadOnly writes nothing without a token of the server's own.
+func TestReadOnly(t *testing.T) {
+	t.Parallel()
+	w := start(t, func(c *httpapi.Config) { c.Token = nil }, func(w *world) { w.beat(t, "web", 1, registrar.Meta{}) })
+	for _, method := range []string{"POST", "DELETE"} {
+		path := "/v1/services/web/instances/10.0.0.1:8080"
+		if method == "POST" {
+			path += "/maint"
+		}
+		r, err := w.fetch(method, path, `{"reason":"x"}`, "Authorization", "Bearer ", "Content-Type", jsonType)
+		if err != nil || r.code != 403 || !strings.Contains(r.body, "--token-file") {
+			t.Errorf("%s: %v %+v", method, err, r)
+		}
+	}
+	if d := w.shows(t, "web", "is there", func(d httpapi.Service) bool { return len(d.Instances) == 1 }); d.Version != 1 {
+		t.Errorf("version %d", d.Version)
+	}
+}
+
+// TestGuesses has an address that guesses wait, even with the right token, and
+// a token file that changes.
+func TestGuesses(t *testing.T) {
+	t.Parallel()
+	token := secret
+	w := start(t, func(c *httpapi.Config) { c.Token = func() (string, error) { return token, nil } })
+	try := func(guess string) int {
+		t.Helper()
+		r, err := w.fetch("POST", "/v1/services/web/instances/10.0.0.1:8080/ready", "{}", "Authorization", "Bearer "+guess, "Content-Type", jsonType)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.code
+	}
+	if code := try(secret); code != 200 {
+		t.Errorf("the token: %d", code)
+	}
+	token = "another token of it"
+	if code := try(secret); code != 401 {
+		t.Errorf("the old token: %d", code)
+	}
+	if code := try(token); code != 200 {
+		t.Errorf("the new token: %d", code)
+	}
+	for range 9 {
+		if code := try("guess"); code != 401 {
+			t.Errorf("a guess: %d", code)
+		}
+	}
+	if code := try(token); code != 429 {
+		t.Errorf("after 10 guesses: %d, want 429", code)
+	}
+	if n := w.server.Stats().RefusedTokens; n != 10 {
+		t.Errorf("%d refused, want 10", n)
+	}
+	token = "short"
+	if code := try(token); code != 429 {
+		t.Errorf("%d, want 429", code)
+	}
+}
+
+// TestWriteWaits waits for live balancers, and says who has not applied it.
+func TestWriteWaits(t *testing.T) {
+	t.Parallel()
+	w := start(t, nil, func(w *world) { w.beat(t, "web", 1, registrar.Meta{}) })
+	v, err := w.store.Versions(t.Context(), []registrar.Service{"web"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	token := v.Token("web")
+	for _, lb := range []string{"lb1", "lb2"} {
+		if err := w.store.Ack(t.Context(), lb, "web", token); err != nil {
+			t.Fatal(err)
+		}
+	}
+	drain := func(wait string) (code int, answer struct {
+		Applied   bool
+		Why       string
+		Version   int64
+		Balancers []httpapi.Balancer
+	}) {
+		r, err := w.fetch(http.MethodPost, "/v1/services/web/instances/10.0.0.1:8080/drain?wait="+wait, fmt.Sprintf(`{"reason":"for %s"}`, wait), "Authorization", "Bearer "+secret, "Content-Type", jsonType)
+		if err == nil {
+			err = json.Unmarshal([]byte(r.body), &answer)
+		}
+		if err != nil {
+			t.Error(err, r)
+		}
+		return r.code, answer
+	}
+	token.Version = 2
+	if err := w.store.Ack(t.Context(), "lb1", "web", token); err != nil {
+		t.Fatal(err)
+	}
+	if code, a := drain("50ms"); code != 202 || a.Applied || !strings.Contains(a.Why, "1 of 2") || len(a.Balancers) != 2 || a.Balancers[0].Behind != 0 || a.Balancers[1].Behind != 1 {
+		t.Errorf("not applied: %d %+v", code, a)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if code, a := drain("15s"); code != 200 || !a.Applied || a.Version != 3 || len(a.Balancers) != 2 {
+			t.Errorf("applied: %d %+v", code, a)
+		}
+	}()
+	token.Version = 3
+	for _, lb := range []string{"lb1", "lb2"} {
+		if err := w.store.Ack(t.Context(), lb, "web", token); err != nil {
+			t.Fatal(err)
+		}
+	}
+	<-done
+}
