@@ -455,7 +455,7 @@ func TestLongPoll(t *testing.T) {
 		{"another history's token", "other.epoch.1", "1"},
 		{"no version", "", "1"},
 	} {
-		if r := w.get(t, "/v1/services/web?wait=15s&version="+c.version); !strings.Contains(r.body, `"version":`+c.at) {
+		if r := w.get(t, "/v1/services/web?wait=60s&version="+c.version); !strings.Contains(r.body, `"version":`+c.at) {
 			t.Errorf("%s: %s", c.name, r.body)
 		}
 	}
