@@ -37,11 +37,21 @@ type BeaterConfig struct {
 	// Beaten, if not nil, hears what became of each heartbeat; nil = accepted.
 	// Run calls it and waits for it.
 	Beaten func(err error)
+	// Token, if not empty, is the first registration's token, and Since when it
+	// began. Whoever derives both from what it registers for is the same
+	// registration again after a restart of its own, to the last byte.
+	Token string
+	Since time.Time
 }
 
-// The causes for which a Run can be cancelled other than in order. Both make it
-// leave at once: nobody is there to answer what a drain would wait for.
+// The causes for which a Run can be cancelled other than in order.
 var (
+	// ErrHandedOver makes it end and leave nothing: another process is to beat for
+	// the instance before its TTL ends.
+	ErrHandedOver = errors.New("handed over")
+	// The others make it leave at once: nobody is there to answer what a drain
+	// would wait for.
+
 	// ErrUnhealthy makes the register say that the instance is unhealthy.
 	ErrUnhealthy = errors.New("unhealthy")
 	// ErrEnded says that the app has ended by itself.
@@ -105,7 +115,11 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 	if b.interval == 0 {
 		b.interval = DefaultInterval
 	}
-	if err := b.register(); err != nil {
+	token, since := cfg.Token, cfg.Since
+	if token == "" {
+		token, since = rand.Text(), time.Now()
+	}
+	if err := b.register(token, since); err != nil {
 		return nil, err
 	}
 	return b, nil
@@ -113,9 +127,9 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 
 // register makes a new registration: a token that has not left. The claim on
 // the address stays settled: who comes back does not take it from another.
-func (b *Beater) register() error {
-	b.token = rand.Text()
-	m := Meta{ID: b.token, Weight: b.cfg.Weight, Zone: b.cfg.Zone, Tags: b.cfg.Tags, Registered: time.Now().UnixMilli()}
+func (b *Beater) register(token string, since time.Time) error {
+	b.token = token
+	m := Meta{ID: token, Weight: b.cfg.Weight, Zone: b.cfg.Zone, Tags: b.cfg.Tags, Registered: since.UnixMilli()}
 	meta, err := json.Marshal(m)
 	if err != nil {
 		return fmt.Errorf("metadata: %w", err)
@@ -135,14 +149,14 @@ func (b *Beater) register() error {
 
 // Run beats until ctx ends. Then, with a live context of its own, it says that it
 // is draining, waits until every live balancer has seen to that, and leaves with
-// its own token; if ctx's cause is ErrUnhealthy or ErrEnded it leaves at once. It
-// returns nil then, also if the leave found Redis away:
+// its own token; if ctx's cause is ErrUnhealthy or ErrEnded it leaves at once, and
+// if it is ErrHandedOver not at all. It returns nil then, also if the leave found Redis away:
 // the reaper takes out who stopped. It returns an error that wraps ErrInterval
 // if the registry does not accept the first beat's interval, and ErrLeft if somebody left
 // with this token.
 func (b *Beater) Run(ctx context.Context) error {
 	if b.ended {
-		if err := b.register(); err != nil {
+		if err := b.register(rand.Text(), time.Now()); err != nil {
 			return err
 		}
 	}
@@ -155,6 +169,8 @@ func (b *Beater) Run(ctx context.Context) error {
 			why, cause := Left, context.Cause(ctx)
 			ctx := context.WithoutCancel(ctx)
 			switch {
+			case errors.Is(cause, ErrHandedOver):
+				return nil
 			case errors.Is(cause, ErrUnhealthy):
 				why = Unhealthy
 			case errors.Is(cause, ErrEnded):

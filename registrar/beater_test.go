@@ -655,3 +655,31 @@ func TestRunAgain(t *testing.T) {
 	})
 	must(t, r.stop(t))
 }
+
+// TestHandOver checks that who comes after a restart with the same token goes on
+// as if nothing had been: no version, no message.
+func TestHandOver(t *testing.T) {
+	s, _ := newStore(t)
+	cfg := BeaterConfig{Service: web, Addr: host(1), Weight: 1, Token: "the container's", Since: time.UnixMilli(t0)}
+	b, err := NewBeater(cfg, s, zerolog.Nop())
+	must(t, err)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- b.Run(ctx) }()
+	registered(t, s, b)
+	observe(t, s, func() {
+		cancel(ErrHandedOver)
+		if err := <-done; err != nil {
+			t.Errorf("Run returned %v", err)
+		}
+	}).nothing(t)
+	g, v := versions(t, s)
+	next, err := NewBeater(cfg, s, zerolog.Nop())
+	must(t, err)
+	if _, err := next.Beat(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if g2, v2 := versions(t, s); g2 != g || v2 != v {
+		t.Errorf("versions %d %d became %d %d", g, v, g2, v2)
+	}
+}
