@@ -55,6 +55,7 @@ install_quietly() {
   "${install[@]}" || { apt-get -q -o DPkg::Lock::Timeout=300 update && "${install[@]}"; }
   if ! $ours; then
     for package in "$@"; do
+      package=${package%.io} # docker.io's is docker
       if [[ -e /etc/init.d/$package ]]; then
         service "$package" stop || true # it may not have been started
       fi

@@ -13,6 +13,8 @@ import (
 var imports = map[string][]string{
 	"registrar":                      {},
 	"registrar/child":                {},
+	"registrar/docker":               {"registrar", "registrar/health"},
+	"registrar/docker/dockertest":    {},
 	"registrar/health":               {"registrar", "registrar/child"},
 	"registrar/redistest":            {},
 	"reaper":                         {"registrar"},
@@ -24,7 +26,8 @@ var imports = map[string][]string{
 	"lbsync/dataplane":               {"lbsync"},
 	"lbsync/dataplane/dataplanetest": {},
 	"lbsync/haproxy/haproxytest":     {},
-	"cmd/rollcall":                   {"lbsync", "lbsync/dataplane", "lbsync/haproxy", "notifier", "notifier/httpapi", "reaper", "registrar", "registrar/child", "registrar/health"},
+	"cmd/rollcall":                   {"lbsync", "lbsync/dataplane", "lbsync/haproxy", "notifier", "notifier/httpapi", "reaper", "registrar", "registrar/child", "registrar/docker", "registrar/health"},
+	"scripts/deploy/app":             {},
 	"scripts/camera":                 {},
 	"scripts/faultsuite":             {"lbsync/haproxy/haproxytest", "registrar", "registrar/redistest"},
 	"scripts/recorder":               {},
@@ -34,6 +37,7 @@ var imports = map[string][]string{
 // only lists who alone may import what.
 var only = map[string][]string{
 	"github.com/haproxytech/client-native/v5": {"lbsync/dataplane", "lbsync/dataplane/dataplanetest", "lbsync/haproxy"},
+	"github.com/moby/moby/":                   {"registrar/docker", "registrar/docker/dockertest"},
 	"github.com/prometheus/":                  {"cmd/rollcall"},
 	"github.com/urfave/cli/v2":                {"cmd/rollcall"},
 }

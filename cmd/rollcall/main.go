@@ -80,7 +80,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		ExitErrHandler:  func(*cli.Context, error) {},
 		HideHelpCommand: true,
 		Commands: []*cli.Command{
-			registerCommand(), deregisterCommand(), reapCommand(), lbsyncCommand(),
+			registerCommand(), dockerCommand(), deregisterCommand(), reapCommand(), lbsyncCommand(),
 			servicesCommand(), instancesCommand(), watchCommand(), lbCommand(), waitCommand(), statusCommand(), explainCommand(), eventsCommand(), doctorCommand(), serveCommand(),
 			adminCommand("drain", "send no new requests to an instance, until ready"),
 			adminCommand("maint", "send no requests at all to an instance, until ready"),

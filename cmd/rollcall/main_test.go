@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sync"
 	"testing"
+
+	"rollcall/registrar/docker/dockertest"
 )
 
 // buildDir holds the program under test. It is empty until a test needs it.
@@ -45,6 +47,10 @@ func binary(tb testing.TB) string {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
+	if err := dockertest.Stop(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
 	if buildDir != "" {
 		if err := os.RemoveAll(buildDir); err != nil {
 			fmt.Fprintln(os.Stderr, err)

@@ -19,6 +19,7 @@ import (
 	"rollcall/notifier/httpapi"
 	"rollcall/reaper"
 	"rollcall/registrar"
+	"rollcall/registrar/docker"
 )
 
 // The stages know nothing of Prometheus. What they count is heard through hooks
@@ -55,21 +56,29 @@ func gauge(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc(name, help, labels, nil)
 }
 
-// beats counts a sidecar's heartbeats. Its methods may be called on nil, which
-// counts nothing.
+// beats counts heartbeats, and of a sidecar notes what the last one came to. Its
+// methods may be called on nil, which counts nothing.
 type beats struct {
 	sent       prometheus.Counter
 	failed     *prometheus.CounterVec
 	registered atomic.Bool
 }
 
-func (m *monitor) beats(svc registrar.Service, addr fmt.Stringer) *beats {
+const registeredName, registeredHelp = "rollcall_registered", "1 while the register has the instance, by its last heartbeat."
+
+func (m *monitor) newBeats() *beats {
 	b := &beats{
 		sent:   counter("rollcall_beats_total", "Heartbeats sent."),
 		failed: counters("rollcall_beat_failures_total", "Heartbeats that were not accepted, by cause.", "cause"),
 	}
-	m.add(b.sent, b.failed, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "rollcall_registered", Help: "1 while the register has the instance, by its last heartbeat.",
+	m.add(b.sent, b.failed)
+	return b
+}
+
+func (m *monitor) beats(svc registrar.Service, addr fmt.Stringer) *beats {
+	b := m.newBeats()
+	m.add(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: registeredName, Help: registeredHelp,
 		ConstLabels: prometheus.Labels{"service": string(svc), "addr": addr.String()},
 	}, func() float64 { return number(b.registered.Load()) }))
 	m.ready = func() error {
@@ -94,6 +103,33 @@ func (b *beats) left() {
 	if b != nil {
 		b.registered.Store(false)
 	}
+}
+
+// docker counts an agent's heartbeats, by the hook that it returns, and has served
+// what status says.
+func (m *monitor) docker(status func() docker.Status) (beaten func(error)) {
+	b := m.newBeats()
+	up := gauge("rollcall_engine_up", "1 while the Docker Engine answers.")
+	containers := gauge("rollcall_engine_containers", "Containers that run on it.")
+	registered := gauge(registeredName, registeredHelp, "service", "addr")
+	m.add(scraped{[]*prometheus.Desc{up, containers, registered}, func(emit func(*prometheus.Desc, float64, ...string)) {
+		s := status()
+		emit(up, number(s.Away == nil))
+		emit(containers, float64(s.Containers))
+		for _, i := range s.Instances {
+			emit(registered, number(i.Standing == docker.Registered), string(i.Service), i.Addr.String())
+		}
+	}})
+	m.ready = func() error {
+		s := status()
+		for _, i := range s.Instances {
+			if s.Away == nil && i.Standing == docker.Refused {
+				return fmt.Errorf("%s %s is not accepted; the log says why", i.Service, i.Addr)
+			}
+		}
+		return s.Away
+	}
+	return b.beaten
 }
 
 // redisCodes are the refusals of Redis that have a cause of their own. The rest

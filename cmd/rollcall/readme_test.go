@@ -115,6 +115,7 @@ func TestReadmeConsole(t *testing.T) {
 	known := []string{
 		"scripts/demo", "scripts/test", "scripts/bench",
 		"CGO_ENABLED=0 go build -trimpath -tags urfave_cli_no_docs -ldflags '-s -w' -o rollcall ./cmd/rollcall",
+		"rollcall docker --advertise 10.0.0.7",                                                   // TestEngineCommand
 		"rollcall reap --http 127.0.0.1:9464",                                                    // TestMetricsOfReaper
 		`rollcall lbsync --backend api=be_api --server-options "check inter 2s downinter 200ms"`, // TestDynamicServersByFlag
 		"rollcall lbsync --dataplane https://lb1:5555 --dataplane-user rollcall --dataplane-password-file /etc/rollcall/password --dataplane-ca /etc/rollcall/ca.pem --backend web=be_web", // TestDataplane

@@ -29,31 +29,7 @@ func TestDaemonsNotify(t *testing.T) {
 		{[]string{"serve", "--listen", "127.0.0.1:0"}, "redis does not answer", "STATUS=serving"},
 	} {
 		t.Run(c.args[0], func(t *testing.T) {
-			dir, err := os.MkdirTemp("", "rc")
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = os.RemoveAll(dir) })
-			path := filepath.Join(dir, "s")
-			l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = l.Close() })
-			t.Setenv("NOTIFY_SOCKET", path)
-			next := func(limit time.Duration) string {
-				t.Helper()
-				buf := make([]byte, 1000)
-				if err := l.SetReadDeadline(time.Now().Add(limit)); err != nil {
-					t.Fatal(err)
-				}
-				n, err := l.Read(buf)
-				if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-					t.Fatal(err)
-				}
-				return string(buf[:n])
-			}
-
+			next := notifySocket(t)
 			s := &system{redis: redistest.Start(t), ha: ha}
 			s.redis.Kill(t)
 			p := s.spawn(t, c.args...)
@@ -84,5 +60,35 @@ func TestDaemonsNotify(t *testing.T) {
 				t.Errorf("heard %q, want STOPPING=1", got)
 			}
 		})
+	}
+}
+
+// notifySocket listens in systemd's place, and returns what gives the next
+// message, or "" if there is none in time.
+func notifySocket(t *testing.T) (next func(limit time.Duration) string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "rc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	path := filepath.Join(dir, "s")
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	t.Setenv("NOTIFY_SOCKET", path)
+	return func(limit time.Duration) string {
+		t.Helper()
+		buf := make([]byte, 1000)
+		if err := l.SetReadDeadline(time.Now().Add(limit)); err != nil {
+			t.Fatal(err)
+		}
+		n, err := l.Read(buf)
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
+		}
+		return string(buf[:n])
 	}
 }

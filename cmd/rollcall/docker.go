@@ -1,0 +1,110 @@
+package main
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+
+	"rollcall/registrar"
+	"rollcall/registrar/docker"
+)
+
+// dockerPool is for the batch of heartbeats, beside what drains and leaves.
+const dockerPool = 4
+
+func dockerCommand() *cli.Command {
+	return &cli.Command{
+		Name: "docker", Usage: "register the containers of a Docker Engine, by their labels and their health, until SIGTERM",
+		Flags: redisFlags(append(httpFlags(),
+			&cli.StringFlag{Name: "engine", EnvVars: env("engine"), DefaultText: "DOCKER_HOST's, or unix:///var/run/docker.sock", Usage: "the Engine's `URL`"},
+			&cli.StringFlag{Name: "advertise", EnvVars: env("advertise"), Usage: "`HOST` that balancers can reach, of ports that are published on every address; without it one of this machine's is chosen"},
+			&cli.StringFlag{Name: "interface", EnvVars: env("interface"), Usage: "`NAME` of the network interface whose address that is"},
+			&cli.BoolFlag{Name: "internal", EnvVars: env("internal"), Usage: "register containers at their own addresses and ports, published or not"},
+			&cli.StringFlag{Name: "network", EnvVars: env("network"), DefaultText: "the container's first by name", Usage: "with --internal: `NAME` of the network of these addresses; who is not in it is not registered"},
+			&cli.BoolFlag{Name: "explicit", EnvVars: env("explicit"), Usage: "register only what has a SERVICE_NAME"},
+			&cli.StringFlag{Name: "zone", EnvVars: env("zone"), Usage: "`NAME` of where the containers run"},
+			&cli.DurationFlag{Name: "drain-wait", Value: registrar.DefaultDrainWait, EnvVars: env("drain-wait"),
+				Usage: "longest time between a container's being told to stop and its leaving; it leaves when it ends, at the latest"},
+			&cli.BoolFlag{Name: "leave", EnvVars: env("leave"), Usage: "on SIGTERM, have all containers drain and leave; without it they stay registered for the TTL, in which another agent goes on"},
+		)...),
+		Action: func(c *cli.Context) error {
+			if _, err := args(c, "", 0); err != nil {
+				return err
+			}
+			trim()
+			cfg := docker.Config{
+				Engine: c.String("engine"), Internal: c.Bool("internal"), Network: c.String("network"), Explicit: c.Bool("explicit"),
+				Zone: c.String("zone"), DrainWait: c.Duration("drain-wait"), Leave: c.Bool("leave"),
+			}
+			var err error
+			if cfg.Advertise, err = advertised(c); err != nil {
+				return usageError{err}
+			}
+			s, err := begin(c, dockerPool)
+			if err != nil {
+				return err
+			}
+			defer s.close()
+			notify := newSystemd(s.log)
+			defer notify.close()
+			cfg.Tell = func(away error) {
+				if away != nil {
+					notify.status("the engine does not answer: " + away.Error())
+				} else {
+					notify.useful("following the engine")
+				}
+			}
+			mon, err := newMonitor(c, s.log)
+			if err != nil {
+				return err
+			}
+			var agent *docker.Agent
+			if mon != nil {
+				cfg.Beaten = mon.docker(func() docker.Status { return agent.Status() })
+			}
+			if agent, err = docker.New(cfg, s.store, s.log); err != nil {
+				return usageError{err}
+			}
+			defer agent.Close()
+			stop, err := mon.serve(c.Context)
+			if err != nil {
+				return err
+			}
+			defer stop()
+			s.log.Info().Stringer("advertise", cfg.Advertise).Bool("internal", cfg.Internal).Msg("registering containers")
+			defer notify.stopping(c.Context)()
+			return agent.Run(c.Context)
+		},
+	}
+}
+
+// advertised returns the host's address, or none if containers have their own.
+func advertised(c *cli.Context) (netip.Addr, error) {
+	given := c.String("advertise")
+	if c.Bool("internal") {
+		if given != "" || c.String("interface") != "" {
+			return netip.Addr{}, usage("--advertise and --interface are the host's address, and --internal wants the containers'")
+		}
+		return netip.Addr{}, nil
+	}
+	if given != "" {
+		if c.String("interface") != "" {
+			return netip.Addr{}, usage("want --advertise or --interface")
+		}
+		return resolveHost(c.Context, given)
+	}
+	all, err := localAddrs()
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	return chooseIP(all, c.String("interface"))
+}
+
+// resolveHost is registrar.ResolveAddr for an address without a port.
+func resolveHost(ctx context.Context, host string) (netip.Addr, error) {
+	addr, err := registrar.ResolveAddr(ctx, net.JoinHostPort(strings.Trim(host, "[]"), "1"))
+	return addr.Addr(), err
+}

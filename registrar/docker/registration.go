@@ -1,0 +1,118 @@
+package docker
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+
+	"github.com/rs/zerolog"
+
+	"rollcall/registrar"
+	"rollcall/registrar/health"
+)
+
+// registration is one port of one life of a container.
+type registration struct {
+	beater *registrar.Beater
+	prober *health.Prober // nil: it counts as healthy
+	log    zerolog.Logger
+
+	standing atomic.Int32 // a Standing
+	cancel   context.CancelCauseFunc
+	// unregister ends the Run that a healthy app has; of run alone.
+	unregister context.CancelCauseFunc
+	hurry      chan struct{} // the Beater's; closed once, by leave
+	hurried    bool          // of the worker
+	done       chan struct{} // closed when run has returned
+}
+
+// Standing is how an instance stands with the register.
+type Standing int32
+
+// The standings, by the last heartbeat.
+const (
+	Absent     Standing = iota // no heartbeat is due: it is not healthy, say
+	Registered                 // accepted
+	Refused                    // not accepted, or not answered
+)
+
+// beaten hears of each heartbeat.
+func (r *registration) beaten(err error) {
+	if err == nil {
+		r.standing.Store(int32(Registered))
+	} else {
+		r.standing.Store(int32(Refused))
+	}
+}
+
+// start runs r, which ends when leave is called.
+func (r *registration) start(ctx context.Context) {
+	ctx, r.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	r.done = make(chan struct{})
+	go func() { // leave and wait
+		defer close(r.done)
+		r.run(ctx)
+	}()
+}
+
+// leave has r leave for the cause, which is the Beater's, or is that it drains
+// if it is nil. In a hurry no drain is waited for any longer.
+func (r *registration) leave(cause error, hurry bool) {
+	r.cancel(cause)
+	if hurry && !r.hurried {
+		r.hurried = true
+		close(r.hurry)
+	}
+}
+
+// run beats while the app is healthy, until ctx ends.
+func (r *registration) run(ctx context.Context) {
+	if r.prober == nil {
+		r.beat(ctx)
+		return
+	}
+	changes := make(chan health.Change)
+	probing, stop := context.WithCancel(ctx)
+	var prober sync.WaitGroup
+	defer prober.Wait()
+	defer stop()
+	prober.Go(func() { r.prober.Run(probing, changes) })
+	var left sync.WaitGroup // for the beat, whose context ends with ctx at the latest
+	defer left.Wait()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case c, more := <-changes:
+			switch {
+			case !more: // so has ctx
+				changes = nil
+			case c.Healthy:
+				var healthy context.Context
+				healthy, r.unregister = context.WithCancelCause(ctx)
+				left.Go(func() { r.beat(healthy) })
+			default:
+				r.log.Warn().Err(c.Cause).Msg("unhealthy")
+				r.unregister(registrar.ErrUnhealthy)
+				left.Wait()
+			}
+		}
+	}
+}
+
+// beat registers until ctx ends. A token that has left, by another hand or in
+// another process's time, is followed by a new one.
+func (r *registration) beat(ctx context.Context) {
+	defer r.standing.Store(int32(Absent))
+	for ctx.Err() == nil {
+		err := r.beater.Run(ctx)
+		switch {
+		case errors.Is(err, registrar.ErrLeft):
+			r.log.Info().Msg("the registration had left; making a new one")
+		case err != nil:
+			r.log.Error().Err(err).Msg("not registered")
+			return
+		}
+	}
+}

@@ -1,0 +1,231 @@
+package docker
+
+import (
+	"context"
+	"time"
+
+	"github.com/rs/zerolog"
+
+	"rollcall/registrar"
+	"rollcall/registrar/health"
+)
+
+// what a note is about.
+type what int
+
+const (
+	look   what = iota // something may have changed: inspect it
+	killed             // it was sent a signal
+	died               // its life has ended
+)
+
+// note is one thing for a worker to see to.
+type note struct {
+	what   what
+	at     time.Time // by the Engine's clock; of killed and died
+	signal string    // of killed
+}
+
+// worker does all about one container, one thing after another.
+type worker struct {
+	agent *Agent
+	id    string
+	log   zerolog.Logger
+	wake  chan struct{} // has room for one: there are notes
+
+	notes []note                // guarded by agent.mu
+	regs  map[key]*registration // guarded by agent.mu; only run changes it
+
+	// Of run alone.
+	facts    facts     // of the last inspection that was answered
+	over     time.Time // beginning of the life that was told to stop or has ended: it is not registered again
+	said     time.Time // beginning of the life whose mistakes have been logged
+	failures int       // inspections without an answer, in a row
+}
+
+// run sees to notes until ctx ends, or until the container does not run. Then all
+// of its registrations have ended.
+func (w *worker) run(ctx context.Context) {
+	again := time.NewTimer(0)
+	again.Stop()
+	defer again.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			w.end()
+			return
+		case <-again.C:
+			w.look(ctx)
+		case <-w.wake:
+			for n, ok := w.agent.next(w); ok; n, ok = w.agent.next(w) {
+				w.see(ctx, n)
+			}
+		}
+		switch {
+		case w.failures > 0:
+			again.Reset(registrar.Backoff(w.failures, engineTimeout))
+		case w.facts.state == ended && w.agent.retire(w):
+			return
+		}
+	}
+}
+
+func (w *worker) see(ctx context.Context, n note) {
+	if n.what == look {
+		w.look(ctx)
+		return
+	}
+	// A restarted container may have been inspected in its new life already.
+	if n.at.Before(w.facts.started) {
+		return
+	}
+	switch {
+	case n.what == died:
+		w.over = w.facts.started
+		w.leave(registrar.ErrEnded)
+	case w.facts.stops(n.signal) && !w.over.Equal(w.facts.started):
+		w.over = w.facts.started
+		w.log.Info().Str("signal", n.signal).Int("instances", len(w.regs)).Msg("told to stop; draining")
+		for _, r := range w.regs {
+			r.leave(nil, false) // its end is waited for when the container has died
+		}
+	}
+}
+
+// look inspects the container and has what it is now.
+func (w *worker) look(ctx context.Context) {
+	f, err := w.agent.inspect(ctx, w.id)
+	if err != nil {
+		if ctx.Err() == nil {
+			w.failures++
+			w.log.Debug().Err(err).Msg("nothing is known of the container; trying again")
+		}
+		return
+	}
+	w.failures = 0
+	if !f.started.Equal(w.facts.started) {
+		w.leave(registrar.ErrEnded)
+	}
+	w.facts = f
+	switch {
+	case f.state == sick:
+		w.leave(registrar.ErrUnhealthy)
+	case f.state != serving:
+		w.leave(registrar.ErrEnded)
+	case !f.started.Equal(w.over):
+		w.register(ctx)
+	}
+}
+
+// register makes the registrations be those that the container is to have.
+func (w *worker) register(ctx context.Context) {
+	wants, err := w.agent.place.plan(w.facts)
+	if !w.facts.started.Equal(w.said) {
+		w.said = w.facts.started
+		if err != nil {
+			w.log.Warn().Err(err).Str("name", w.facts.name).Msg("not registered as it is labelled")
+		} else if len(wants) == 0 {
+			w.log.Debug().Str("name", w.facts.name).Msg("nothing to register: no port that others can reach, or not asked for")
+		}
+	}
+	wanted := map[key]bool{}
+	for _, want := range wants {
+		wanted[want.key()] = true
+	}
+	for k, r := range w.regs {
+		if !wanted[k] {
+			r.leave(nil, false)
+			<-r.done
+			w.set(k, nil)
+		}
+	}
+	for _, want := range wants {
+		if w.regs[want.key()] != nil {
+			continue
+		}
+		r, err := w.registration(want)
+		if err != nil {
+			w.log.Warn().Err(err).Str("name", w.facts.name).Str("service", string(want.service)).Stringer("addr", want.addr).Msg("cannot be registered")
+			continue
+		}
+		r.start(ctx)
+		w.set(want.key(), r)
+	}
+}
+
+// registration makes what is to be registered.
+func (w *worker) registration(want want) (*registration, error) {
+	a := w.agent
+	r := &registration{
+		hurry: make(chan struct{}),
+		log:   w.log.With().Str("service", string(want.service)).Stringer("addr", want.addr).Logger(),
+	}
+	var err error
+	r.beater, err = registrar.NewBeater(registrar.BeaterConfig{
+		Service: want.service, Addr: want.addr, Weight: want.weight, Zone: a.cfg.Zone, Tags: want.tags,
+		DrainWait: a.cfg.DrainWait, Hurry: r.hurry, Roll: a.roll,
+		Token: want.token(w.facts), Since: w.facts.started,
+		Beaten: func(err error) {
+			r.beaten(err)
+			if a.cfg.Beaten != nil {
+				a.cfg.Beaten(err)
+			}
+		},
+	}, a.store, w.log)
+	if err != nil {
+		return nil, err
+	}
+	var check health.Check
+	switch {
+	case want.check.command != nil:
+		check = a.command(w.id, want.check.command)
+	case want.check.url != "":
+		if check, err = health.Parse(want.check.url, nil); err != nil {
+			return nil, err
+		}
+	default:
+		return r, nil
+	}
+	r.prober, err = health.New(health.Config{
+		Interval: want.check.interval, Timeout: want.check.timeout, Rise: health.DefaultRise, Fall: health.DefaultFall,
+	}, check)
+	return r, err
+}
+
+// leave ends every registration for the cause, in a hurry, and waits for it.
+func (w *worker) leave(cause error) {
+	for _, r := range w.regs {
+		r.leave(cause, true)
+	}
+	w.wait()
+}
+
+// end is what becomes of the registrations when the agent ends.
+func (w *worker) end() {
+	cause := registrar.ErrHandedOver
+	if w.agent.cfg.Leave {
+		cause = nil
+	}
+	for _, r := range w.regs {
+		r.leave(cause, false)
+	}
+	w.wait()
+}
+
+func (w *worker) wait() {
+	for k, r := range w.regs {
+		<-r.done
+		w.set(k, nil)
+	}
+}
+
+// set changes regs; nil = there is none.
+func (w *worker) set(k key, r *registration) {
+	w.agent.mu.Lock()
+	defer w.agent.mu.Unlock()
+	if r == nil {
+		delete(w.regs, k)
+	} else {
+		w.regs[k] = r
+	}
+}
