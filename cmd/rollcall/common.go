@@ -267,16 +267,21 @@ func printable(err error) string {
 	return strings.Join(lines, "\n  ")
 }
 
-// version is the module's, or the commit's that the binary was built from.
+// version is the module's, or the commit's that the binary was built from, with
+// "+dirty" if there were changes on top of it.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return "unknown"
 	}
+	v, dirty := info.Main.Version, ""
 	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return s.Value
+		switch {
+		case s.Key == "vcs.revision":
+			v = s.Value
+		case s.Key == "vcs.modified" && s.Value == "true":
+			dirty = "+dirty"
 		}
 	}
-	return info.Main.Version
+	return strings.TrimSuffix(v, dirty) + dirty
 }

@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
@@ -44,6 +45,9 @@ func main() {
 // run is main without the process: it parses, runs until the command ends or a
 // SIGINT or SIGTERM comes, and returns the exit code. A second signal kills.
 func run(args []string, stdout, stderr io.Writer) int {
+	if args[len(args)-1] == complete && slices.Contains(args, "--") {
+		return 0 // the library would run the command, and with it the app
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop)
@@ -77,8 +81,9 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Writer:    stdout,
 		ErrWriter: stderr,
 		// Exit codes are given here, once, and not by the library.
-		ExitErrHandler:  func(*cli.Context, error) {},
-		HideHelpCommand: true,
+		ExitErrHandler:       func(*cli.Context, error) {},
+		HideHelpCommand:      true,
+		EnableBashCompletion: true,
 		Commands: []*cli.Command{
 			registerCommand(), dockerCommand(), deregisterCommand(), reapCommand(), lbsyncCommand(),
 			servicesCommand(), instancesCommand(), watchCommand(), lbCommand(), waitCommand(), statusCommand(), explainCommand(), eventsCommand(), doctorCommand(), serveCommand(),
@@ -86,7 +91,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 			adminCommand("maint", "send no requests at all to an instance, until ready"),
 			adminCommand("ready", "end drain or maint"),
 			adminCommand("weight", "set an instance's weight, 0 to 256, or `own` for the instance's own again"),
-			demoCommand(), demoServiceCommand(),
+			demoCommand(), demoServiceCommand(), completionCommand(), manCommand(),
 		},
 		OnUsageError: onUsageError,
 		Action: func(c *cli.Context) error {
@@ -97,6 +102,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		},
 	}
 	for _, c := range app.Commands {
+		c.HideHelpCommand = true
 		c.OnUsageError = onUsageError
 	}
 	return app
@@ -109,7 +115,7 @@ func onUsageError(_ *cli.Context, err error, _ bool) error { return usageError{e
 // stops reading flags at the first argument. What follows "--" stays. The library
 // drops the "--" itself; register, which runs what follows it, gets a second one.
 func flagsFirst(app *cli.App, args []string) []string {
-	if len(args) < 3 {
+	if len(args) < 3 || args[len(args)-1] == complete {
 		return args
 	}
 	cmd := app.Command(args[1])

@@ -115,6 +115,9 @@ func TestReadmeConsole(t *testing.T) {
 	known := []string{
 		"scripts/demo", "scripts/test", "scripts/bench",
 		"CGO_ENABLED=0 go build -trimpath -tags urfave_cli_no_docs -ldflags '-s -w' -o rollcall ./cmd/rollcall",
+		"scripts/build /usr/local/bin/rollcall",                                                  // TestBuild
+		"docker build -t rollcall -f scripts/deploy/Dockerfile .",                                // TestEngineCompose
+		"docker compose -f scripts/deploy/compose.yaml up -d --scale web=3",                      // the same
 		"rollcall docker --advertise 10.0.0.7",                                                   // TestEngineCommand
 		"rollcall reap --http 127.0.0.1:9464",                                                    // TestMetricsOfReaper
 		`rollcall lbsync --backend api=be_api --server-options "check inter 2s downinter 200ms"`, // TestDynamicServersByFlag

@@ -64,7 +64,7 @@ func newHost(tb testing.TB, e *dockertest.Engine, edit func(*Config)) *host {
 		tb.Fatal(err)
 	}
 	h := &host{Engine: e, store: store, rdb: rdb, cfg: Config{
-		Engine: e.URL, Advertise: netip.MustParseAddr(e.Host), Explicit: true, Zone: "z", DrainWait: 20 * time.Second,
+		Engine: e.URL, Advertise: netip.MustParseAddr(e.Host), Explicit: true, Zone: "z", DrainWait: time.Hour, // a container's end cuts it short
 	}}
 	if edit != nil {
 		edit(&h.cfg)
@@ -279,6 +279,15 @@ func TestEngineChecks(t *testing.T) {
 		if svc == "exec" {
 			tell(t, addr, "hang")
 			h.went(t, svc, addr, registrar.Unhealthy)
+			// One that hangs is waited for, and not joined by another.
+			look := h.agent.command(exec.ID, []string{"/app", "check"})
+			for _, want := range []string{context.DeadlineExceeded.Error(), "has not ended"} {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				if err := look(ctx); err == nil || !strings.Contains(err.Error(), want) {
+					t.Errorf("a command that hangs: %v, want %s", err, want)
+				}
+				cancel()
+			}
 			tell(t, addr, "well")
 			h.here(t, svc, addr, m.ID)
 		}
@@ -301,11 +310,14 @@ func TestEngineStop(t *testing.T) {
 	addr := lingers.Addr(t, "8080")
 	h.here(t, "stops", addr, "")
 	// A balancer that lives and never acknowledges.
-	now := float64(h.rdb.Time(t.Context()).Val().UnixMilli())
-	if err := errors.Join(
-		h.rdb.ZAdd(t.Context(), h.store.Keys().Balancers(), redis.Z{Score: now, Member: "lb"}).Err(),
-		h.rdb.HSet(t.Context(), h.store.Keys().Applied("stops"), "lb", 0).Err(),
-	); err != nil {
+	waiting := func() error {
+		now := float64(h.rdb.Time(t.Context()).Val().UnixMilli())
+		return errors.Join(
+			h.rdb.ZAdd(t.Context(), h.store.Keys().Balancers(), redis.Z{Score: now, Member: "lb"}).Err(),
+			h.rdb.HSet(t.Context(), h.store.Keys().Applied("stops"), "lb", 0).Err(),
+		)
+	}
+	if err := waiting(); err != nil {
 		t.Fatal(err)
 	}
 	stopped := make(chan struct{})
@@ -324,7 +336,16 @@ func TestEngineStop(t *testing.T) {
 		t.Error("it drained after its end")
 	}
 	<-stopped
-	h.went(t, "stops", addr, registrar.Left)
+	eventually(t, func() error {
+		if err := waiting(); err != nil {
+			return err
+		}
+		e, err := h.entry(t, "stops", addr)
+		if err == nil && (e.Present || e.Gone.Reason != registrar.Left) {
+			err = fmt.Errorf("%+v", e)
+		}
+		return err
+	})
 
 	// One that is told to stop by its own signal, and lives on, is not registered
 	// until it is started again.
@@ -333,33 +354,41 @@ func TestEngineStop(t *testing.T) {
 	m := h.here(t, "deaf", addr, "")
 	deaf.Do(t, "WINCH")
 	h.went(t, "deaf", addr, registrar.Left)
+	left := h.version(t, "deaf")
 	if err := h.agent.Reconcile(t.Context()); err != nil {
 		t.Error(err)
 	}
 	if !deaf.Inspect(t).State.Running {
 		t.Error("it has ended")
 	}
+	deaf.Do(t, "pause")
+	deaf.Do(t, "unpause")
 	deaf.Do(t, "KILL")
 	deaf.Do(t, "start")
 	h.here(t, "deaf", deaf.Addr(t, "8080"), m.ID)
+	if now := h.version(t, "deaf"); now != left+1 {
+		t.Errorf("version %d became %d by more than its start", left, now)
+	}
+}
+
+func (h *host) version(tb testing.TB, svc registrar.Service) int64 {
+	tb.Helper()
+	v, err := h.store.Versions(tb.Context(), []registrar.Service{svc})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return v.Of[svc]
 }
 
 // TestEngineAgentRestarts: an agent that ends leaves nothing, and the next one
 // goes on with the same registrations: nobody sees a change. With Leave all leave.
 func TestEngineAgentRestarts(t *testing.T) {
 	t.Parallel()
-	h := newHost(t, dockertest.Shared(t), nil)
+	h := newHost(t, dockertest.Start(t), nil) // nobody else's containers
 	c := h.Run(t, dockertest.Spec{Publish: []string{"8080"}, Labels: named("kept", "SERVICE_CHECK_HTTP", "/healthz")})
 	addr := c.Addr(t, "8080")
 	m := h.here(t, "kept", addr, "")
-	version := func() int64 {
-		v, err := h.store.Versions(t.Context(), []registrar.Service{"kept"})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v.Of["kept"]
-	}
-	before := version()
+	before := h.version(t, "kept")
 	h.end()
 	var beaten atomic.Int32
 	h.cfg.Beaten = func(err error) {
@@ -376,7 +405,7 @@ func TestEngineAgentRestarts(t *testing.T) {
 		}
 		return nil
 	})
-	if now := version(); now != before {
+	if now := h.version(t, "kept"); now != before {
 		t.Errorf("version %d became %d", before, now)
 	}
 	if again := h.here(t, "kept", addr, ""); again.ID != m.ID {

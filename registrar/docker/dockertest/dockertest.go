@@ -11,11 +11,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -44,9 +47,10 @@ var started atomic.Uint32
 type Engine struct {
 	URL     string // of its socket, as DOCKER_HOST has it
 	Client  *client.Client
-	Host    string // a loopback address to publish ports on, of this Engine alone
-	Network string // of its containers, with addresses of its own
-	bridge  string // the network's interface
+	Host    string       // a loopback address to publish ports on, of this Engine alone
+	Network string       // of its containers, with addresses of its own
+	bridge  string       // the network's interface
+	pool    netip.Prefix // of addresses of the networks
 	dir     string
 	args    []string
 	cmd     *exec.Cmd
@@ -117,15 +121,15 @@ func launch(tb testing.TB, args ...string) *Engine {
 		URL: "unix://" + filepath.Join(dir, "s"), dir: dir, args: args,
 		Host:    fmt.Sprintf("127.%d.%d.%d", 128+pid>>8&63, pid&255, n%250+1),
 		Network: "rollcall", bridge: fmt.Sprintf("rc%x-%d", pid, n),
+		// Of 10.96/11, four for each process.
+		pool: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(96 + pid>>6&31), byte(pid<<2 + n&3), 0}), 24),
 	}
 	err = e.Launch()
 	if err == nil {
 		e.Client, err = client.New(client.WithHost(e.URL))
 	}
 	if err == nil {
-		// Three of 256 networks of 10.96/11 for each process.
-		subnet := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(96 + pid>>6&31), byte(pid<<2 + n%4), 0}), 24)
-		err = e.network(subnet)
+		err = e.network()
 	}
 	if err == nil {
 		err = e.importApp()
@@ -149,6 +153,7 @@ func (e *Engine) Launch() error {
 	e.cmd = exec.Command("dockerd", append([]string{
 		"--data-root", path("data"), "--exec-root", path("exec"), "--pidfile", path("pid"), "-H", e.URL, "--storage-driver", "vfs",
 		"--bridge", "none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "--config-file", path("none.json"),
+		"--default-address-pool", fmt.Sprintf("base=%s,size=26", e.pool),
 	}, e.args...)...)
 	e.cmd.Stdout, e.cmd.Stderr = log, log
 	// A test binary that is killed must not leave an Engine behind. SIGTERM has it
@@ -179,19 +184,18 @@ func (e *Engine) Launch() error {
 }
 
 // network makes the containers' network.
-func (e *Engine) network(subnet netip.Prefix) error {
+func (e *Engine) network() error {
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
 	defer cancel()
 	_, err := e.Client.NetworkCreate(ctx, e.Network, client.NetworkCreateOptions{
 		Driver: "bridge", Options: map[string]string{"com.docker.network.bridge.name": e.bridge},
-		IPAM: &network.IPAM{Config: []network.IPAMConfig{{Subnet: subnet}}},
 	})
 	return err
 }
 
-// Build builds a package of this project without cgo and returns the program's
+// Program builds a package of this project without cgo and returns the program's
 // path.
-func (e *Engine) Build(pkg string) (string, error) {
+func (e *Engine) Program(pkg string) (string, error) {
 	path := filepath.Join(e.dir, filepath.Base(pkg))
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s", "-o", path, "rollcall/"+pkg)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -202,35 +206,114 @@ func (e *Engine) Build(pkg string) (string, error) {
 }
 
 func (e *Engine) importApp() error {
-	path, err := e.Build("scripts/deploy/app")
+	path, err := e.Program("scripts/deploy/app")
 	if err != nil {
 		return err
 	}
-	program, err := os.ReadFile(path)
+	return e.Import(App, map[string]string{"app": path}, `ENTRYPOINT ["/app"]`, "EXPOSE 8080")
+}
+
+// Import makes an image of files alone, path in the image → path here, with
+// changes as a Dockerfile has them.
+func (e *Engine) Import(tag string, files map[string]string, changes ...string) error {
+	image, err := pack(files)
 	if err != nil {
-		return err
-	}
-	var image bytes.Buffer
-	w := tar.NewWriter(&image)
-	if err := w.WriteHeader(&tar.Header{Name: "app", Mode: 0o755, Size: int64(len(program))}); err != nil {
-		return err
-	}
-	if _, err := w.Write(program); err != nil {
-		return err
-	}
-	if err := w.Close(); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
 	defer cancel()
-	r, err := e.Client.ImageImport(ctx, client.ImageImportSource{Source: &image, SourceName: "-"}, App, client.ImageImportOptions{
-		Changes: []string{`ENTRYPOINT ["/app"]`, "EXPOSE 8080"},
-	})
+	r, err := e.Client.ImageImport(ctx, client.ImageImportSource{Source: image, SourceName: "-"}, tag, client.ImageImportOptions{Changes: changes})
 	if err != nil {
-		return err
+		return fmt.Errorf("import %s: %w", tag, err)
 	}
 	_, err = io.Copy(io.Discard, r)
 	return errors.Join(err, r.Close())
+}
+
+// Installed makes an image of a program that is installed here, with the
+// libraries that it is linked with and nothing else.
+func (e *Engine) Installed(tag, program string) error {
+	path, err := exec.LookPath(program)
+	if err != nil {
+		return err
+	}
+	out, err := exec.Command("ldd", path).Output()
+	if err != nil {
+		return fmt.Errorf("ldd %s: %w", path, err)
+	}
+	files := map[string]string{"bin/" + program: path}
+	for _, lib := range regexp.MustCompile(`/\S+`).FindAllString(string(out), -1) {
+		files[lib[1:]] = lib
+	}
+	return e.Import(tag, files, "ENV PATH=/bin")
+}
+
+// Dockerfile builds an image, with files beside the Dockerfile, name → path here.
+func (e *Engine) Dockerfile(tag, dockerfile string, files map[string]string) error {
+	files = maps.Clone(files)
+	files["Dockerfile"] = dockerfile
+	around, err := pack(files)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
+	defer cancel()
+	r, err := e.Client.ImageBuild(ctx, around, client.ImageBuildOptions{Tags: []string{tag}, Remove: true})
+	if err != nil {
+		return fmt.Errorf("build %s: %w", tag, err)
+	}
+	out, err := io.ReadAll(r.Body)
+	if err == nil && !strings.Contains(string(out), "Successfully tagged") {
+		err = fmt.Errorf("build %s:\n%s", tag, out)
+	}
+	return errors.Join(err, r.Body.Close())
+}
+
+// pack makes a tar of files, name → path here.
+func pack(files map[string]string) (io.Reader, error) {
+	var out bytes.Buffer
+	w := tar.NewWriter(&out)
+	// A directory that is only implied would be root's alone.
+	dirs := map[string]bool{}
+	for name := range files {
+		for dir := filepath.Dir(name); dir != "."; dir = filepath.Dir(dir) {
+			dirs[dir] = true
+		}
+	}
+	for _, dir := range slices.Sorted(maps.Keys(dirs)) {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: dir + "/", Mode: 0o755}); err != nil {
+			return nil, err
+		}
+	}
+	for name, path := range files {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			return nil, err
+		}
+		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(content))}); err != nil {
+			return nil, err
+		}
+		if _, err := w.Write(content); err != nil {
+			return nil, err
+		}
+	}
+	return &out, w.Close()
+}
+
+// Labelled returns the containers, running or not, that have a label KEY=VALUE.
+func (e *Engine) Labelled(tb testing.TB, label string) []*Container {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(tb.Context(), callTimeout)
+	defer cancel()
+	all, err := e.Client.ContainerList(ctx, client.ContainerListOptions{All: true, Filters: client.Filters{}.Add("label", label)})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	var out []*Container
+	for _, c := range all.Items {
+		out = append(out, &Container{c.ID, e})
+	}
+	return out
 }
 
 // Hang stops dockerd, until Resume.
