@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -9,7 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"rollcall/lbsync/haproxy/haproxytest"
 	"rollcall/registrar/docker/dockertest"
 	"rollcall/registrar/redistest"
 )
@@ -41,13 +39,8 @@ func TestEngineCommand(t *testing.T) {
 	if again := s.token(t, addr); again != token {
 		t.Errorf("after the agent's end its token is %q, was %q", again, token)
 	}
-	p := s.spawn(t, append(args, "--leave")...)
-	haproxytest.Poll(t, "the second agent is at work", func() error {
-		if out := p.out.String(); !strings.Contains(out, "the engine answers") {
-			return errors.New(out)
-		}
-		return nil
-	})
+	p := s.monitor(t, append(args, "--leave")...)
+	p.shows(t, registered, 1, 1) // it has taken over
 	c.Do(t, "pause")
 	s.goes(t, addr, "unhealthy")
 	c.Do(t, "unpause")
