@@ -229,15 +229,18 @@ func TestEngineRestarts(t *testing.T) {
 	if err := syscall.Kill(c.Inspect(t).State.Pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, func() error {
-		if c.Inspect(t).RestartCount == 0 || !c.Inspect(t).State.Running {
-			return errors.New("not restarted")
-		}
-		return nil
-	})
-	m = h.here(t, "restarts", netip.AddrPortFrom(c.IP(t), 8080), m.ID)
+	again := func() (addr netip.AddrPort) {
+		eventually(t, func() error {
+			if addr = netip.AddrPortFrom(c.IP(t), 8080); c.Inspect(t).RestartCount == 0 || !addr.IsValid() {
+				return errors.New("not restarted, or not in its network yet")
+			}
+			return nil
+		})
+		return addr
+	}
+	m = h.here(t, "restarts", again(), m.ID)
 	c.Do(t, "restart")
-	h.here(t, "restarts", netip.AddrPortFrom(c.IP(t), 8080), m.ID)
+	h.here(t, "restarts", again(), m.ID)
 }
 
 // TestEngineHealthcheck: a container with a HEALTHCHECK is registered while it is

@@ -46,7 +46,7 @@ var (
 	noProbe      = edit{"lbsync/lbsync.go", "if last != (Process{}) {", "if false {"}
 	noCold       = edit{"lbsync/backend.go", "\t\tb.cold = &l\n", "\t\t_ = l\n"}
 	noTimes      = edit{"reaper/sweep.go", "if err := r.config(ctx, false); err != nil {", "if err := ctx.Err(); err != nil {"}
-	noFence      = edit{"registrar/lua/reap.lua", "if redis.call('GET', KEYS[12]) ~= token then return {'FENCED', 0, 0} end\n", ""}
+	noFence      = edit{"registrar/lua/reap.lua", "if redis.call('GET', KEYS[13]) ~= token then return {'FENCED', 0, 0} end\n", ""}
 	noFenceID    = edit{"registrar/lua/reap.lua", "if string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') ~= ARGV[11] then return {'FENCED', 0, 0} end\n", ""}
 	noAge        = edit{"registrar/lua/reap.lua", "if now < last or now - last > most then return {'LATE', 0, 0} end\n", ""}
 	cutNow       = edit{"registrar/lua/reap.lua", "local stale = ", "cut = string.format('%.0f', tonumber(cut) + now - last)\nlocal stale = "}
