@@ -189,6 +189,7 @@ func answered(t *testing.T, url string, want ...*haproxytest.Instance) {
 // TestEndToEnd plays the life of a service with the real binary: join, leave,
 // crash, lbsync killed, HAProxy reloaded and restarted, while requests flow.
 func TestEndToEnd(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{"slots", "dynamic"} {
 		t.Run(mode, func(t *testing.T) {
 			be := haproxytest.Backend{Name: "be", Balance: "roundrobin", Check: true}
@@ -292,6 +293,7 @@ func TestEndToEnd(t *testing.T) {
 // TestDynamicServersByFlag has the flags of the README's dynamic backend reach
 // HAProxy: the server has a check.
 func TestDynamicServersByFlag(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be_api", Balance: "leastconn"}}})}
 	i := haproxytest.NewInstance(t)
 	s.spawn(t, "register", "--service", "api", "--addr", i.Addr().String(), "--weight", "7")
@@ -316,6 +318,7 @@ func TestDynamicServersByFlag(t *testing.T) {
 
 // TestWaiting has the commands and the sidecar wait for the balancer.
 func TestWaiting(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 5}}})}
 	lb := s.spawn(t, "lbsync", "--socket", s.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8")
 	a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
@@ -386,6 +389,7 @@ func TestWaiting(t *testing.T) {
 // TestTwoLbsyncs has a second lbsync stand by until the first one is killed, and
 // a dry run say what is left to do.
 func TestTwoLbsyncs(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 5}}})}
 	args := []string{"lbsync", "--socket", s.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8"}
 	url := "http://" + s.ha.Addr("be") + "/"

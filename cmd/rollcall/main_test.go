@@ -13,13 +13,16 @@ import (
 	"rollcall/registrar/docker/dockertest"
 )
 
+// tempDir is where the program is built: a test may have another for itself.
+var tempDir = os.TempDir()
+
 // buildDir holds the program under test. It is empty until a test needs it.
 var buildDir string
 
 // build builds the program once for all tests, with the race detector if they
 // have it.
 var build = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "rc")
+	dir, err := os.MkdirTemp(tempDir, "rc")
 	if err != nil {
 		return "", err
 	}

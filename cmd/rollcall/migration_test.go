@@ -15,6 +15,7 @@ import (
 // that a template wrote, rollcall's beside them, and then rollcall's alone. The
 // page's commands are the ones that are run here.
 func TestMigration(t *testing.T) {
+	t.Parallel()
 	one, two := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
 	old := []string{fmt.Sprintf("server confd_0 %s check", one.Addr()), fmt.Sprintf("server confd_1 %s check", two.Addr())}
 	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{StateFile: true, Backends: []haproxytest.Backend{{

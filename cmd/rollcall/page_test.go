@@ -232,6 +232,7 @@ func (p *tab) reach(selector string) {
 // TestPage has a real browser look at a real system. Its parts follow each
 // other.
 func TestPage(t *testing.T) {
+	t.Parallel()
 	browser := startChromium(t)
 	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 5, Balance: "roundrobin"}}})}
 	store, err := registrar.NewStore(s.redis.Client(t), registrar.DefaultNamespace)

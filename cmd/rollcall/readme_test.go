@@ -42,6 +42,7 @@ func blocks(t *testing.T, page, language string) []string {
 // TestReadmeCommands runs every sh block of the README, in order, in one shell,
 // on private servers in the place of the ones that it names.
 func TestReadmeCommands(t *testing.T) {
+	t.Parallel()
 	redis := redistest.Start(t)
 	ha := haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be_web", Slots: 5}}})
 	dir := t.TempDir()

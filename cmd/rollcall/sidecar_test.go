@@ -145,6 +145,7 @@ func TestHealthGate(t *testing.T) {
 // TestAppCodes holds the exit codes of register around an app, which leaves when
 // the app has ended.
 func TestAppCodes(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t)}
 	for script, want := range map[string]int{"exit 0": 0, "exit 3": 3, "exit 255": 255, "kill -9 $$": 137, "kill -USR1 $$": 138} {
 		gate := filepath.Join(t.TempDir(), "go")
@@ -249,6 +250,7 @@ func TestStubbornApp(t *testing.T) {
 // TestRollingRestart replaces apps, each with its sidecar around it, one by one
 // and loses no request.
 func TestRollingRestart(t *testing.T) {
+	t.Parallel()
 	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 5, Balance: "roundrobin"}}})}
 	url := "http://" + s.ha.Addr("be") + "/"
 	s.spawn(t, "lbsync", "--socket", s.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8")
