@@ -541,6 +541,8 @@ func (b *backend) standing() BackendStatus {
 
 // wants turns what the register says of addrs into wants of one goal.
 func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want {
+	kept := map[verdict][]netip.AddrPort{}
+	defer b.tellKept(kept) // when mu is free: a log can block
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, empty: b.have.Serving == 0}
@@ -564,8 +566,6 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 	}
 	floor := sync.OnceValue(b.share)
 	wants := make([]Want, 0, len(addrs))
-	kept := map[verdict][]netip.AddrPort{}
-	defer b.tellKept(kept)
 	for _, addr := range addrs {
 		e := b.view.Lookup(addr)
 		s, there := b.have.Lookup(addr)
@@ -610,7 +610,9 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 			continue
 		}
 		if !v.word && b.leaving[addr] == nil {
-			if other := b.claims.other(addr, b.service); other != "" && v.hold > 0 {
+			// Only of who expired: that another service has an address says nothing
+			// of one that is absent because the register lost its data.
+			if other := b.claims.other(addr, b.service); other != "" && v.hold > 0 && e.Gone != nil {
 				v.hold, v.why = 0, fmt.Sprintf("service %s has its address", other)
 				b.once(addr.String()+v.why, func(l *zerolog.Event) {
 					l.Stringer("addr", addr).Str("other", string(other)).Msg("not held: another service has this address")

@@ -73,3 +73,33 @@ func TestTheDeadStayOut(t *testing.T) {
 		t.Errorf("asked for %d whole reads, want one more at the next poll", refreshed)
 	}
 }
+
+// TestClaimIsNoWord has the register lose one service's data. That another service
+// has the same addresses, and beats, does not take them out before their hold.
+func TestClaimIsNoWord(t *testing.T) {
+	const ttl = 15 * time.Second
+	a, b := netip.MustParseAddrPort("10.0.0.1:80"), netip.MustParseAddrPort("10.0.0.2:80")
+	claims := newClaims()
+	be := newBackend(Config{Allow: DefaultAllow(), Full: DefaultFull, Hold: DefaultHold, MinServers: 1}, BackendConfig{Service: "web", Backend: "be"}, nil,
+		func(registrar.Service) {}, func() {}, func() {}, claims, zerolog.Nop())
+	server := func(id int, a netip.AddrPort) Server {
+		return Server{Name: DynamicName(a), ID: id, Addr: a, Admin: Ready, Up: true, Checked: true, Passed: true, Weight: 100}
+	}
+	be.have = NewInventory(State{Servers: []Server{server(1, a), server(2, b)}}, func(netip.AddrPort) bool { return true })
+	now := int64(1_000_000_000)
+	read := func(svc registrar.Service, interrupted bool, addrs ...netip.AddrPort) notifier.Change {
+		c := notifier.Change{Interrupted: interrupted, Snapshot: registrar.Snapshot{
+			Service: svc, Full: true, Now: now, TTL: ttl, Interval: ttl / 3, Token: registrar.Token{ReplID: "r", Version: 1},
+		}}
+		for _, a := range addrs {
+			c.Entries = append(c.Entries, registrar.Entry{Addr: a, Present: true, Instance: registrar.Instance{Addr: a, Beat: now}})
+		}
+		return c
+	}
+	be.change(read("web", false, a, b))
+	claims.note(read("api", false, a, b))
+	be.change(read("web", true)) // lost
+	if w := be.wants([]netip.AddrPort{a, b}, Leave, time.Now()); len(w) > 0 {
+		t.Errorf("absence and another service's claim take out %+v", w)
+	}
+}

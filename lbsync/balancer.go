@@ -148,9 +148,8 @@ type Applied struct {
 }
 
 // Balancer is one load balancer whose servers can be changed while it runs.
-// Its methods may be called concurrently. A short call is carried out alone; a
-// long Apply lets others have their turn in between, so calls for one backend
-// belong to one goroutine. Each exchange ends within the implementation's
+// Its methods may be called concurrently, but calls for one backend belong to one
+// goroutine: between the exchanges of an Apply others have their turn. Each exchange ends within the implementation's
 // deadline or with ctx.
 // No answer is never an empty answer: where the truth is not known they return
 // ErrUnknown or ErrReplaced.

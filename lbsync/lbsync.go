@@ -167,6 +167,9 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 		s.backends[bc.Service] = append(s.backends[bc.Service], b)
 	}
 	s.services = svcs
+	for _, svc := range svcs {
+		s.told[svc] = &told{}
+	}
 	var err error
 	s.watcher, err = notifier.New(notifier.Config{Services: svcs}, store, log)
 	return s, err

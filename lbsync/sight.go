@@ -86,7 +86,7 @@ func (b *backend) observeOne(addr netip.AddrPort) bool {
 			}
 		}
 	}
-	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, interrupted: b.broken, empty: b.have.Serving == 0}
+	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, interrupted: b.broken || b.doubted[addr], empty: b.have.Serving == 0}
 	v := b.rules.decide(e, s, there, rd)
 	since, held := b.held[addr]
 	switch l := b.leaving[addr]; {
@@ -248,9 +248,6 @@ func (s *Syncer) Publish(ctx context.Context) error {
 	errs := make([]error, len(s.services))
 	var telling sync.WaitGroup
 	for i, svc := range s.services {
-		if s.told[svc] == nil {
-			s.told[svc] = &told{}
-		}
 		if s.store.Cluster() {
 			telling.Go(func() { errs[i] = s.publishOne(ctx, svc) }) // of a shard that hangs the others hear nothing
 		} else {

@@ -253,11 +253,13 @@ func TestBeatLimits(t *testing.T) {
 	set := func(field string, value any) func(testing.TB, *Store) {
 		return func(tb testing.TB, s *Store) { do(tb, s, "HSET", s.keys.Config(), field, value) }
 	}
-	crowd := func(n int) func(testing.TB, *Store) {
+	silent := func(n int, score func(*Store) int64) func(testing.TB, *Store) {
 		return func(tb testing.TB, s *Store) {
-			do(tb, s, "EVAL", "for i=1,ARGV[1] do redis.call('ZADD',KEYS[1],1,'x'..i) end", 1, s.keys.Instances(web), n)
+			do(tb, s, "EVAL", "for i=1,ARGV[1] do redis.call('ZADD',KEYS[1],ARGV[2],'x'..i) end", 1, s.keys.Instances(web), n, score(s))
 		}
 	}
+	crowd := func(n int) func(testing.TB, *Store) { return silent(n, (*Store).clock) }
+	dead := func(n int) func(testing.TB, *Store) { return silent(n, func(*Store) int64 { return 1 }) }
 	names := func(n int) func(testing.TB, *Store) {
 		return func(tb testing.TB, s *Store) {
 			do(tb, s, "EVAL", "for i=1,ARGV[1] do redis.call('SADD',KEYS[1],'x'..i) end", 1, s.keys.Services(), n)
@@ -278,6 +280,8 @@ func TestBeatLimits(t *testing.T) {
 		{"one below", all(set("max_instances", 2), crowd(1)), mine, "NEW"},
 		{"at the limit", all(set("max_instances", 2), crowd(2)), mine, "redis-cli hset NS:config max_instances 4"},
 		{"above it", all(set("max_instances", 2), crowd(3)), mine, "there are 2 instances of web"},
+		{"at the limit with the dead", all(set("max_instances", 2), dead(3)), mine, "NEW"},
+		{"twice the limit with the dead", all(set("max_instances", 2), dead(4)), mine, "there are 2 instances of web"},
 		{"none", all(set("max_instances", 0)), mine, "redis-cli hset NS:config max_instances 1"},
 		{"no number", all(set("max_instances", "many"), crowd(3)), mine, "NEW"},
 		{"who is there beats on", all(here, set("max_instances", 1), crowd(5)), mine, "OK"},

@@ -115,6 +115,9 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 	if b.interval == 0 {
 		b.interval = DefaultInterval
 	}
+	if cfg.Roll != nil {
+		b.outage.Shared = &cfg.Roll.voice
+	}
 	token, since := cfg.Token, cfg.Since
 	if token == "" {
 		token, since = rand.Text(), time.Now()

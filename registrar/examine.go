@@ -210,7 +210,7 @@ func (s *Store) rights(svc Service) []right {
 		more = []right{
 			{"", []any{"cluster", "slots"}}, {RoleSidecar, []any{"sadd", whole.Services(), "-"}}, {RoleSidecar, []any{"hmget", whole.Config(), "-"}},
 			{RoleSidecar, []any{"hsetnx", k.Config(), "-", "-"}}, {RoleReaper, []any{"hsetnx", whole.Config(), "-", "-"}},
-			{RoleReaper, []any{"smembers", whole.Services()}}, {RoleReaper, []any{"srem", whole.Services(), "-"}},
+			{RoleReaper, []any{"srandmember", whole.Services()}}, {RoleReaper, []any{"srem", whole.Services(), "-"}},
 		}
 	}
 	return append(more, []right{
@@ -225,7 +225,7 @@ func (s *Store) rights(svc Service) []right {
 		{changers, []any{"pttl", k.Quiet()}}, {changers, []any{"get", k.Quiet()}}, {changers, []any{"set", k.Quiet(), "-"}},
 		{changers, []any{"hset", h, "-", "-"}}, {changers, []any{"hset", k.Gone(svc), "-", "-"}}, {changers, []any{"hdel", h, "-"}},
 		{changers, []any{"zrem", z, "-"}}, {changers, []any{"zadd", k.GoneAt(svc), 0, "-"}}, {changers, []any{"zcard", z}},
-		{changers, []any{"xadd", k.Events(), "*", "-", "-"}}, {changers, []any{"sadd", k.Services(), "-"}}, {RoleSidecar, []any{"scard", k.Services()}}, {changers, []any{"srem", k.Services(), "-"}},
+		{changers, []any{"xadd", k.Events(), "*", "-", "-"}}, {changers, []any{"sadd", k.Services(), "-"}}, {RoleSidecar, []any{"scard", k.Services()}}, {RoleSidecar, []any{"zcount", z, 0, 0}}, {changers, []any{"srem", k.Services(), "-"}},
 		{RoleAdmin, []any{"hset", k.Admin(svc), "-", "-"}},
 		{RoleReaper, []any{"hset", k.Reapers(), "-", "-"}}, {RoleReaper, []any{"hdel", k.Reapers(), "-"}}, {RoleReaper, []any{"hgetall", k.Reapers()}},
 		{RoleReaper, []any{"set", k.Reaper("-"), "-"}}, {RoleReaper, []any{"zcount", z, 0, 0}}, {RoleReaper, []any{"hsetnx", k.Config(), "-", "-"}},

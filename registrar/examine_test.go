@@ -108,7 +108,7 @@ func TestKind(t *testing.T) {
 		{"x:{web}:services", "", ""}, {"x:{web}:_canary:meta", "", ""},
 		{k.Instances("web"), "web", "zset"}, {k.Meta("web"), "web", "hash"}, {k.Admin("web"), "web", "hash"}, {k.Gone("web"), "web", "hash"},
 		{k.GoneAt("web"), "web", "zset"}, {k.Changed("web"), "web", "zset"}, {k.Applied("web"), "web", "hash"}, {k.ServiceVersion("web"), "web", "string"},
-		{"x:{web}:fence:a", "web", "string"}, {k.Seen("web", "lb"), "web", "hash"},
+		{"x:{web}:fence:a", "", ""}, {k.Seen("web", "lb"), "web", "hash"},
 		{"x:{web}:other", "", ""}, {"x:{web}", "", ""}, {"x:web:meta", "", ""}, {"x:other", "", ""}, {"y:services", "", ""}, {"y:{web}:meta", "", ""}, {"{web}:meta", "", ""},
 	} {
 		if svc, typ := k.kind(tt.key); svc != tt.svc || typ != tt.typ {

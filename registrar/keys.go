@@ -142,9 +142,6 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 			return svc, "string"
 		}
 	}
-	if strings.HasPrefix(what, "fence:") {
-		return svc, "string"
-	}
 	if strings.HasPrefix(what, "seen:") {
 		return svc, "hash"
 	}

@@ -28,13 +28,13 @@ func TestQuiet(t *testing.T) {
 	}{
 		{"no pause", func(testing.TB, *Store) {}, time.Minute, 0, true},
 		{"the first in a pause", quiet("", "PX", 60), time.Minute, 50 * time.Millisecond, true},
-		{"the first in a pause, cut short", quiet("", "PX", 3000), 20 * time.Millisecond, 0, false},
-		{"the second in a pause", quiet("another's", "PX", 3000), time.Minute, 0, false},
-		{"a pause longer than a poll, since a clock was set back", quiet("", "PX", 3_600_000), time.Minute, 0, true},
+		{"the first in a pause, cut short: who else would speak?", quiet("", "PX", 450), 20 * time.Millisecond, 0, true},
+		{"the second in a pause", quiet("another's", "PX", 450), time.Minute, 0, false},
+		{"a pause longer than any, since a clock was set back", quiet("", "PX", 3_600_000), time.Minute, 0, true},
 		{"a pause without an end", quiet("x"), time.Minute, 0, true},
 		{"no text", func(tb testing.TB, s *Store) {
 			do(tb, s, "RPUSH", s.keys.Quiet(), "x")
-			do(tb, s, "PEXPIRE", s.keys.Quiet(), 3000)
+			do(tb, s, "PEXPIRE", s.keys.Quiet(), 450)
 		}, time.Minute, 0, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -122,6 +122,7 @@ func (s *Store) steadyMany(ctx context.Context, beats []ServiceBeat, at []int, o
 // Beater sends itself. Any number of them may share a Roll.
 type Roll struct {
 	store *Store
+	voice Sparing // of all its Beaters together: one outage is all of theirs
 
 	mu        sync.Mutex
 	gathering *gathering                  // that may still be joined; nil = none

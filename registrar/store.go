@@ -147,9 +147,13 @@ func (s *Store) change(ctx context.Context, sc *redis.Script, svc Service, args 
 		defer wait.Stop()
 		select {
 		case <-ctx.Done():
+			// Nobody else speaks while this call's mark is there: better early.
+			var done context.CancelFunc
+			ctx, done = WithTimeout(context.WithoutCancel(ctx))
+			defer done()
 		case <-wait.C:
-			_ = s.Announce(ctx, unsaid) // the change is made, and who has not heard of it polls
 		}
+		_ = s.Announce(ctx, unsaid) // the change is made, and who has not heard of it polls
 	}
 	return r, nil
 }

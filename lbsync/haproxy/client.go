@@ -112,7 +112,7 @@ type Client struct {
 	log     zerolog.Logger
 	native  *runtime.SingleRuntime
 
-	turn  chan struct{}  // holds one token; who took it may exchange
+	turn  chan struct{}  // holds one token; exchange takes it itself
 	stuck <-chan answer  // the call given up on, nil if none; guarded by turn
 	last  lbsync.Process // that answered; guarded by turn
 }

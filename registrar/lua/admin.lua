@@ -4,7 +4,7 @@
 -- KEYS  1 to 12 as in lib.lua
 -- ARGV  1 to 4 as in lib.lua   5 addr
 --       6 drain | maint | ready | weight   7 weight, '' = the instance's own again   8 reason
--- Returns {status, service version, 1 if the instance is there}
+-- Returns {status, service version, 1 if the instance is there}, and what announce of lib.lua may add
 --   OK    the word was written     SAME  it stood already; nothing written
 local addr, verb, weight, reason = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8]
 

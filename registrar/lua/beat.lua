@@ -7,7 +7,7 @@
 -- ARGV  1 to 4 as in lib.lua
 --       5 addr   6 token   7 metadata, JSON with the token as id
 --       8 '1' = claim: take over whoever holds the address   9 interval, ms, 0 = the registry's
--- Returns {status, now ms, service version, ttl ms, interval ms}
+-- Returns {status, now ms, service version, ttl ms, interval ms}, and what announce of lib.lua may add
 --   OK        the score moved (service version 0: not read)
 --   NEW       it arrived             CHANGED   its metadata changed
 --   TAKEN     it took the address over from another token
@@ -58,7 +58,12 @@ if score then
 elseif ARGV[2] ~= '_canary' then
   local most, here = redis.call('HMGET', KEYS[11], 'max_instances', 'max_services'), redis.call('ZCARD', KEYS[1])
   local instances, services = tonumber(most[1] or '') or 10000, tonumber(most[2] or '') or 10000
-  if here >= instances then return {'INSTANCES', now, instances, ttl, interval} end
+  -- The dead that a protection holds must not keep the living out.
+  local full = here >= instances
+  if full and here < 2 * instances then
+    full = redis.call('ZCOUNT', KEYS[1], string.format('(%.0f', now - ttl), '+inf') >= instances
+  end
+  if full then return {'INSTANCES', now, instances, ttl, interval} end
   if here == 0 and redis.call('SCARD', KEYS[8]) >= services then return {'SERVICES', now, services, ttl, interval} end
 end
 

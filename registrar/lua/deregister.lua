@@ -4,7 +4,7 @@
 --
 -- KEYS  1 to 12 as in lib.lua
 -- ARGV  1 to 4 as in lib.lua   5 addr   6 '1' = force
--- Returns {status, service version, age of the last beat in ms}
+-- Returns {status, service version, age of the last beat in ms}, and what announce of lib.lua may add
 --   OK      it is out
 --   ABSENT  there is no such instance; nothing written
 --   BEATS   its last beat is younger than two intervals; nothing written

@@ -4,7 +4,7 @@
 --
 -- KEYS  1 to 12 as in lib.lua
 -- ARGV  1 to 4 as in lib.lua   5 addr   6 token   7 reason: left or unhealthy
--- Returns {status, service version}
+-- Returns {status, service version}, and what announce of lib.lua may add
 --   OK        it is out, or noted as out
 --   SAME      this token had left before; nothing written
 --   NOTOWNER  another token holds the address, or held it last; nothing written

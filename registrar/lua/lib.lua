@@ -47,18 +47,19 @@ local function bump()
 end
 
 -- Each subscriber costs Redis 8 us, and some 30 more for what it reads then. From
--- 20 on the next announcement keeps a pause of 1/4 ms for each: a sixth of a core.
+-- 20 on the next announcement keeps a pause of 1/4 ms for each, a sixth of a core,
+-- and of half a second at most: who waits for its end has a deadline of one.
 local function publish(g, v)
   local heard = redis.call('PUBLISH', ARGV[1], string.format('%.0f %s %.0f', g, ARGV[2], v))
-  if heard >= 20 then redis.pcall('SET', KEYS[12], '', 'PX', math.min(math.floor(heard / 4), 5000)) end
+  if heard >= 20 then redis.pcall('SET', KEYS[12], '', 'PX', math.min(math.floor(heard / 4), 500)) end
 end
 
 -- Announces, last of all, and returns the reply. In the pause nothing is said; who
 -- is the first in it is told {'QUIET', ms} at the reply's end, and calls
--- announce.lua when it is over. Longer than a poll of the versions it never is.
+-- announce.lua when it is over.
 local function announce(g, v, reply)
   local left = redis.pcall('PTTL', KEYS[12])
-  if type(left) ~= 'number' or left <= 0 or left > 5000 then
+  if type(left) ~= 'number' or left <= 0 or left > 500 then
     publish(g, v)
   elseif redis.pcall('GET', KEYS[12]) == '' then
     redis.call('SET', KEYS[12], ARGV[4], 'KEEPTTL')

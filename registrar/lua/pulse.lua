@@ -3,7 +3,7 @@
 -- (READONLY, MISCONF, NOREPLICAS, OOM) refuses this.
 --
 -- KEYS  1 this reaper's pulse STRING   2 epoch STRING
---       3… in a Cluster: 1 to 11 of lib.lua, which are not touched
+--       3… in a Cluster: 1 to 12 of lib.lua and the log, which are not touched
 -- ARGV  1 new token   2 epoch to set if there is none   3 expiry, ms   4 now, unix ms, '' = the server's TIME
 -- Returns {now ms, master_replid, epoch before the call or '', previous token or ''}
 local now = tonumber(ARGV[4])

@@ -9,7 +9,7 @@
 --       10 let go, ms: above 0, only one is out, never the last of the service,
 --          and none of any service within so long after the one before
 --       11 replid that the last pulse saw
--- Returns {status, service version, stale ones left, addr…}
+-- Returns {status, service version, stale ones left, addr…}, and what announce of lib.lua may add
 --   OK      each addr is out by this very call
 --   FENCED  Redis does not hold the pulse: other data, or it expired; or it holds
 --           it under another replid: a snapshot or a replica that has the pulse need
