@@ -115,8 +115,8 @@ func checkHAProxy(t *testing.T, text string) {
 func TestReadmeConsole(t *testing.T) {
 	known := []string{
 		"scripts/demo", "scripts/test", "scripts/bench",
-		"CGO_ENABLED=0 go build -trimpath -tags urfave_cli_no_docs -ldflags '-s -w' -o rollcall ./cmd/rollcall",
-		"scripts/build /usr/local/bin/rollcall",                                                  // TestBuild
+		"scripts/build", "scripts/build", // TestBuild
+		"CGO_ENABLED=0 go build -trimpath -o app ./scripts/deploy/app", "docker build -t app -f scripts/deploy/app/Dockerfile .", // TestEngineCompose
 		"docker build -t rollcall -f scripts/deploy/Dockerfile .",                                // TestEngineCompose
 		"docker compose -f scripts/deploy/compose.yaml up -d --scale web=3",                      // the same
 		"rollcall docker --advertise 10.0.0.7",                                                   // TestEngineCommand
