@@ -1,6 +1,7 @@
 package main
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -49,6 +50,11 @@ func binary(tb testing.TB) string {
 }
 
 func TestMain(m *testing.M) {
+	// These tests wait for servers far more than they compute.
+	flag.Parse()
+	if err := flag.Set("test.parallel", "4"); err != nil {
+		panic(err)
+	}
 	code := m.Run()
 	if err := dockertest.Stop(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
