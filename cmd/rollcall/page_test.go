@@ -330,6 +330,26 @@ func TestPage(t *testing.T) {
 		p.shows(row(a.Addr().String())+` td[data-label="Weight"]`, "7")
 	})
 
+	t.Run("it keeps no token that was not looked at", func(t *testing.T) {
+		for range 10 {
+			if _, _, err := server.do(http.MethodDelete, "/v1/services/web/instances/"+a.Addr().String(), "", "Authorization", "Bearer guess"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p := openTab(t, browser, url, 1280, 900, "429")
+		p.shows(row(a.Addr().String()), "ready")
+		p.reach(fmt.Sprintf(`button[aria-label="Change web %s"]`, a.Addr()))
+		p.press(kb.Enter)
+		p.reach("#token")
+		p.press("a wrong token")
+		p.reach("#reason")
+		p.press("new disk" + kb.Enter)
+		p.shows("#change-result", "too many wrong tokens")
+		if !ask[bool](p, `document.querySelector("#forget").hidden && !document.querySelector("#token-field").hidden`) {
+			t.Error("the page has kept it")
+		}
+	})
+
 	t.Run("hostile names are text, on a phone too", func(t *testing.T) {
 		const evil = `"><img src=x onerror=pwned=1><script>pwned=1</script>`
 		long := strings.Repeat("wide", 60)

@@ -696,8 +696,8 @@ async function doChange() {
     });
     const answer = await r.json();
     if (r.status === 401) { token = $("token").value = ""; result("bad", "That is not the token."); return; }
-    token = secret;
-    $("token").value = "";
+    // These are answers to who may write; others, a 429 say, tell nothing of it.
+    if (r.ok || [400, 404, 409].includes(r.status)) { token = secret; $("token").value = ""; }
     if (!r.ok) { result("bad", plain(answer.error || `the server says ${r.status}`)); return; }
     const n = (answer.balancers || []).length;
     if (answer.applied) result("good", n ? `Done: applied by ${plural(n, "balancer")}.` : "Done. No live balancer has this service.");
