@@ -21,7 +21,7 @@ func serveCommand() *cli.Command {
 		Flags: redisFlags(append(httpFlags(),
 			&cli.StringFlag{Name: "listen", Value: "127.0.0.1:8300", EnvVars: env("listen"), Usage: "`ADDR:PORT` of the page and the API"},
 			&cli.StringFlag{Name: "token-file", EnvVars: env("token-file"), Usage: fmt.Sprintf("`FILE` of the token that allows writes, %d characters or more; it is read at every write", httpapi.MinToken)},
-			&cli.StringSliceFlag{Name: "host", EnvVars: env("host"), Usage: "`NAME` by which browsers may ask, such as that of a proxy in front; without it a server on loopback takes localhost and addresses only, and another one every name"},
+			&cli.StringSliceFlag{Name: "host", EnvVars: env("host"), Usage: "`NAME`, without a port, by which browsers may ask, beside localhost and IP addresses: that of a proxy in front, say; * takes every name; repeatable"},
 		)...),
 		Action: func(c *cli.Context) error {
 			if _, err := args(c, "", 0); err != nil {

@@ -31,6 +31,7 @@ func TestServe(t *testing.T) {
 		{[]string{"more"}, "see rollcall serve --help", exitUsage},
 		{[]string{"--token-file", short}, "at least 16 characters", exitUsage},
 		{[]string{"--token-file", short + "er"}, "no such file", exitUsage},
+		{[]string{"--host", "ops.example:443"}, "want a name without a port", exitUsage},
 		{[]string{"--pprof"}, "--pprof goes with --http", exitUsage},
 		{[]string{"--listen", "192.0.2.1:1"}, "--listen: listen tcp 192.0.2.1:1", exitFailed},
 		{[]string{"--redis", "redis+cluster://127.0.0.1:1"}, "Cluster", exitUsage},

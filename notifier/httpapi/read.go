@@ -16,7 +16,7 @@ import (
 
 var (
 	errNoService = errors.New("no such service, or it has had no instance for 10 minutes")
-	errBusy      = errors.New("too many wait already; come again later")
+	errBusy      = errors.New("too many ask for that already; come again later")
 )
 
 // headers says how old the answer is, and since when Redis is away if it is.
@@ -54,8 +54,7 @@ func (s *Server) poll(w http.ResponseWriter, r *http.Request, look func() (diffe
 		return true
 	}
 	if !s.waits.take() {
-		w.Header().Set("Retry-After", "5")
-		fail(w, http.StatusServiceUnavailable, errBusy)
+		busy(w)
 		return false
 	}
 	defer s.waits.free()
@@ -80,6 +79,12 @@ func (s *Server) poll(w http.ResponseWriter, r *http.Request, look func() (diffe
 			return true
 		}
 	}
+}
+
+// busy answers who is one too many.
+func busy(w http.ResponseWriter) {
+	w.Header().Set("Retry-After", "5")
+	fail(w, http.StatusServiceUnavailable, errBusy)
 }
 
 func (s *Server) getServices(w http.ResponseWriter, r *http.Request) {
@@ -238,7 +243,7 @@ const (
 
 // getEvents answers with the last events, of ?service or all, after the id
 // ?since if it is given, the oldest first. What is not in memory any more is read
-// from Redis.
+// from Redis, for maxReads at a time.
 func (s *Server) getEvents(w http.ResponseWriter, r *http.Request) {
 	only, err := services(r)
 	since, limit := r.URL.Query().Get("since"), defaultEvents
@@ -270,6 +275,11 @@ func (s *Server) getEvents(w http.ResponseWriter, r *http.Request) {
 		}
 	})
 	if err == nil && !whole {
+		if !s.reads.take() {
+			busy(w)
+			return
+		}
+		defer s.reads.free()
 		ctx, cancel := registrar.WithTimeout(r.Context())
 		events, err = s.store.Events(ctx, slices.Collect(maps.Keys(only)), since, limit)
 		cancel()

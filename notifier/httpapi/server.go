@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,6 +29,9 @@ const (
 	// requests wait.
 	MaxStreams = 200
 	MaxWaits   = 1000
+	// maxReads is how many requests have Redis read for them at the same time:
+	// the survey, the log and the writes need connections too.
+	maxReads = 2
 	// MinToken is the fewest characters of a token.
 	MinToken = 16
 
@@ -39,6 +43,9 @@ const (
 	idleTimeout   = 2 * time.Minute
 	closeTimeout  = 2 * time.Second
 )
+
+// AnyHost in Config.Hosts takes every name.
+const AnyHost = "*"
 
 // lookEvery is how often Redis is asked who is at work, and so how exact the age
 // of what is shown is.
@@ -54,9 +61,8 @@ type Config struct {
 	// Token returns the token that allows writes, at least MinToken characters;
 	// nil = nobody may write. It is called for every write.
 	Token func() (string, error)
-	// Hosts are names by which browsers may ask, beside IP addresses. Without
-	// any, a server on a loopback address takes localhost only, and another one
-	// every name.
+	// Hosts are names, without a port, by which browsers may ask, beside
+	// localhost and IP addresses; AnyHost = every name.
 	Hosts []string
 	// Status judges, for /v1/status.
 	Status func(registrar.Overview, Counts) Status
@@ -75,11 +81,13 @@ type Server struct {
 	hot     chan struct{} // of capacity 1: a balancer is to be asked
 	// patience is how long a reader of the stream may take nothing.
 	patience time.Duration
+	// bodies is how long a request's body may take.
+	bodies time.Duration
 
-	streams, waits slots
-	dropped        atomic.Int64
-	writes         atomic.Int64
-	refused        refused
+	streams, waits, reads slots
+	dropped               atomic.Int64
+	writes                atomic.Int64
+	refused               refused
 }
 
 // New checks cfg and returns a Server. It does no I/O but to read the token. Of
@@ -88,15 +96,20 @@ func New(cfg Config, store *registrar.Store, log zerolog.Logger) (*Server, error
 	if store.Cluster() {
 		return nil, errors.New("the page shows one registry; in a Cluster each service is one")
 	}
+	for _, h := range cfg.Hosts {
+		if h == "" || strings.ContainsAny(h, ":/@[] ") {
+			return nil, fmt.Errorf("host %q: want a name without a port or a scheme, such as ops.example, or %s for every name", clip(h), AnyHost)
+		}
+	}
 	if cfg.Token != nil {
-		if err := checkToken(cfg.Token()); err != nil {
+		if err := CheckToken(cfg.Token()); err != nil {
 			return nil, err
 		}
 	}
 	s := &Server{
 		cfg: cfg, store: store, log: log.With().Str("component", "serve").Logger(),
-		picture: newPicture(time.Now()), hot: make(chan struct{}, 1), patience: writeTimeout,
-		streams: slots{max: MaxStreams}, waits: slots{max: MaxWaits}, refused: refused{by: map[netip.Addr]*bucket{}},
+		picture: newPicture(time.Now()), hot: make(chan struct{}, 1), patience: writeTimeout, bodies: bodyTimeout,
+		streams: slots{max: MaxStreams}, waits: slots{max: MaxWaits}, reads: slots{max: maxReads}, refused: refused{by: map[netip.Addr]*bucket{}},
 	}
 	var err error
 	s.watcher, err = notifier.New(notifier.Config{Ready: func() {
@@ -132,9 +145,10 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	srv := &http.Server{
-		Handler:           s.handler(l.Addr()),
+		Handler:           s.handler(),
 		ReadHeaderTimeout: headerTimeout, WriteTimeout: writeTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeader,
-		// No ReadTimeout: when it passes, it would end a long poll.
+		// No ReadTimeout: when it passes, it would end a long poll. guard bounds
+		// the few bodies.
 		BaseContext: func(net.Listener) context.Context { return ctx },
 		ErrorLog:    stdlog.New(s.log, "", 0),
 	}
@@ -265,6 +279,11 @@ func (s *Server) follow(ctx context.Context) {
 			return
 		case <-wait.C:
 		}
+		// The membership before the start is recalled by who is there now.
+		if !begun && !s.picture.isReady() {
+			wait.Reset(logRetry)
+			continue
+		}
 		read := events.Next
 		if !begun {
 			read = func(ctx context.Context) ([]registrar.Event, error) {
@@ -276,11 +295,6 @@ func (s *Server) follow(ctx context.Context) {
 		list, err := read(ctx)
 		if ctx.Err() != nil {
 			return
-		}
-		// The membership before the start is recalled by who is there now.
-		if err == nil && !begun && !s.picture.isReady() {
-			wait.Reset(logRetry)
-			continue
 		}
 		switch {
 		case err == nil:
@@ -324,7 +338,7 @@ func (s *slots) take() bool {
 func (s *slots) free() { s.used.Add(-1) }
 
 // handler routes. Everything but the page is under /v1.
-func (s *Server) handler(at net.Addr) http.Handler {
+func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
 	page, err := fs.Sub(files, "page")
 	if err != nil {
@@ -341,23 +355,22 @@ func (s *Server) handler(at net.Addr) http.Handler {
 	mux.HandleFunc("GET /v1/sd/prometheus", s.getTargets)
 	mux.HandleFunc("POST /v1/services/{service}/instances/{addr}/{verb}", s.postWord)
 	mux.HandleFunc("DELETE /v1/services/{service}/instances/{addr}", s.deleteInstance)
-	return s.guard(at, mux)
+	return s.guard(mux)
 }
 
 // policy lets the page load its own files and nothing else, be framed by nobody,
 // and make no element of a string, whoever wrote it.
 const policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 
-// guard sets what every answer has, and refuses a name that is not this
-// server's: another site's name may have been pointed here, to read with a
-// visitor's browser what only that can reach.
-func (s *Server) guard(at net.Addr, next http.Handler) http.Handler {
+// guard sets what every answer has, bounds the reading of a body, and refuses a
+// name that is not this server's: another site's name may have been pointed
+// here, to read with a visitor's browser what only that can reach. Nobody can
+// point an address or localhost elsewhere, whatever this server listens on.
+func (s *Server) guard(next http.Handler) http.Handler {
 	hosts := map[string]bool{"localhost": true}
 	for _, h := range s.cfg.Hosts {
-		hosts[h] = true
+		hosts[strings.ToLower(h)] = true
 	}
-	bound, err := netip.ParseAddrPort(at.String())
-	strict := len(s.cfg.Hosts) > 0 || err == nil && bound.Addr().IsLoopback()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("Content-Security-Policy", policy)
@@ -366,7 +379,15 @@ func (s *Server) guard(at net.Addr, next http.Handler) http.Handler {
 		h.Set("Cross-Origin-Opener-Policy", "same-origin")
 		h.Set("Cross-Origin-Resource-Policy", "same-origin")
 		h.Set("Cache-Control", "no-cache")
-		if name := hostname(r.Host); strict && !hosts[name] && !literal(name) {
+		// net/http reads what a handler has left of a body, for as long as that
+		// takes.
+		if r.ContentLength != 0 {
+			if err := http.NewResponseController(w).SetReadDeadline(time.Now().Add(s.bodies)); err != nil {
+				fail(w, http.StatusInternalServerError, err)
+				return
+			}
+		}
+		if name := strings.ToLower(hostname(r.Host)); !hosts[AnyHost] && !hosts[name] && !literal(name) {
 			fail(w, http.StatusMisdirectedRequest, fmt.Errorf("this server is not %q; start it with --host %s if it is", clip(name), clip(name)))
 			return
 		}

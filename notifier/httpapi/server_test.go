@@ -2,6 +2,7 @@ package httpapi_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -41,6 +43,8 @@ type world struct {
 	// patience, if not 0, is how long a stream's reader may take nothing, of
 	// whom the kernel then holds little.
 	patience time.Duration
+	bodies   time.Duration // if not 0, is how long a body may take
+	listen   string        // "" = on loopback
 }
 
 type lockedBuffer struct {
@@ -101,6 +105,9 @@ func (w *world) serve(t *testing.T, change func(*httpapi.Config)) {
 	if w.server, err = httpapi.New(cfg, w.store, zerolog.New(w.log)); err != nil {
 		t.Fatal(err)
 	}
+	if w.bodies > 0 {
+		httpapi.SetBodies(w.server, w.bodies)
+	}
 	var lc net.ListenConfig
 	if w.patience > 0 {
 		httpapi.SetPatience(w.server, w.patience)
@@ -108,7 +115,7 @@ func (w *world) serve(t *testing.T, change func(*httpapi.Config)) {
 			return c.Control(func(fd uintptr) { _ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, 4096) })
 		}
 	}
-	l, err := lc.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	l, err := lc.Listen(t.Context(), "tcp", cmp.Or(w.listen, "127.0.0.1:0"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -634,12 +641,103 @@ func TestGarbage(t *testing.T) {
 	}
 }
 
-// TestGuard holds what every answer has, and whose names are taken.
+// TestEventsFromRedis has Redis read for two requests at a time: others are told
+// to come again, and do not take the connections that the server itself needs.
+func TestEventsFromRedis(t *testing.T) {
+	t.Parallel()
+	w := start(t, nil, func(w *world) { w.beat(t, "web", 1, registrar.Meta{}) })
+	w.shows(t, "web", "is there", func(d httpapi.Service) bool { return len(d.Instances) == 1 })
+	w.redis.Signal(t, syscall.SIGSTOP)
+	const asked = 6
+	replies := make(chan reply, asked)
+	for range asked {
+		go func() {
+			r, err := w.fetch(http.MethodGet, "/v1/events?since=1-1", "")
+			if err != nil {
+				t.Error(err)
+			}
+			replies <- r
+		}()
+	}
+	busy := 0
+	for range asked {
+		r := <-replies
+		if r.code != http.StatusServiceUnavailable {
+			t.Errorf("%d %s", r.code, r.body)
+		}
+		if strings.Contains(r.body, "too many") && r.header.Get("Retry-After") != "" {
+			busy++
+		}
+	}
+	w.redis.Signal(t, syscall.SIGCONT)
+	if busy != asked-2 {
+		t.Errorf("%d of %d were told to come again", busy, asked)
+	}
+	eventually(t, "it answers again", func() error {
+		if r := w.get(t, "/v1/events?since=1-1"); r.code != http.StatusOK {
+			return errors.New(r.body)
+		}
+		return nil
+	})
+}
+
+// TestUnreadBodies sends bodies that never come: the connection ends, whoever
+// answered and whether anybody wanted the body.
+func TestUnreadBodies(t *testing.T) {
+	t.Parallel()
+	w := &world{redis: redistest.Start(t), log: &lockedBuffer{}, bodies: 100 * time.Millisecond}
+	var err error
+	if w.store, err = registrar.NewStore(w.redis.Client(t), registrar.DefaultNamespace); err != nil {
+		t.Fatal(err)
+	}
+	w.serve(t, nil)
+	const at = "/v1/services/web/instances/10.0.0.1:8080"
+	for _, head := range []string{
+		"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9",
+		"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked",
+		"GET / HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 9",
+		"POST " + at + "/ready HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9", // refused
+		"POST " + at + "/ready HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nContent-Type: application/json\r\nAuthorization: Bearer " + secret,
+		"DELETE " + at + " HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nAuthorization: Bearer " + secret,
+	} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(w.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(conn, head+"\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := io.ReadAll(conn); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: the connection is open; it answered %q", head, got)
+		}
+		_ = conn.Close() // it has been read to its end
+	}
+}
+
+// TestEveryHost takes every name when it is told to.
+func TestEveryHost(t *testing.T) {
+	t.Parallel()
+	w := start(t, func(c *httpapi.Config) { c.Hosts = []string{httpapi.AnyHost} })
+	if r, err := w.fetch(http.MethodGet, "/", "", "Host", "some.example"); err != nil || r.code != http.StatusOK {
+		t.Errorf("%d %v", r.code, err)
+	}
+}
+
+// TestGuard holds what every answer has, and whose names are taken,
+// where others can reach it too.
 func TestGuard(t *testing.T) {
 	t.Parallel()
-	w := start(t, func(c *httpapi.Config) { c.Hosts = []string{"ops.example"} })
+	w := &world{redis: redistest.Start(t), log: &lockedBuffer{}, listen: "0.0.0.0:0"}
+	var err error
+	if w.store, err = registrar.NewStore(w.redis.Client(t), registrar.DefaultNamespace); err != nil {
+		t.Fatal(err)
+	}
+	w.serve(t, func(c *httpapi.Config) { c.Hosts = []string{"Ops.example"} })
 	for host, want := range map[string]int{
-		"127.0.0.1:8300": 200, "[::1]:8300": 200, "[::1]": 200, "localhost:8300": 200, "localhost": 200, "ops.example": 200, "ops.example:443": 200,
+		"127.0.0.1:8300": 200, "[::1]:8300": 200, "[::1]": 200, "localhost:8300": 200, "localhost": 200, "ops.example": 200, "ops.example:443": 200, "OPS.Example": 200, "LocalHost": 200,
 		"evil.example": 421, "evil.example:8300": 421, "localhost.evil.example": 421, "127.0.0.1.evil.example": 421,
 	} {
 		for _, path := range []string{"/", "/page.js", "/v1/stream?service=BAD"} {
@@ -673,6 +771,11 @@ func TestConfig(t *testing.T) {
 	store, err := registrar.NewStore(rdb, registrar.DefaultNamespace)
 	if err != nil {
 		t.Fatal(err)
+	}
+	for _, host := range []string{"", "ops.example:443", "http://ops.example", "[::1]"} {
+		if _, err := httpapi.New(httpapi.Config{Hosts: []string{host}}, store, zerolog.Nop()); err == nil || !strings.Contains(err.Error(), "without a port") {
+			t.Errorf("host %q: %v", host, err)
+		}
 	}
 	for _, c := range []struct {
 		token string

@@ -28,7 +28,9 @@ var (
 	errJSON     = errors.New("want the header Content-Type: application/json")
 )
 
-func checkToken(token string, err error) error {
+// CheckToken takes what a Config's Token returned, and tells what is wrong with
+// it.
+func CheckToken(token string, err error) error {
 	switch {
 	case err != nil:
 		return fmt.Errorf("token: %w", err)
@@ -90,7 +92,7 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do f
 		return
 	}
 	rc := http.NewResponseController(w)
-	if err := errors.Join(rc.SetReadDeadline(time.Now().Add(bodyTimeout)), rc.SetWriteDeadline(time.Now().Add(bodyTimeout+registrar.Timeout+patience+writeTimeout))); err != nil {
+	if err := rc.SetWriteDeadline(time.Now().Add(s.bodies + registrar.Timeout + patience + writeTimeout)); err != nil {
 		fail(w, http.StatusInternalServerError, err)
 		return
 	}
@@ -99,7 +101,7 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do f
 		fail(w, code, err)
 		return
 	}
-	// It has been read; what follows may take longer.
+	// The body has been read to its end; what follows may take longer.
 	if err := rc.SetReadDeadline(time.Time{}); err != nil {
 		fail(w, http.StatusInternalServerError, err)
 		return
@@ -172,21 +174,21 @@ func (s *Server) authorize(r *http.Request) (code int, err error) {
 	if err != nil {
 		return http.StatusForbidden, fmt.Errorf("remote address: %w", err)
 	}
-	if !s.refused.allows(from.Addr(), time.Now()) {
-		return http.StatusTooManyRequests, errGuesses
-	}
 	token, err := s.cfg.Token()
-	if err := checkToken(token, err); err != nil {
+	if err := CheckToken(token, err); err != nil {
 		s.log.Error().Err(err).Msg("nobody can write")
 		return http.StatusServiceUnavailable, errors.New("the server cannot read its token")
 	}
 	given, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	want, got := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(given))
-	if !ok || subtle.ConstantTimeCompare(want[:], got[:]) != 1 {
-		s.refused.note(from.Addr(), time.Now())
-		return http.StatusUnauthorized, errToken
+	if ok && subtle.ConstantTimeCompare(want[:], got[:]) == 1 {
+		return 0, nil // whoever else is behind its address
 	}
-	return 0, nil
+	if !s.refused.allows(from.Addr(), time.Now()) {
+		return http.StatusTooManyRequests, errGuesses
+	}
+	s.refused.note(from.Addr(), time.Now())
+	return http.StatusUnauthorized, errToken
 }
 
 // order is what a write says beside service and address.
@@ -198,6 +200,9 @@ type order struct {
 // order reads the body and the query.
 func (s *Server) order(w http.ResponseWriter, r *http.Request, verb string) (o order, code int, err error) {
 	if verb == "deregister" {
+		if _, err := io.Copy(io.Discard, http.MaxBytesReader(w, r.Body, maxBody)); err != nil {
+			return o, http.StatusBadRequest, fmt.Errorf("body: %w", err)
+		}
 		return order{force: r.URL.Query().Get("force") == "true"}, 0, nil
 	}
 	if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {

@@ -104,8 +104,8 @@ func TestReadOnly(t *testing.T) {
 	}
 }
 
-// TestGuesses has an address that guesses wait, even with the right token, and
-// a token file that changes.
+// TestGuesses has an address that guesses wait, but never with the right token,
+// and a token file that changes.
 func TestGuesses(t *testing.T) {
 	t.Parallel()
 	token := secret
@@ -133,15 +133,18 @@ func TestGuesses(t *testing.T) {
 			t.Errorf("a guess: %d", code)
 		}
 	}
-	if code := try(token); code != 429 {
+	if code := try("guess"); code != 429 {
 		t.Errorf("after 10 guesses: %d, want 429", code)
+	}
+	if code := try(token); code != 200 {
+		t.Errorf("the token after 10 guesses of others: %d, want 200", code)
 	}
 	if n := w.server.Stats().RefusedTokens; n != 10 {
 		t.Errorf("%d refused, want 10", n)
 	}
 	token = "short"
-	if code := try(token); code != 429 {
-		t.Errorf("%d, want 429", code)
+	if code := try(token); code != 503 {
+		t.Errorf("the server's token is too short: %d, want 503", code)
 	}
 }
 
