@@ -73,6 +73,32 @@ func TestPasswordReload(t *testing.T) {
 	}
 }
 
+// TestCertificateReload changes the CA and the client's certificate in their
+// files: the next new connection uses them.
+func TestCertificateReload(t *testing.T) {
+	before, after := redistest.NewCertificates(t), redistest.NewCertificates(t)
+	srv := redistest.Start(t, after.Args()...)
+	dir := t.TempDir()
+	a := Access{CA: filepath.Join(dir, "ca"), Cert: filepath.Join(dir, "cert"), Key: filepath.Join(dir, "key")}
+	put := func(c redistest.Certificates) {
+		for to, from := range map[string]string{a.CA: c.CA, a.Cert: c.Cert, a.Key: c.Key} {
+			b, err := os.ReadFile(from)
+			must(t, err)
+			must(t, os.WriteFile(to, b, 0o600))
+		}
+	}
+	put(before)
+	rdb, err := a.Open("rediss://"+srv.Addr+"/0", 1)
+	must(t, err)
+	defer rdb.Close()
+	if err := rdb.Ping(t.Context()).Err(); err == nil || !strings.Contains(err.Error(), "certificate") {
+		t.Fatalf("by the files of before: %v", err)
+	}
+	put(after)
+	// After an error go-redis tries to connect once a second.
+	eventually(t, func() error { return rdb.Ping(t.Context()).Err() })
+}
+
 // TestTLS speaks to a server that demands client certificates.
 func TestTLS(t *testing.T) {
 	own, other := redistest.NewCertificates(t), redistest.NewCertificates(t)

@@ -53,8 +53,8 @@ type Access struct {
 	SentinelUser     string
 	SentinelPassword func() (string, error)
 	// CA is a file of the certificates that vouch for the servers; "" = the
-	// system's. Cert and Key are files of this client's own certificate, read at
-	// every new connection; "" = none.
+	// system's. Cert and Key are files of this client's own certificate; "" =
+	// none. All are read at every new connection.
 	CA, Cert, Key string
 }
 
@@ -71,24 +71,25 @@ func Open(url string, pool int) (redis.UniversalClient, error) { return Access{}
 //
 // The user is the data node's. With rediss in the place of redis every
 // connection is TLS. pool is the most connections it keeps, to each node of a
-// Cluster. It does no I/O but to read a.CA; the caller closes the client.
+// Cluster. It does no I/O but to read a's files; the caller closes the client.
 func (a Access) Open(rawURL string, pool int) (redis.UniversalClient, error) {
 	scheme, rest, _ := strings.Cut(rawURL, "://")
 	base, form, _ := strings.Cut(scheme, "+")
 	if base != "redis" && base != "rediss" {
 		return nil, errURL
 	}
+	// What is wrong with the files is a mistake now, and an outage later.
 	secure, err := a.tls(base == "rediss")
 	if err != nil {
 		return nil, err
 	}
 	switch form {
 	case "":
-		return a.server(rawURL, secure, pool)
+		return a.server(rawURL, pool)
 	case "sentinel":
-		return a.sentinel(base, rest, secure, pool)
+		return a.sentinel(base, rest, a.dialer(secure), pool)
 	case "cluster":
-		return a.cluster(base, rest, secure, pool)
+		return a.cluster(base, rest, a.dialer(secure), pool)
 	}
 	return nil, errURL
 }
@@ -96,15 +97,12 @@ func (a Access) Open(rawURL string, pool int) (redis.UniversalClient, error) {
 // A parser's own errors can quote the URL, and with it a password.
 var errURL = errors.New("redis URL: want redis://[user:password@]host:port/db, redis+sentinel://[user:password@]host:port,…/primary/db, redis+cluster://[user:password@]host:port,…, or any with rediss")
 
-func (a Access) server(rawURL string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
+func (a Access) server(rawURL string, pool int) (redis.UniversalClient, error) {
 	o, err := redis.ParseURL(rawURL)
 	if err != nil {
 		return nil, errURL
 	}
-	if secure != nil {
-		secure.ServerName, secure.InsecureSkipVerify = o.TLSConfig.ServerName, o.TLSConfig.InsecureSkipVerify
-		o.TLSConfig = secure
-	}
+	o.Dialer = a.dialer(o.TLSConfig)
 	o.CredentialsProviderContext = a.credentials(o.Username, o.Password)
 	o.DialTimeout = DialTimeout
 	o.DialerRetries = 1
@@ -122,7 +120,7 @@ func (a Access) server(rawURL string, secure *tls.Config, pool int) (redis.Unive
 	return rdb, nil
 }
 
-func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
+func (a Access) sentinel(base, rest string, dial dialer, pool int) (redis.UniversalClient, error) {
 	u, addrs, err := parseHosts(base, rest, sentinelPort)
 	if err != nil {
 		return nil, err
@@ -142,7 +140,7 @@ func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis
 		MasterName: primary, SentinelAddrs: addrs, DB: db,
 		OnConnect:                  a.greetSentinel,
 		CredentialsProviderContext: a.credentials(u.User.Username(), password),
-		TLSConfig:                  secure,
+		Dialer:                     dial,
 		DialTimeout:                DialTimeout, DialerRetries: 1,
 		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
 		MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
@@ -172,7 +170,7 @@ func (a Access) greetSentinel(ctx context.Context, cn *redis.Conn) error {
 
 // cluster follows no MOVED by itself: that answer renews the map, and the
 // caller's next try goes to the right node. Nothing is read from replicas.
-func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
+func (a Access) cluster(base, rest string, dial dialer, pool int) (redis.UniversalClient, error) {
 	u, addrs, err := parseHosts(base, rest, clusterPort)
 	if err != nil {
 		return nil, err
@@ -184,7 +182,7 @@ func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.
 	rdb := redis.NewClusterClient(&redis.ClusterOptions{
 		Addrs:                      addrs,
 		CredentialsProviderContext: a.credentials(u.User.Username(), password),
-		TLSConfig:                  secure,
+		Dialer:                     dial,
 		DialTimeout:                DialTimeout, DialerRetries: 1,
 		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
 		MaxRedirects: -1, MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
@@ -296,6 +294,29 @@ func (a Access) credentials(user, password string) func(context.Context) (string
 		return user, p, nil
 	}
 }
+
+type dialer = func(ctx context.Context, network, addr string) (net.Conn, error)
+
+// dialer connects with TLS, by the files as they are then, as if says beside
+// them; nil = plainly, which go-redis does by itself.
+func (a Access) dialer(as *tls.Config) dialer {
+	if as == nil {
+		return nil
+	}
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		c, err := a.tls(true)
+		if err != nil {
+			return nil, err
+		}
+		// The name that the certificate must have is addr's, if as has none.
+		c.ServerName, c.InsecureSkipVerify = as.ServerName, as.InsecureSkipVerify
+		d := tls.Dialer{NetDialer: &net.Dialer{Timeout: DialTimeout, KeepAlive: keepAlive}, Config: c}
+		return d.DialContext(ctx, network, addr)
+	}
+}
+
+// keepAlive is go-redis' own, of plain connections.
+const keepAlive = 5 * time.Minute
 
 // tls returns nil for plain connections.
 func (a Access) tls(secure bool) (*tls.Config, error) {
