@@ -40,7 +40,7 @@ func redisFlags(more ...cli.Flag) []cli.Flag {
 func logFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "log-level", Value: "info", EnvVars: env("log-level"), Usage: "debug, info, warn or error"},
-		&cli.StringFlag{Name: "log-format", Value: "text", EnvVars: env("log-format"), Usage: "text or json, on standard error"},
+		&cli.StringFlag{Name: "log-format", Value: "text", EnvVars: env("log-format"), Usage: "text (or console, the same) or json, on standard error"},
 	}
 }
 
@@ -58,10 +58,10 @@ func logger(c *cli.Context) (zerolog.Logger, error) {
 	switch f := c.String("log-format"); f {
 	case "json":
 		w = escaper{w}
-	case "text":
+	case "text", "console":
 		w = zerolog.ConsoleWriter{Out: w, NoColor: true, TimeFormat: "15:04:05.000"}
 	default:
-		return zerolog.Nop(), usage("--log-format %q: want text or json", f)
+		return zerolog.Nop(), usage("--log-format %q: want text (or console, the same) or json", f)
 	}
 	zerolog.TimeFieldFormat = zerolog.TimeFormatUnixMs
 	log := zerolog.New(w).Level(level).With().Timestamp().Logger()

@@ -48,6 +48,7 @@ func dockerCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
+			defer s.hangups(c)()
 			notify := newSystemd(s.log)
 			defer notify.close()
 			cfg.Tell = func(away error) {

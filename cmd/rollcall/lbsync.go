@@ -131,14 +131,8 @@ func dataplaneTarget(c *cli.Context, log zerolog.Logger) (*target, error) {
 		return nil, usageError{err}
 	}
 	// A file that is not there is a mistake now, and an outage later.
-	for _, f := range dataplaneFlags[1:] {
-		if name := c.String(f); name != "" {
-			file, err := os.Open(name)
-			if err != nil {
-				return nil, usage("--%s: %v", f, err)
-			}
-			_ = file.Close() // nothing was written
-		}
+	if err := dataplaneReadable(c); err != nil {
+		return nil, err
 	}
 	at, err := normalURL(c.String("dataplane"))
 	if err != nil {
@@ -146,6 +140,20 @@ func dataplaneTarget(c *cli.Context, log zerolog.Logger) (*target, error) {
 	}
 	id, err := hostID(at)
 	return &target{client, id, "dataplane", at, filepath.Join(os.TempDir(), "rollcall-"+id)}, err
+}
+
+// dataplaneReadable opens the files that go with --dataplane, if there are any.
+func dataplaneReadable(c *cli.Context) error {
+	for _, f := range dataplaneFlags[1:] {
+		if name := c.String(f); name != "" {
+			file, err := os.Open(name)
+			if err != nil {
+				return usage("--%s: %v", f, err)
+			}
+			_ = file.Close() // nothing was written
+		}
+	}
+	return nil
 }
 
 // normalURL spells a URL that dataplane.New accepts in one way only, so that one
@@ -188,6 +196,9 @@ func drive(c *cli.Context, cfg lbsync.Config, t *target, s *session, mon *monito
 		return err
 	}
 	defer stop()
+	if !c.Bool("once") {
+		defer s.hangups(c, func() error { return dataplaneReadable(c) })()
+	}
 	starts := s.log.Info().Str(t.kind, t.at).Strs("backends", c.StringSlice("backend")).Stringers("allow", prefixes(cfg.Allow))
 	for _, b := range cfg.Backends {
 		if len(b.Allow) > 0 {

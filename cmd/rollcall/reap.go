@@ -74,6 +74,12 @@ func reapCommand() *cli.Command {
 					return err
 				}
 				defer stop()
+				defer s.hangups(c, func() error {
+					if c.String("canary-redis") == "" {
+						return nil
+					}
+					return readable(c, "canary-redis")
+				})()
 				s.log.Info().Str("reaper", cfg.ID).Dur("ttl", cfg.TTL).Dur("heartbeat", cfg.Interval).Msg("reaper starts")
 				defer notify.stopping(c.Context)()
 				err = r.Run(c.Context)

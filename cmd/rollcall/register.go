@@ -66,6 +66,9 @@ func registerCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
+			if side.command == nil {
+				defer s.hangups(c)()
+			}
 			side.log = s.log
 			side.notify = newSystemd(s.log)
 			defer side.notify.close()

@@ -54,6 +54,12 @@ func serveCommand() *cli.Command {
 			if file := c.String("token-file"); file != "" {
 				cfg.Token = func() (string, error) { return secretFile(file) }
 			}
+			defer s.hangups(c, func() error {
+				if cfg.Token == nil {
+					return nil
+				}
+				return httpapi.CheckToken(cfg.Token())
+			})()
 			srv, err := httpapi.New(cfg, s.store, s.log)
 			if err != nil {
 				return usageError{err}

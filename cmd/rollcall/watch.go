@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"net/netip"
 	"slices"
 	"time"
@@ -41,6 +42,7 @@ func watchCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
+			defer s.hangups(c)()
 			notify := newSystemd(s.log)
 			defer notify.close()
 			defer notify.stopping(c.Context)()
@@ -62,15 +64,18 @@ func watchCommand() *cli.Command {
 				return err
 			}
 			defer stop()
+			ctx, cancel := context.WithCancel(c.Context)
+			defer cancel()
 			var failed error
 			shown := map[registrar.Service]*watched{}
-			err = w.Run(c.Context, func(ch notifier.Change) {
+			err = w.Run(ctx, func(ch notifier.Change) {
 				if shown[ch.Service] == nil {
 					shown[ch.Service] = &watched{last: map[netip.AddrPort]event{}}
 				}
 				for _, e := range shown[ch.Service].events(ch) {
 					if err := s.line(e, "%s %s %d %s %s %s weight %d", e.Time, e.Service, e.Version, e.Addr, e.What, dash(e.State), e.Weight); err != nil {
 						failed = err
+						cancel() // nobody reads it, as when a terminal was closed
 					}
 					count(e)
 				}
