@@ -113,7 +113,7 @@ func copySource(from, to string) error {
 func TestUnits(t *testing.T) {
 	t.Parallel()
 	files, err := filepath.Glob("../../scripts/deploy/systemd/*.service")
-	if err != nil || len(files) != 4 {
+	if err != nil || len(files) != 5 {
 		t.Fatalf("units %v, %v", files, err)
 	}
 	var variables []string
