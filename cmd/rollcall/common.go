@@ -123,9 +123,9 @@ func open(c *cli.Context, flag string, pool int) (redis.UniversalClient, error) 
 
 func access(c *cli.Context, flag string) (registrar.Access, error) {
 	a := registrar.Access{
-		Password:         func() (string, error) { return secret(env(flag)[0] + "_PASSWORD") },
+		Password:         secret(env(flag)[0] + "_PASSWORD"),
 		SentinelUser:     os.Getenv("ROLLCALL_SENTINEL_USER"),
-		SentinelPassword: func() (string, error) { return secret("ROLLCALL_SENTINEL_PASSWORD") },
+		SentinelPassword: secret("ROLLCALL_SENTINEL_PASSWORD"),
 		CA:               c.String("redis-ca"), Cert: c.String("redis-cert"), Key: c.String("redis-key"),
 	}
 	// A file that is not there is a mistake now, and an outage later.
@@ -137,20 +137,21 @@ func access(c *cli.Context, flag string) (registrar.Access, error) {
 	return a, nil
 }
 
-// secret reads the variable name, or the file that the variable name_FILE names.
-func secret(name string) (string, error) {
-	if v := os.Getenv(name); v != "" {
+// secret returns how to read the variable name, or the file that the variable
+// name_FILE names. The variables are those of now: register takes the password
+// out of its environment before it connects.
+func secret(name string) func() (string, error) {
+	value, file := os.Getenv(name), os.Getenv(name+"_FILE")
+	return func() (string, error) {
+		if value != "" || file == "" {
+			return value, nil
+		}
+		v, err := secretFile(file)
+		if err != nil {
+			return "", fmt.Errorf("%s_FILE: %w", name, err)
+		}
 		return v, nil
 	}
-	file := os.Getenv(name + "_FILE")
-	if file == "" {
-		return "", nil
-	}
-	v, err := secretFile(file)
-	if err != nil {
-		return "", fmt.Errorf("%s_FILE: %w", name, err)
-	}
-	return v, nil
 }
 
 func secretFile(path string) (string, error) {

@@ -113,3 +113,18 @@ func TestHangup(t *testing.T) {
 		})
 	}
 }
+
+// TestPasswordVariable has a sidecar log in with the password of a variable.
+func TestPasswordVariable(t *testing.T) {
+	t.Parallel()
+	s := &system{redis: redistest.Start(t)}
+	if err := s.redis.Client(t).Do(t.Context(), "ACL", "SETUSER", "sidecar", "reset", "on", ">in a variable", "~*", "&*", "+@all").Err(); err != nil {
+		t.Fatal(err)
+	}
+	s.env = []string{"ROLLCALL_REDIS=redis://sidecar@" + s.redis.Addr + "/0", "ROLLCALL_REDIS_PASSWORD=in a variable"}
+	p := s.spawn(t, "register", "--service", "web", "--addr", "127.0.0.1:9001")
+	s.comes(t, "127.0.0.1:9001")
+	if code := p.signal(t, syscall.SIGTERM); code != 0 {
+		t.Errorf("exit %d", code)
+	}
+}
