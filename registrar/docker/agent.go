@@ -47,6 +47,8 @@ type Config struct {
 	Network  string
 	// Explicit registers only what has a SERVICE_NAME.
 	Explicit bool
+	// Services are those that containers may be of; empty = every one.
+	Services []registrar.Service
 	Zone     string
 	// DrainWait is the Beater's: how long a container that was told to stop is
 	// kept, draining, at most. It ends when the container does.
@@ -102,7 +104,7 @@ func New(cfg Config, store *registrar.Store, log zerolog.Logger) (*Agent, error)
 	}
 	return &Agent{
 		cfg:    cfg,
-		place:  place{cfg.Advertise, cfg.Internal, cfg.Network, cfg.Explicit},
+		place:  place{cfg.Advertise, cfg.Internal, cfg.Network, cfg.Explicit, cfg.Services},
 		engine: engine, store: store, roll: registrar.NewRoll(store),
 		log:    log.With().Str("component", "docker").Logger(),
 		asking: make(chan struct{}, inspections), relist: make(chan struct{}, 1), reopen: make(chan struct{}, 1),
@@ -155,11 +157,15 @@ func (a *Agent) Reconcile(ctx context.Context) error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	listed := map[string]bool{}
 	for _, c := range list.Items {
+		listed[c.ID] = true
 		a.post(ctx, c.ID, note{what: look})
 	}
 	for id := range a.workers {
-		a.post(ctx, id, note{what: look})
+		if !listed[id] {
+			a.post(ctx, id, note{what: missed})
+		}
 	}
 	return nil
 }
@@ -249,6 +255,8 @@ func (a *Agent) dispatch(ctx context.Context, m events.Message) {
 		n.what, n.signal = killed, m.Actor.Attributes["signal"]
 	case m.Action == events.ActionDie:
 		n.what = died
+	case m.Action == events.ActionDestroy:
+		n.what = missed
 	}
 	if id == "" {
 		return
@@ -272,7 +280,8 @@ func (a *Agent) post(ctx context.Context, id string, n note) {
 		a.workers[id] = w
 		a.working.Go(func() { w.run(ctx) })
 	}
-	if last := len(w.notes) - 1; n.what != look || last < 0 || w.notes[last].what != look {
+	// Another look says nothing more than the last one.
+	if last := len(w.notes) - 1; n.what != look && n.what != missed || last < 0 || w.notes[last].what != n.what {
 		w.notes = append(w.notes, n)
 	}
 	hint(w.wake)
@@ -310,8 +319,8 @@ func (a *Agent) retire(w *worker) bool {
 	return true
 }
 
-// inspect asks the Engine for the facts of a container. One that is not there
-// does not run; every other error means that nothing is known.
+// inspect asks the Engine for the facts of a container. With an error nothing is
+// known; errdefs.IsNotFound tells those that say it is not there.
 func (a *Agent) inspect(ctx context.Context, id string) (facts, error) {
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
@@ -323,8 +332,6 @@ func (a *Agent) inspect(ctx context.Context, id string) (facts, error) {
 	}
 	r, err := a.engine.ContainerInspect(ctx, id, client.ContainerInspectOptions{})
 	switch {
-	case errdefs.IsNotFound(err):
-		return facts{id: id}, nil
 	case err != nil:
 		return facts{}, fmt.Errorf("inspect container %s: %w", id, err)
 	case r.Container.ID != id || r.Container.State == nil:
@@ -352,11 +359,11 @@ func (a *Agent) command(id string, argv []string) health.Check {
 		if err != nil {
 			return err
 		}
+		stuck = e.ID // whether or not the Engine says in time that it has started it
 		out, err := a.engine.ExecAttach(ctx, e.ID, client.ExecAttachOptions{})
 		if err != nil {
 			return err
 		}
-		stuck = e.ID
 		stop := context.AfterFunc(ctx, out.Close)
 		_, err = io.Copy(io.Discard, out.Reader)
 		if stop() {

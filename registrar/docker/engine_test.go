@@ -1,20 +1,27 @@
 package docker
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	stdlog "log"
+	"net"
 	"net/http"
+	"net/http/httputil"
 	"net/netip"
+	"net/url"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/redis/go-redis/v9"
 	"github.com/rs/zerolog"
 	"go.uber.org/goleak"
@@ -226,16 +233,19 @@ func TestEngineRestarts(t *testing.T) {
 	c := h.Run(t, dockertest.Spec{Restart: true, Labels: named("restarts")})
 	addr := netip.AddrPortFrom(c.IP(t), 8080)
 	m := h.here(t, "restarts", addr, "")
+	life := c.Inspect(t).State.StartedAt
 	if err := syscall.Kill(c.Inspect(t).State.Pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	again := func() (addr netip.AddrPort) {
 		eventually(t, func() error {
-			if addr = netip.AddrPortFrom(c.IP(t), 8080); c.Inspect(t).RestartCount == 0 || !addr.IsValid() {
-				return errors.New("not restarted, or not in its network yet")
+			addr = netip.AddrPortFrom(c.IP(t), 8080)
+			if s := c.Inspect(t).State; !s.Running || s.StartedAt == life || !addr.Addr().IsValid() {
+				return fmt.Errorf("it is %s since %s, at %s", s.Status, s.StartedAt, addr)
 			}
 			return nil
 		})
+		life = c.Inspect(t).State.StartedAt
 		return addr
 	}
 	m = h.here(t, "restarts", again(), m.ID)
@@ -465,7 +475,9 @@ func TestEngineAway(t *testing.T) {
 	}
 	stays := h.Run(t, dockertest.Spec{Publish: []string{"8080"}, Labels: named("stays")})
 	dies := h.Run(t, dockertest.Spec{Publish: []string{"8080"}, Labels: named("dies")})
-	at, gone := stays.Addr(t, "8080"), dies.Addr(t, "8080")
+	checked := h.Run(t, dockertest.Spec{Publish: []string{"8080"}, Check: true, Labels: named("checked")})
+	at, gone, well := stays.Addr(t, "8080"), dies.Addr(t, "8080"), checked.Addr(t, "8080")
+	healthy := h.here(t, "checked", well, "")
 	pid := dies.Inspect(t).State.Pid
 	m := h.here(t, "stays", at, "")
 	h.here(t, "dies", gone, "")
@@ -479,6 +491,7 @@ func TestEngineAway(t *testing.T) {
 			return nil
 		})
 	}
+	joined := h.version(t, "checked")
 	e.Kill(t)
 	if err := <-away; err == nil {
 		t.Error("the Engine is there, it says")
@@ -500,6 +513,16 @@ func TestEngineAway(t *testing.T) {
 	h.went(t, "dies", gone, registrar.Left)
 	if again := h.here(t, "stays", at, ""); again.ID != m.ID {
 		t.Error("who has lived on is another registration")
+	}
+	// Docker 20.10 has kept its health; later ones begin with "starting".
+	if err := h.agent.Reconcile(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if again := h.here(t, "checked", well, ""); again.ID != healthy.ID || again.Registered != healthy.Registered {
+		t.Error("who has a HEALTHCHECK is another registration")
+	}
+	if now := h.version(t, "checked"); now != joined {
+		t.Errorf("version %d of who has a HEALTHCHECK became %d", joined, now)
 	}
 	stays.Do(t, "stop")
 	h.went(t, "stays", at, registrar.Left)
@@ -528,10 +551,176 @@ func TestEngineHangs(t *testing.T) {
 	}
 	c.Do(t, "stop")
 	h.went(t, "hung", addr, registrar.Left)
-	if f, err := h.agent.inspect(t.Context(), strings.Repeat("0", 64)); err != nil || f.state != ended {
+	if f, err := h.agent.inspect(t.Context(), strings.Repeat("0", 64)); !errdefs.IsNotFound(err) {
 		t.Errorf("a container that is not there: %+v, %v", f, err)
 	}
 	if slices.ContainsFunc(h.agent.Status().Instances, func(i InstanceStatus) bool { return i.Service == "hung" }) {
 		t.Error("it is still known")
 	}
+}
+
+// proxied is an Engine behind a proxy that hides its events, and at the test's
+// word some of its answers.
+type proxied struct {
+	url    string
+	lost   atomic.Bool  // inspections of containers find nothing
+	unseen atomic.Int32 // answers that were changed so
+	anew   atomic.Bool  // who is healthy is starting, as after a restart of a later Engine
+	late   atomic.Bool  // who starts a command does not hear that it runs
+	execs  atomic.Int32 // commands that were made
+}
+
+func behind(tb testing.TB, e *dockertest.Engine) *proxied {
+	tb.Helper()
+	dir, err := os.MkdirTemp("", "rp")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	l, err := net.Listen("unix", dir+"/s")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	p := &proxied{url: "unix://" + dir + "/s"}
+	to := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: "engine"})
+	dials := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", strings.TrimPrefix(e.URL, "unix://"))
+	}}
+	to.Transport = dials
+	to.ErrorLog = stdlog.New(io.Discard, "", 0)
+	to.ModifyResponse = func(r *http.Response) error {
+		if p.late.Load() && strings.HasSuffix(r.Request.URL.Path, "/start") {
+			<-r.Request.Context().Done()
+		}
+		if !p.anew.Load() || !strings.HasSuffix(r.Request.URL.Path, "/json") {
+			return nil
+		}
+		p.unseen.Add(1)
+		body, err := io.ReadAll(r.Body)
+		body = bytes.ReplaceAll(body, []byte(`"Status":"healthy"`), []byte(`"Status":"starting"`))
+		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
+		r.Header.Set("Content-Length", strconv.Itoa(len(body)))
+		return err
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch path := r.URL.Path; {
+		case strings.HasSuffix(path, "/events"):
+			http.Error(w, `{"message":"no events here"}`, http.StatusForbidden)
+			return
+		case p.lost.Load() && strings.Contains(path, "/containers/") && strings.HasSuffix(path, "/json") && !strings.HasSuffix(path, "/containers/json"):
+			p.unseen.Add(1)
+			http.Error(w, `{"message":"No such container"}`, http.StatusNotFound)
+			return
+		case strings.HasSuffix(path, "/exec"):
+			p.execs.Add(1)
+		}
+		to.ServeHTTP(w, r)
+	})}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	tb.Cleanup(func() {
+		err := srv.Close()
+		dials.CloseIdleConnections()
+		if got := <-served; got != http.ErrServerClosed {
+			err = errors.Join(err, got)
+		}
+		if err := errors.Join(err, os.RemoveAll(dir)); err != nil {
+			tb.Error(err)
+		}
+	})
+	return p
+}
+
+// TestEngineNotFound: that an inspection finds nothing is believed when a list
+// lacks the container too.
+func TestEngineNotFound(t *testing.T) {
+	t.Parallel()
+	e := dockertest.Shared(t)
+	p := behind(t, e)
+	h := newHost(t, e, func(c *Config) { c.Engine = p.url })
+	c := h.Run(t, dockertest.Spec{Publish: []string{"8080"}, Labels: named("lost")})
+	addr := c.Addr(t, "8080")
+	list := func() {
+		t.Helper()
+		if err := h.agent.Reconcile(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	list()
+	h.here(t, "lost", addr, "")
+	joined := h.version(t, "lost")
+	p.lost.Store(true)
+	list()
+	eventually(t, func() error {
+		if n := p.unseen.Load(); n < 3 {
+			return fmt.Errorf("%d inspections", n)
+		}
+		return nil
+	})
+	if now := h.version(t, "lost"); now != joined {
+		t.Errorf("version %d became %d", joined, now)
+	}
+	c.Do(t, "stop")
+	list()
+	h.went(t, "lost", addr, registrar.Left)
+}
+
+// TestEngineStartsAgain: a life that has been healthy and is "starting" again, as
+// after the Engine's restart, is kept until it is unhealthy.
+func TestEngineStartsAgain(t *testing.T) {
+	t.Parallel()
+	e := dockertest.Shared(t)
+	p := behind(t, e)
+	h := newHost(t, e, func(c *Config) { c.Engine = p.url })
+	c := h.Run(t, dockertest.Spec{Publish: []string{"8080"}, Check: true, Labels: named("anew")})
+	addr := c.Addr(t, "8080")
+	eventually(t, func() error {
+		_, err := h.entry(t, "anew", addr)
+		return errors.Join(err, h.agent.Reconcile(t.Context()))
+	})
+	joined := h.version(t, "anew")
+	p.anew.Store(true)
+	eventually(t, func() error {
+		if err := h.agent.Reconcile(t.Context()); err != nil {
+			return err
+		}
+		if n := p.unseen.Load(); n < 10 { // lists and inspections
+			return fmt.Errorf("%d answers", n)
+		}
+		return nil
+	})
+	if now := h.version(t, "anew"); now != joined {
+		t.Errorf("version %d became %d", joined, now)
+	}
+	tell(t, addr, "sick")
+	eventually(t, func() error {
+		e, err := h.entry(t, "anew", addr)
+		if err == nil && (e.Present || e.Gone.Reason != registrar.Unhealthy) {
+			err = fmt.Errorf("%+v", e)
+		}
+		return errors.Join(err, h.agent.Reconcile(t.Context()))
+	})
+}
+
+// TestEngineCommandUnheard: a command whose start is not heard of in time is
+// waited for as one that hangs is.
+func TestEngineCommandUnheard(t *testing.T) {
+	t.Parallel()
+	e := dockertest.Shared(t)
+	p := behind(t, e)
+	h := newHost(t, e, func(c *Config) { c.Engine = p.url })
+	c := h.Run(t, dockertest.Spec{Publish: []string{"8080"}})
+	tell(t, c.Addr(t, "8080"), "hang")
+	p.late.Store(true)
+	check := h.agent.command(c.ID, []string{"/app", "check"})
+	for _, want := range []string{context.DeadlineExceeded.Error(), "has not ended"} {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		if err := check(ctx); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("a command that hangs: %v, want %s", err, want)
+		}
+		cancel()
+	}
+	if n := p.execs.Load(); n != 1 {
+		t.Errorf("%d commands were made", n)
+	}
+	tell(t, c.Addr(t, "8080"), "well")
 }

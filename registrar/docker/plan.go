@@ -22,10 +22,11 @@ import (
 
 // place says where containers are reached, and which of them are registered.
 type place struct {
-	advertise netip.Addr // of ports that are published on every address of the host
-	internal  bool       // reached at the containers' own addresses
-	network   string     // with internal: in this network; empty = the first by name
-	explicit  bool       // only what has a SERVICE_NAME
+	advertise netip.Addr          // of ports that are published on every address of the host
+	internal  bool                // reached at the containers' own addresses
+	network   string              // with internal: in this network; empty = the first by name
+	explicit  bool                // only what has a SERVICE_NAME
+	services  []registrar.Service // only these; empty = every one
 }
 
 // want is one registration that a container is to have.
@@ -162,6 +163,9 @@ func (p place) want(f facts, port string, addr netip.AddrPort, grouped bool) (wa
 	}
 	if w.service, err = registrar.ParseService(name); err != nil {
 		return want{}, err
+	}
+	if len(p.services) > 0 && !slices.Contains(p.services, w.service) {
+		return want{}, fmt.Errorf("service %s is none of those that are let in", w.service)
 	}
 	return w, nil
 }

@@ -11,6 +11,8 @@ import (
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
 	"github.com/rs/zerolog"
+
+	"rollcall/registrar"
 )
 
 var (
@@ -79,6 +81,8 @@ func TestPlan(t *testing.T) {
 	explicit.explicit = true
 	internal := place{internal: true}
 	inB := place{internal: true, network: "b"}
+	some := host
+	some.services = []registrar.Service{"api", "web-80"}
 	for _, c := range []struct {
 		name  string
 		place place
@@ -115,6 +119,10 @@ func TestPlan(t *testing.T) {
 		{"explicit, without a name", explicit, label("SERVICE_TAGS", "a"), nil, ""},
 		{"explicit, with a name", explicit, label("SERVICE_NAME", "api"), []string{"api 10.0.0.1:32768 100"}, ""},
 		{"explicit, one port with a name", explicit, two("SERVICE_443_NAME", "tls"), []string{"tls 10.0.0.9:8443 100"}, ""},
+		{"of a service that is let in", some, label("SERVICE_NAME", "api"), []string{"api 10.0.0.1:32768 100"}, ""},
+		{"of another one", some, label("SERVICE_NAME", "payments"), nil, "port 80: service payments is none of those that are let in"},
+		{"of another one, by its image", some, nil, nil, "port 80: service web is none"},
+		{"one port of another", some, two(), []string{"web-80 10.0.0.1:32768 100"}, "port 443: service web-443 is none"},
 		{"tags", host, label("SERVICE_TAGS", "a, b=c,,=d", "SERVICE_80_REGION", "eu", "SERVICE_ID", "x1"),
 			[]string{"web 10.0.0.1:32768 100 a=true,b=c,id=x1,region=eu"}, ""},
 		{"a variable of no meaning is no tag", host, func(f *facts) { f.env = []string{"SERVICE_PASSWORD=secret", "SERVICE_ID=x1"} },

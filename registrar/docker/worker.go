@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/rs/zerolog"
 
 	"rollcall/registrar"
@@ -15,6 +16,7 @@ type what int
 
 const (
 	look   what = iota // something may have changed: inspect it
+	missed             // a list lacks it, or it was removed: inspect it too
 	killed             // it was sent a signal
 	died               // its life has ended
 )
@@ -40,6 +42,7 @@ type worker struct {
 	facts    facts     // of the last inspection that was answered
 	over     time.Time // beginning of the life that was told to stop or has ended: it is not registered again
 	said     time.Time // beginning of the life whose mistakes have been logged
+	missing  bool      // the Engine has said that it does not run, since the last inspection that was answered
 	failures int       // inspections without an answer, in a row
 }
 
@@ -71,7 +74,8 @@ func (w *worker) run(ctx context.Context) {
 }
 
 func (w *worker) see(ctx context.Context, n note) {
-	if n.what == look {
+	if n.what == look || n.what == missed {
+		w.missing = w.missing || n.what == missed
 		w.look(ctx)
 		return
 	}
@@ -81,7 +85,7 @@ func (w *worker) see(ctx context.Context, n note) {
 	}
 	switch {
 	case n.what == died:
-		w.over = w.facts.started
+		w.over, w.missing = w.facts.started, true
 		w.leave(registrar.ErrEnded)
 	case w.facts.stops(n.signal) && !w.over.Equal(w.facts.started):
 		w.over = w.facts.started
@@ -92,9 +96,14 @@ func (w *worker) see(ctx context.Context, n note) {
 	}
 }
 
-// look inspects the container and has what it is now.
+// look inspects the container and has what it is now. One that is not found has
+// ended if the Engine has also said so otherwise: a single 404, of a proxy before
+// the socket say, must not take out what serves.
 func (w *worker) look(ctx context.Context) {
 	f, err := w.agent.inspect(ctx, w.id)
+	if w.missing && errdefs.IsNotFound(err) {
+		f, err = facts{id: w.id}, nil
+	}
 	if err != nil {
 		if ctx.Err() == nil {
 			w.failures++
@@ -102,7 +111,7 @@ func (w *worker) look(ctx context.Context) {
 		}
 		return
 	}
-	w.failures = 0
+	w.failures, w.missing = 0, false
 	if !f.started.Equal(w.facts.started) {
 		w.leave(registrar.ErrEnded)
 	}
@@ -110,6 +119,9 @@ func (w *worker) look(ctx context.Context) {
 	switch {
 	case f.state == sick:
 		w.leave(registrar.ErrUnhealthy)
+	case f.state == waiting && len(w.regs) > 0:
+		// A HEALTHCHECK says "starting" again after its Engine was restarted. It has
+		// been healthy in this life, and nothing has said that it is not now.
 	case f.state != serving:
 		w.leave(registrar.ErrEnded)
 	case !f.started.Equal(w.over):
@@ -120,7 +132,8 @@ func (w *worker) look(ctx context.Context) {
 // register makes the registrations be those that the container is to have.
 func (w *worker) register(ctx context.Context) {
 	wants, err := w.agent.place.plan(w.facts)
-	if !w.facts.started.Equal(w.said) {
+	first := !w.facts.started.Equal(w.said)
+	if first {
 		w.said = w.facts.started
 		if err != nil {
 			w.log.Warn().Err(err).Str("name", w.facts.name).Msg("not registered as it is labelled")
@@ -145,7 +158,9 @@ func (w *worker) register(ctx context.Context) {
 		}
 		r, err := w.registration(want)
 		if err != nil {
-			w.log.Warn().Err(err).Str("name", w.facts.name).Str("service", string(want.service)).Stringer("addr", want.addr).Msg("cannot be registered")
+			if first {
+				w.log.Warn().Err(err).Str("name", w.facts.name).Str("service", string(want.service)).Stringer("addr", want.addr).Msg("cannot be registered")
+			}
 			continue
 		}
 		r.start(ctx)

@@ -353,6 +353,27 @@ func (e *Engine) Kill(tb testing.TB) {
 	tb.Helper()
 	e.signal(tb, syscall.SIGKILL)
 	_ = e.cmd.Wait() // says "signal: killed"
+	// Its containerd goes with it. Until an init has reaped that, the next dockerd
+	// would take it for alive, and wait for it.
+	pidfile := filepath.Join(e.dir, "exec/containerd/containerd.pid")
+	pid, err := os.ReadFile(pidfile)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(readyTimeout); ; <-tick.C {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%s/stat", bytes.TrimSpace(pid)))
+		if err != nil || bytes.Contains(stat, []byte(") Z ")) {
+			break
+		}
+		if time.Now().After(deadline) {
+			tb.Fatal("dockerd's containerd does not end")
+		}
+	}
+	if err := os.Remove(pidfile); err != nil {
+		tb.Error(err)
+	}
 	// Which it does itself when it ends in order.
 	if err := syscall.Unmount(filepath.Join(e.dir, "data"), syscall.MNT_DETACH); err != nil {
 		tb.Error(err)
