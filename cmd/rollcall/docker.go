@@ -25,6 +25,7 @@ func dockerCommand() *cli.Command {
 			&cli.BoolFlag{Name: "internal", EnvVars: env("internal"), Usage: "register containers at their own addresses and ports, published or not"},
 			&cli.StringFlag{Name: "network", EnvVars: env("network"), DefaultText: "the container's first by name", Usage: "with --internal: `NAME` of the network of these addresses; who is not in it is not registered"},
 			&cli.BoolFlag{Name: "explicit", EnvVars: env("explicit"), Usage: "register only what has a SERVICE_NAME"},
+			&cli.StringSliceFlag{Name: "service", EnvVars: env("service"), DefaultText: "every one", Usage: "`NAME` of a service that containers may be of; repeatable. Others are not registered"},
 			&cli.StringFlag{Name: "zone", EnvVars: env("zone"), Usage: "`NAME` of where the containers run"},
 			&cli.DurationFlag{Name: "drain-wait", Value: registrar.DefaultDrainWait, EnvVars: env("drain-wait"),
 				Usage: "longest time between a container's being told to stop and its leaving; it leaves when it ends, at the latest"},
@@ -38,6 +39,13 @@ func dockerCommand() *cli.Command {
 			cfg := docker.Config{
 				Engine: c.String("engine"), Internal: c.Bool("internal"), Network: c.String("network"), Explicit: c.Bool("explicit"),
 				Zone: c.String("zone"), DrainWait: c.Duration("drain-wait"), Leave: c.Bool("leave"),
+			}
+			for _, name := range c.StringSlice("service") {
+				svc, err := registrar.ParseService(name)
+				if err != nil {
+					return usage("--service: %w", err)
+				}
+				cfg.Services = append(cfg.Services, svc)
 			}
 			var err error
 			if cfg.Advertise, err = advertised(c); err != nil {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -8,6 +9,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
+	"rollcall/lbsync/haproxy/haproxytest"
+	"rollcall/registrar/docker"
 	"rollcall/registrar/docker/dockertest"
 	"rollcall/registrar/redistest"
 )
@@ -21,7 +26,8 @@ func TestEngineCommand(t *testing.T) {
 	labels := map[string]string{"SERVICE_NAME": "web"}
 	c := e.Run(t, dockertest.Spec{Publish: []string{"8080"}, Labels: labels})
 	addr := c.Addr(t, "8080").String()
-	args := []string{"docker", "--engine", e.URL, "--advertise", e.Host, "--explicit", "--zone", "rack1"}
+	intruder := e.Run(t, dockertest.Spec{Publish: []string{"8080"}, Labels: map[string]string{"SERVICE_NAME": "payments"}})
+	args := []string{"docker", "--engine", e.URL, "--advertise", e.Host, "--service", "web", "--service", "api", "--zone", "rack1"}
 	m := s.monitor(t, args...)
 	token := s.comes(t, addr)
 	m.ready(t, "ok")
@@ -32,6 +38,15 @@ func TestEngineCommand(t *testing.T) {
 	m.shows(t, "rollcall_beats_total", 1, many)
 	if out, _, _ := s.rollcall(t, "instances", "web"); !strings.Contains(out, "rack1") || !strings.Contains(out, "container="+c.ID[:12]) {
 		t.Errorf("instances:\n%s", out)
+	}
+	haproxytest.Poll(t, "it says who is not let in", func() error {
+		if out := m.out.String(); strings.Count(out, "service payments is none of those that are let in") != 1 {
+			return errors.New(out)
+		}
+		return nil
+	})
+	if out, _, _ := s.rollcall(t, "services"); strings.Contains(out, "payments") {
+		t.Errorf("%s is registered:\n%s", intruder.ID, out)
 	}
 	if code := m.signal(t, syscall.SIGTERM); code != 0 {
 		t.Errorf("exit %d", code)
@@ -61,6 +76,7 @@ func TestDockerFlags(t *testing.T) {
 		{"--advertise 10.0.0.1:80", "10.0.0.1:80"},
 		{"--advertise 0.0.0.0", "unspecified"},
 		{"--interface none0", "none0"},
+		{"--advertise 10.0.0.1 --service web --service Web", `service name "Web"`},
 		{"--network n --advertise 10.0.0.1", "a network is of internal addresses"},
 		{"--engine engine --advertise 10.0.0.1", "docker engine"},
 		{"--advertise 10.0.0.1 x", "want docker"},
@@ -97,4 +113,31 @@ func TestEngineNotify(t *testing.T) {
 	if code := p.signal(t, syscall.SIGTERM); code != 0 {
 		t.Errorf("exit %d", code)
 	}
+}
+
+// TestEngineMetricsOfOneAddress: what two containers claim is one line, and does
+// not make the whole answer an error.
+func TestEngineMetricsOfOneAddress(t *testing.T) {
+	t.Parallel()
+	at := netip.MustParseAddrPort("10.0.0.1:80")
+	m := &monitor{}
+	m.docker(func() docker.Status {
+		return docker.Status{Instances: []docker.InstanceStatus{{Service: "web", Addr: at, Standing: docker.Registered}, {Service: "web", Addr: at, Standing: docker.Refused}}}
+	})
+	all := prometheus.NewRegistry()
+	all.MustRegister(m.collectors...)
+	families, err := all.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() != registeredName {
+			continue
+		}
+		if len(f.Metric) != 1 || f.Metric[0].GetGauge().GetValue() != 1 {
+			t.Errorf("%v", f.Metric)
+		}
+		return
+	}
+	t.Error("no " + registeredName)
 }

@@ -116,8 +116,18 @@ func (m *monitor) docker(status func() docker.Status) (beaten func(error)) {
 		s := status()
 		emit(up, number(s.Away == nil))
 		emit(containers, float64(s.Containers))
+		// Two containers may claim one address: a life that ends and the next, say.
+		type instance struct {
+			service registrar.Service
+			addr    string
+		}
+		is := map[instance]bool{}
 		for _, i := range s.Instances {
-			emit(registered, number(i.Standing == docker.Registered), string(i.Service), i.Addr.String())
+			at := instance{i.Service, i.Addr.String()}
+			is[at] = is[at] || i.Standing == docker.Registered
+		}
+		for i, yes := range is {
+			emit(registered, number(yes), string(i.service), i.addr)
 		}
 	}})
 	m.ready = func() error {
