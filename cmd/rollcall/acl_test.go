@@ -59,7 +59,7 @@ func startRoles(t *testing.T) *redistest.Server {
 	t.Helper()
 	t.Setenv("ROLLCALL_REDIS_PASSWORD", rolePassword)
 	t.Setenv("ROLLCALL_CANARY_REDIS_PASSWORD", rolePassword)
-	return redistest.Start(t, "--aclfile", roles(t, "acl", 5))
+	return redistest.Start(t, "--aclfile", roles(t, "acl", 6))
 }
 
 func roleURL(srv *redistest.Server, role string) string {
@@ -176,13 +176,15 @@ func TestRolesWhole(t *testing.T) {
 			t.Errorf("%s: the note is still there: %v", role, err)
 		}
 	}
-	prunes("sidecar-web", func(s *registrar.Store) error {
-		if _, err := s.Beat(t.Context(), "web", registrar.Beat{Addr: a.Addr(), Token: "t", Meta: `{"id":"t"}`, Claim: true}); err != nil {
+	for _, role := range []string{"sidecar-web", "docker"} {
+		prunes(role, func(s *registrar.Store) error {
+			if _, err := s.Beat(t.Context(), "web", registrar.Beat{Addr: a.Addr(), Token: role, Meta: `{"id":"` + role + `"}`, Claim: true}); err != nil {
+				return err
+			}
+			_, err := s.Leave(t.Context(), "web", a.Addr(), role, registrar.Left)
 			return err
-		}
-		_, err := s.Leave(t.Context(), "web", a.Addr(), "t", registrar.Left)
-		return err
-	})
+		})
+	}
 	prunes("operator", func(s *registrar.Store) error {
 		_, _, err := s.SetAdmin(t.Context(), "web", a.Addr(), registrar.Word{Verb: "maint"})
 		return err
@@ -221,9 +223,9 @@ func roleClient(t *testing.T, srv *redistest.Server, role string) redis.Universa
 // caller's rights and no more.
 func TestRolesBounds(t *testing.T) {
 	srv := startRoles(t)
-	const sidecar, reap, sync, operate, watch = "sidecar-web", "reaper", "lbsync", "operator", "watcher"
+	const sidecar, agent, reap, sync, operate, watch = "sidecar-web", "docker", "reaper", "lbsync", "operator", "watcher"
 	clients := map[string]redis.UniversalClient{}
-	for _, role := range []string{sidecar, reap, sync, operate, watch} {
+	for _, role := range []string{sidecar, agent, reap, sync, operate, watch} {
 		clients[role] = roleClient(t, srv, role)
 	}
 	no := []string(nil)
@@ -232,40 +234,40 @@ func TestRolesBounds(t *testing.T) {
 		{"flushall", no}, {"flushdb", no}, {"config get maxmemory", no}, {"config set maxmemory 1", no}, {"keys *", no}, {"scan 0", no},
 		{"client list", no}, {"client kill type normal", no}, {"acl setuser x on", no}, {"acl list", no}, {"script flush", no}, {"replicaof no one", no},
 		{"save", no}, {"randomkey", no}, {"dbsize", no}, {"swapdb 0 1", no}, {"function flush", no}, {"slowlog get", no},
-		{"ping", []string{sidecar, reap, sync, operate, watch}},
+		{"ping", []string{sidecar, agent, reap, sync, operate, watch}},
 		// Whole keys.
 		{"del rollcall:{web}:instances", no}, {"unlink rollcall:version", no}, {"rename rollcall:{web}:meta x", no}, {"expire rollcall:{web}:instances 1", no},
 		{"copy rollcall:{web}:meta rollcall:{web}:admin", no}, {"zunionstore rollcall:{web}:instances 1 rollcall:{api}:instances", no},
 		{"set other 1", no}, {"get other", no}, {"hset other a b", no}, {"zadd other 1 a", no},
 		// The register.
-		{"zadd rollcall:{web}:instances 1 a", []string{sidecar, reap}}, {"zadd rollcall:{api}:instances 1 a", []string{reap}},
-		{"zrem rollcall:{web}:instances a", []string{sidecar, reap, operate}}, {"zrem rollcall:{api}:instances a", []string{reap, operate}},
+		{"zadd rollcall:{web}:instances 1 a", []string{sidecar, agent, reap}}, {"zadd rollcall:{api}:instances 1 a", []string{agent, reap}},
+		{"zrem rollcall:{web}:instances a", []string{sidecar, agent, reap, operate}}, {"zrem rollcall:{api}:instances a", []string{agent, reap, operate}},
 		{"zremrangebyscore rollcall:{web}:instances 0 1", no},
-		{"hset rollcall:{web}:meta a b", []string{sidecar}}, {"hset rollcall:{api}:meta a b", no}, {"hset rollcall:{_canary}:meta a b", []string{reap}},
-		{"hdel rollcall:{web}:meta a", []string{sidecar, reap, operate}}, {"hdel rollcall:{api}:meta a", []string{reap, operate}},
+		{"hset rollcall:{web}:meta a b", []string{sidecar, agent}}, {"hset rollcall:{api}:meta a b", []string{agent}}, {"hset rollcall:{_canary}:meta a b", []string{agent, reap}},
+		{"hdel rollcall:{web}:meta a", []string{sidecar, agent, reap, operate}}, {"hdel rollcall:{api}:meta a", []string{agent, reap, operate}},
 		{"hset rollcall:{web}:admin a b", []string{operate}}, {"hdel rollcall:{web}:admin a", []string{operate}},
-		{"hset rollcall:{web}:gone a b", []string{sidecar, reap, operate}}, {"hset rollcall:{api}:gone a b", []string{reap, operate}},
-		{"zadd rollcall:{web}:changed 1 a", []string{sidecar, reap, operate}}, {"zadd rollcall:{api}:gone-at 1 a", []string{reap, operate}},
-		{"incr rollcall:{web}:version", []string{sidecar, reap, operate}}, {"incr rollcall:{api}:version", []string{reap, operate}},
-		{"incr rollcall:version", []string{sidecar, reap, operate}}, {"set rollcall:version 1", no}, {"set rollcall:{web}:version 1", no}, {"decr rollcall:version", no},
-		{"setnx rollcall:epoch x", []string{sidecar, reap, operate}}, {"set rollcall:epoch x", no},
-		{"sadd rollcall:services web", []string{sidecar}}, {"srem rollcall:services web", []string{sidecar, reap, operate}},
+		{"hset rollcall:{web}:gone a b", []string{sidecar, agent, reap, operate}}, {"hset rollcall:{api}:gone a b", []string{agent, reap, operate}},
+		{"zadd rollcall:{web}:changed 1 a", []string{sidecar, agent, reap, operate}}, {"zadd rollcall:{api}:gone-at 1 a", []string{agent, reap, operate}},
+		{"incr rollcall:{web}:version", []string{sidecar, agent, reap, operate}}, {"incr rollcall:{api}:version", []string{agent, reap, operate}},
+		{"incr rollcall:version", []string{sidecar, agent, reap, operate}}, {"set rollcall:version 1", no}, {"set rollcall:{web}:version 1", no}, {"decr rollcall:version", no},
+		{"setnx rollcall:epoch x", []string{sidecar, agent, reap, operate}}, {"set rollcall:epoch x", no},
+		{"sadd rollcall:services web", []string{sidecar, agent}}, {"srem rollcall:services web", []string{sidecar, agent, reap, operate}},
 		{"hset rollcall:config a 1", []string{reap}}, {"hdel rollcall:config a", no},
 		{"set rollcall:reaper:x y", []string{reap}}, {"set rollcall:let-go y", []string{reap}},
-		{"set rollcall:quiet y", []string{sidecar, reap, operate}}, {"pttl rollcall:quiet", []string{sidecar, reap, operate}},
+		{"set rollcall:quiet y", []string{sidecar, agent, reap, operate}}, {"pttl rollcall:quiet", []string{sidecar, agent, reap, operate}},
 		{"hset rollcall:reapers f y", []string{reap}}, {"hdel rollcall:reapers f", []string{reap}}, {"hgetall rollcall:reapers", []string{reap, operate, watch}},
 		{"hset rollcall:{web}:applied a 1", []string{sync}}, {"hdel rollcall:{web}:applied a", []string{sync}}, {"zadd rollcall:balancers 1 a", []string{sync}},
 		{"hset rollcall:{web}:seen:lb a 1", []string{sync}}, {"hdel rollcall:{web}:seen:lb a", []string{sync}}, {"unlink rollcall:{web}:seen:lb", []string{sync}},
-		{"hgetall rollcall:{api}:seen:lb", []string{sync, operate, watch}}, {"pexpire rollcall:{web}:seen:lb 1", []string{sync}}, {"pexpire rollcall:{web}:applied 1", no}, {"unlink rollcall:{web}:applied", no},
-		{"xadd rollcall:events * what x", []string{sidecar, reap, operate}}, {"xtrim rollcall:events maxlen 0", no}, {"xdel rollcall:events 1-1", no}, {"del rollcall:events", no},
-		{"publish rollcall:changes x", []string{sidecar, reap, operate}}, {"publish other x", no},
+		{"hgetall rollcall:{api}:seen:lb", []string{agent, sync, operate, watch}}, {"pexpire rollcall:{web}:seen:lb 1", []string{sync}}, {"pexpire rollcall:{web}:applied 1", no}, {"unlink rollcall:{web}:applied", no},
+		{"xadd rollcall:events * what x", []string{sidecar, agent, reap, operate}}, {"xtrim rollcall:events maxlen 0", no}, {"xdel rollcall:events 1-1", no}, {"del rollcall:events", no},
+		{"publish rollcall:changes x", []string{sidecar, agent, reap, operate}}, {"publish other x", no},
 		// Reading.
 		{"xrevrange rollcall:events + - count 1", []string{operate, watch}}, {"xread count 1 streams rollcall:events 0", []string{operate, watch}},
 		{"smembers rollcall:services", []string{reap, operate, watch}}, {"srandmember rollcall:services 9", []string{reap, operate, watch}},
-		{"scard rollcall:services", []string{sidecar}}, {"hlen rollcall:{web}:meta", []string{sync, operate, watch}}, {"zcard rollcall:{web}:instances", []string{sidecar, reap, sync, operate, watch}},
-		{"hgetall rollcall:config", []string{sidecar, sync, operate, watch}},
-		{"hgetall rollcall:{web}:meta", []string{sidecar, sync, operate, watch}}, {"hgetall rollcall:{api}:meta", []string{sync, operate, watch}},
-		{"get rollcall:{api}:version", []string{reap, sync, operate, watch}}, {"get rollcall:reaper:x", []string{reap, operate, watch}},
+		{"scard rollcall:services", []string{sidecar, agent}}, {"hlen rollcall:{web}:meta", []string{sync, operate, watch}}, {"zcard rollcall:{web}:instances", []string{sidecar, agent, reap, sync, operate, watch}},
+		{"hgetall rollcall:config", []string{sidecar, agent, sync, operate, watch}},
+		{"hgetall rollcall:{web}:meta", []string{sidecar, agent, sync, operate, watch}}, {"hgetall rollcall:{api}:meta", []string{agent, sync, operate, watch}},
+		{"get rollcall:{api}:version", []string{agent, reap, sync, operate, watch}}, {"get rollcall:reaper:x", []string{reap, operate, watch}},
 	})
 	checks += listeners(t, clients, sync, operate, watch)
 	t.Logf("%d checks", checks)

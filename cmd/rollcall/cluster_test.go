@@ -150,7 +150,7 @@ type secured struct {
 func startSecured(t *testing.T) *secured {
 	t.Helper()
 	c := &secured{certs: redistest.NewCertificates(t)}
-	c.args = append(c.certs.Args(), "--appendonly", "yes", "--aclfile", roles(t, "acl/cluster", 6))
+	c.args = append(c.certs.Args(), "--appendonly", "yes", "--aclfile", roles(t, "acl/cluster", 7))
 	c.nodes = redistest.StartCluster(t, 3, c.args...)
 	c.redis = c.nodes[0]
 	c.ha = haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 10}}})
@@ -289,9 +289,9 @@ func TestClusterMoves(t *testing.T) {
 // bounds tries on a node what each role must be able to do, and what it must
 // not. It does not matter whose the slots are: rights come first.
 func (c *secured) bounds(t *testing.T, node *redistest.Server) {
-	const sidecar, canary, reap, sync, operate, watch = "sidecar-web", "canary", "reaper", "lbsync", "operator", "watcher"
+	const sidecar, agent, canary, reap, sync, operate, watch = "sidecar-web", "docker", "canary", "reaper", "lbsync", "operator", "watcher"
 	clients := map[string]redis.UniversalClient{}
-	for _, role := range []string{sidecar, canary, reap, sync, operate, watch} {
+	for _, role := range []string{sidecar, agent, canary, reap, sync, operate, watch} {
 		rdb, err := registrar.Access{
 			Password: func() (string, error) { return rolePassword, nil }, CA: c.certs.CA, Cert: c.certs.Cert, Key: c.certs.Key,
 		}.Open("rediss://"+role+"@"+node.Addr+"/0", 1)
@@ -310,32 +310,32 @@ func (c *secured) bounds(t *testing.T, node *redistest.Server) {
 		{"acl setuser x on", no}, {"acl list", no}, {"script flush", no}, {"save", no}, {"dbsize", no}, {"readwrite", no},
 		{"cluster nodes", no}, {"cluster setslot 1 stable", no}, {"cluster addslots 1", no}, {"cluster failover", no}, {"cluster reset", no},
 		{"cluster forget x", no}, {"cluster meet 127.0.0.1 6379", no}, {"migrate 127.0.0.1 6379 rollcall:{web}:meta 0 1", no}, {"asking", no},
-		{"ping", []string{sidecar, canary, reap, sync, operate, watch}},
+		{"ping", []string{sidecar, agent, canary, reap, sync, operate, watch}},
 		{"del rollcall:{web}:instances", no}, {"rename rollcall:{web}:meta rollcall:{web}:admin", no}, {"expire rollcall:{web}:instances 1", no},
 		{"set other 1", no}, {"get other", no}, {"set rollcall:version 1", no}, {"incr rollcall:version", no}, {"setnx rollcall:epoch x", no},
-		{"zadd rollcall:{web}:instances 1 a", []string{sidecar, reap}}, {"zadd rollcall:{api}:instances 1 a", []string{reap}},
-		{"zrem rollcall:{web}:instances a", []string{sidecar, reap, operate}}, {"zrem rollcall:{api}:instances a", []string{reap, operate}},
-		{"hset rollcall:{web}:meta a b", []string{sidecar}}, {"hset rollcall:{api}:meta a b", no},
-		{"hdel rollcall:{web}:meta a", []string{sidecar, reap, operate}}, {"hdel rollcall:{api}:meta a", []string{reap, operate}},
+		{"zadd rollcall:{web}:instances 1 a", []string{sidecar, agent, reap}}, {"zadd rollcall:{api}:instances 1 a", []string{agent, reap}},
+		{"zrem rollcall:{web}:instances a", []string{sidecar, agent, reap, operate}}, {"zrem rollcall:{api}:instances a", []string{agent, reap, operate}},
+		{"hset rollcall:{web}:meta a b", []string{sidecar, agent}}, {"hset rollcall:{api}:meta a b", []string{agent}},
+		{"hdel rollcall:{web}:meta a", []string{sidecar, agent, reap, operate}}, {"hdel rollcall:{api}:meta a", []string{agent, reap, operate}},
 		{"zadd rollcall:{web}:_canary:instances 1 a", []string{canary, reap}}, {"hset rollcall:{web}:_canary:meta a b", []string{canary, reap}},
 		{"incr rollcall:{web}:_canary:version", []string{canary, reap}}, {"hset rollcall:{web}:_canary:admin a b", no},
 		{"hset rollcall:{web}:admin a b", []string{operate}}, {"hdel rollcall:{api}:admin a", []string{operate}},
-		{"hset rollcall:{web}:gone a b", []string{sidecar, reap, operate}}, {"hset rollcall:{api}:gone a b", []string{reap, operate}},
-		{"zadd rollcall:{web}:changed 1 a", []string{sidecar, reap, operate}}, {"zadd rollcall:{api}:gone-at 1 a", []string{reap, operate}},
-		{"incr rollcall:{web}:version", []string{sidecar, reap, operate}}, {"incr rollcall:{api}:version", []string{reap, operate}},
+		{"hset rollcall:{web}:gone a b", []string{sidecar, agent, reap, operate}}, {"hset rollcall:{api}:gone a b", []string{agent, reap, operate}},
+		{"zadd rollcall:{web}:changed 1 a", []string{sidecar, agent, reap, operate}}, {"zadd rollcall:{api}:gone-at 1 a", []string{agent, reap, operate}},
+		{"incr rollcall:{web}:version", []string{sidecar, agent, reap, operate}}, {"incr rollcall:{api}:version", []string{agent, reap, operate}},
 		{"set rollcall:{web}:version 1", no}, {"decr rollcall:{web}:version", no},
-		{"setnx rollcall:{web}:epoch x", []string{sidecar, canary, reap, operate}}, {"setnx rollcall:{api}:epoch x", []string{canary, reap, operate}}, {"set rollcall:{web}:epoch x", no},
-		{"sadd rollcall:services web", []string{sidecar}}, {"srem rollcall:services web", []string{reap}},
-		{"sadd rollcall:{web}:services web", []string{sidecar}}, {"srem rollcall:{web}:services web", []string{sidecar, reap, operate}}, {"sadd rollcall:{api}:services api", no},
+		{"setnx rollcall:{web}:epoch x", []string{sidecar, agent, canary, reap, operate}}, {"setnx rollcall:{api}:epoch x", []string{agent, canary, reap, operate}}, {"set rollcall:{web}:epoch x", no},
+		{"sadd rollcall:services web", []string{sidecar, agent}}, {"srem rollcall:services web", []string{reap}},
+		{"sadd rollcall:{web}:services web", []string{sidecar, agent}}, {"srem rollcall:{web}:services web", []string{sidecar, agent, reap, operate}}, {"sadd rollcall:{api}:services api", []string{agent}},
 		{"hset rollcall:config a 1", []string{reap}}, {"hset rollcall:{web}:config a 1", []string{reap}},
-		{"hsetnx rollcall:config a 1", []string{reap}}, {"hsetnx rollcall:{web}:config a 1", []string{sidecar, reap}}, {"hsetnx rollcall:{api}:config a 1", []string{reap}},
+		{"hsetnx rollcall:config a 1", []string{reap}}, {"hsetnx rollcall:{web}:config a 1", []string{sidecar, agent, reap}}, {"hsetnx rollcall:{api}:config a 1", []string{agent, reap}},
 		{"set rollcall:{web}:reaper:x y", []string{reap}}, {"set rollcall:{web}:let-go y", []string{reap}},
-		{"hset rollcall:{web}:reapers f y", []string{reap}}, {"hgetall rollcall:{api}:reapers", []string{reap, sync, operate, watch}},
+		{"hset rollcall:{web}:reapers f y", []string{reap}}, {"hgetall rollcall:{api}:reapers", []string{agent, reap, sync, operate, watch}},
 		{"hset rollcall:{web}:applied a 1", []string{sync}}, {"zadd rollcall:{web}:balancers 1 a", []string{sync}}, {"zadd rollcall:balancers 1 a", no},
-		{"publish rollcall:changes x", []string{sidecar, canary, reap, operate}}, {"publish other x", no},
-		{"smembers rollcall:services", []string{reap, operate, watch}}, {"hgetall rollcall:config", []string{sidecar, operate, watch}},
-		{"hgetall rollcall:{web}:meta", []string{sidecar, sync, operate, watch}}, {"hgetall rollcall:{api}:meta", []string{sync, operate, watch}},
-		{"hget rollcall:{web}:meta a", []string{sidecar, reap, operate, watch}}, {"get rollcall:{api}:version", []string{reap, sync, operate, watch}},
+		{"publish rollcall:changes x", []string{sidecar, agent, canary, reap, operate}}, {"publish other x", no},
+		{"smembers rollcall:services", []string{reap, operate, watch}}, {"hgetall rollcall:config", []string{sidecar, agent, operate, watch}},
+		{"hgetall rollcall:{web}:meta", []string{sidecar, agent, sync, operate, watch}}, {"hgetall rollcall:{api}:meta", []string{agent, sync, operate, watch}},
+		{"hget rollcall:{web}:meta a", []string{sidecar, agent, reap, operate, watch}}, {"get rollcall:{api}:version", []string{agent, reap, sync, operate, watch}},
 	})
 	checks += listeners(t, clients, sync, operate, watch)
 	t.Logf("%d checks of rights", checks)

@@ -141,3 +141,32 @@ func TestEngineMetricsOfOneAddress(t *testing.T) {
 	}
 	t.Error("no " + registeredName)
 }
+
+// TestEngineRights: the agent does all its work with the rights of its file, and
+// Redis has refused none of it.
+func TestEngineRights(t *testing.T) {
+	e := dockertest.Shared(t)
+	srv := startRoles(t)
+	s := &system{redis: srv}
+	c := e.Run(t, dockertest.Spec{Publish: []string{"8080"}, Labels: map[string]string{"SERVICE_NAME": "rights"}})
+	addr := c.Addr(t, "8080").String()
+	p := s.spawn(t, "docker", "--redis", roleURL(srv, "docker"), "--engine", e.URL, "--advertise", e.Host, "--service", "rights")
+	for _, want := range []string{"registered", "drained", "left"} {
+		haproxytest.Poll(t, "it says "+want, func() error {
+			if out := p.out.String(); !strings.Contains(out, `"message":"`+want+`"`) && !strings.Contains(out, " "+want+" ") {
+				return errors.New(out)
+			}
+			return nil
+		})
+		if want == "registered" {
+			c.Do(t, "stop")
+		}
+	}
+	if code := p.signal(t, syscall.SIGTERM); code != 0 {
+		t.Errorf("exit %d", code)
+	}
+	refused, err := srv.Client(t).ACLLog(t.Context(), 10).Result()
+	if err != nil || len(refused) > 0 {
+		t.Errorf("%s: refused %+v, %v", addr, refused, err)
+	}
+}
