@@ -275,8 +275,8 @@ func TestBeatLimits(t *testing.T) {
 		beat   Beat
 		want   string // the error, or the status
 	}{
-		{"one below the default", all(crowd(9999)), mine, "NEW"},
-		{"the default", all(crowd(10_000)), mine, "there are 10000 instances of web"},
+		{"one below the default", all(crowd(19_999)), mine, "NEW"},
+		{"the default", all(crowd(20_000)), mine, "there are 20000 instances of web"},
 		{"one below", all(set("max_instances", 2), crowd(1)), mine, "NEW"},
 		{"at the limit", all(set("max_instances", 2), crowd(2)), mine, "redis-cli hset NS:config max_instances 4"},
 		{"above it", all(set("max_instances", 2), crowd(3)), mine, "there are 2 instances of web"},
@@ -289,7 +289,7 @@ func TestBeatLimits(t *testing.T) {
 		{"who is there is taken over", all(here, set("max_instances", 1), crowd(5)), Beat{Addr: host(1), Token: "t2", Meta: metaOf("t2"), Claim: true}, "TAKEN"},
 		{"a last service", all(set("max_services", 2), names(1)), mine, "NEW"},
 		{"a service too many", all(set("max_services", 2), names(2)), mine, "there are 2 services, the most"},
-		{"the default of services", all(names(10_000)), mine, "redis-cli hset NS:config max_services 20000"},
+		{"the default of services", all(names(20_000)), mine, "redis-cli hset NS:config max_services 40000"},
 		{"another instance of a service", all(here, set("max_services", 1), names(2)), Beat{Addr: host(2), Token: "t2", Meta: metaOf("t2")}, "NEW"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

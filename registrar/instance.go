@@ -22,8 +22,8 @@ const (
 	DefaultWeight   = 100              // of an instance that names none
 	MaxWeight       = 256              // HAProxy's own limit
 
-	DefaultMaxInstances = 10_000 // of a service
-	DefaultMaxServices  = 10_000
+	DefaultMaxInstances = 20_000 // of a service
+	DefaultMaxServices  = 20_000
 )
 
 var numericEnd = regexp.MustCompile(`(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)\.?$`)

@@ -20,7 +20,7 @@ func registerCommand() *cli.Command {
 		Name:      "register",
 		Usage:     "beat for one instance until SIGTERM, and then leave; or for a command, around which it runs",
 		ArgsUsage: "[-- COMMAND ARG...]",
-		Description: "A service has at most 10000 instances, and a registry at most 10000 services, unless max_instances\n" +
+		Description: "A service has at most 20000 instances, and a registry at most 20000 services, unless max_instances\n" +
 			"or max_services in the hash rollcall:config say otherwise. One too many is not registered, says so once,\n" +
 			"and tries again at every heartbeat. Those that are registered stay so.",
 		Flags: redisFlags(append(httpFlags(),

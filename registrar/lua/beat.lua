@@ -57,7 +57,7 @@ if score then
   end
 elseif ARGV[2] ~= '_canary' then
   local most, here = redis.call('HMGET', KEYS[11], 'max_instances', 'max_services'), redis.call('ZCARD', KEYS[1])
-  local instances, services = tonumber(most[1] or '') or 10000, tonumber(most[2] or '') or 10000
+  local instances, services = tonumber(most[1] or '') or 20000, tonumber(most[2] or '') or 20000
   -- The dead that a protection holds must not keep the living out.
   local full = here >= instances
   if full and here < 2 * instances then
