@@ -1,9 +1,12 @@
 package registrar
 
 import (
+	"context"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -38,8 +41,8 @@ func TestClusterURL(t *testing.T) {
 			o.MaxRetries > 0 || o.MaxRedirects != 0 || o.DialerRetries != 1 || o.PoolSize != 3 || !o.ContextTimeoutEnabled || o.ReadOnly {
 			t.Errorf("%q: %+v", url, o)
 		}
-		if (o.TLSConfig != nil) != strings.HasPrefix(url, "rediss") {
-			t.Errorf("%q: TLS %v", url, o.TLSConfig)
+		if secure := speaksTLS(t, o.Dialer); secure != strings.HasPrefix(url, "rediss") {
+			t.Errorf("%q: TLS %v", url, secure)
 		}
 		if strings.Contains(url, "%40") {
 			want := []string{"h1:1", "[::1]:2", "h3:6379"}
@@ -49,6 +52,38 @@ func TestClusterURL(t *testing.T) {
 		}
 		must(t, rdb.Close())
 	}
+}
+
+// speaksTLS tells whether the first that a server hears of a connection is a TLS
+// handshake. Without a dialer of its own, go-redis' connections are plain.
+func speaksTLS(tb testing.TB, dial func(ctx context.Context, network, addr string) (net.Conn, error)) bool {
+	tb.Helper()
+	if dial == nil {
+		return false
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(tb, err)
+	defer l.Close()
+	first := make(chan byte, 1)
+	var listening sync.WaitGroup
+	defer listening.Wait()
+	listening.Go(func() {
+		b := make([]byte, 1)
+		if conn, err := l.Accept(); err == nil {
+			_ = conn.SetReadDeadline(time.Now().Add(Timeout)) // a TCP connection has deadlines
+			_, _ = conn.Read(b)                               // nothing came: 0
+			_ = conn.Close()                                  // nothing was written
+		}
+		first <- b[0]
+	})
+	ctx, cancel := context.WithTimeout(tb.Context(), Timeout)
+	defer cancel()
+	if conn, err := dial(ctx, "tcp", l.Addr().String()); err == nil {
+		_, _ = conn.Write([]byte("P")) // if it fails, nothing comes
+		defer conn.Close()
+	}
+	const handshake = 22 // RFC 8446, 5.1: the type of the record
+	return <-first == handshake
 }
 
 // newClusterStore returns a store with a client of its own.
