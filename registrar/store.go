@@ -69,7 +69,7 @@ func script(name string) *redis.Script {
 	for _, part := range []string{"lib", "event"} { // in this order: lib names event
 		src, err := sources.ReadFile("lua/" + part + ".lua")
 		if err != nil {
-			panic(err)
+			panic(err) // as above
 		}
 		text = strings.Replace(text, "-- "+part+"\n", string(src), 1)
 	}

@@ -175,6 +175,18 @@ func parseService(s string) (registrar.Service, error) {
 	return svc, nil
 }
 
+func parseServices(words []string) ([]registrar.Service, error) {
+	var svcs []registrar.Service
+	for _, w := range words {
+		svc, err := parseService(w)
+		if err != nil {
+			return nil, err
+		}
+		svcs = append(svcs, svc)
+	}
+	return svcs, nil
+}
+
 // printer writes rows as an aligned table or as one JSON document.
 type printer struct {
 	w    io.Writer

@@ -26,13 +26,9 @@ func eventsCommand() *cli.Command {
 			&cli.IntFlag{Name: "count", Aliases: []string{"n"}, EnvVars: env("count"), DefaultText: fmt.Sprintf("%d, or all --since", defaultEvents), Usage: "`N` events at most before those that --follow waits for"},
 		),
 		Action: func(c *cli.Context) error {
-			var svcs []registrar.Service
-			for _, a := range c.Args().Slice() {
-				svc, err := parseService(a)
-				if err != nil {
-					return err
-				}
-				svcs = append(svcs, svc)
+			svcs, err := parseServices(c.Args().Slice())
+			if err != nil {
+				return err
 			}
 			n := c.Int("count")
 			switch {

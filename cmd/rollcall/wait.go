@@ -177,13 +177,9 @@ func lbCommand() *cli.Command {
 		Name: "lb", Usage: "list the balancers, what each has applied, and how far behind it is; of the services that have instances, or of some", ArgsUsage: "[SERVICE…]",
 		Flags: redisFlags(outputFlag()),
 		Action: func(c *cli.Context) error {
-			var svcs []registrar.Service
-			for _, a := range c.Args().Slice() {
-				svc, err := parseService(a)
-				if err != nil {
-					return err
-				}
-				svcs = append(svcs, svc)
+			svcs, err := parseServices(c.Args().Slice())
+			if err != nil {
+				return err
 			}
 			s, err := begin(c, 1)
 			if err != nil {

@@ -29,13 +29,9 @@ func watchCommand() *cli.Command {
 		Name: "watch", Usage: "print every change, of all services or of some, until SIGINT", ArgsUsage: "[SERVICE…]",
 		Flags: redisFlags(append(httpFlags(), outputFlag())...),
 		Action: func(c *cli.Context) error {
-			var svcs []registrar.Service
-			for _, a := range c.Args().Slice() {
-				svc, err := parseService(a)
-				if err != nil {
-					return err
-				}
-				svcs = append(svcs, svc)
+			svcs, err := parseServices(c.Args().Slice())
+			if err != nil {
+				return err
 			}
 			s, err := begin(c, 2)
 			if err != nil {

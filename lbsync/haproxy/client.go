@@ -45,9 +45,10 @@ const (
 	maxPeek = 16
 	// fewCommands is maxCommands where there are more than manyOps: a line is
 	// run in one go, and HAProxy's own traffic waits for it. Among 10,000 servers
-	// of 2.6 a command takes 70 µs. Of 25 a line the p99 beside the load was 3 to
-	// 6 times idle, with pauses of 1 ms between them 2 to 4 times and half as long
-	// again; of 10 without pauses it is 1.5 to 3 times, and the load takes no longer.
+	// of 2.6 a command takes 70 µs. Of 25 a line the p99 beside the load was 6
+	// times idle, with pauses of 1 ms between them up to 4 times and the load half as
+	// long again; of 10 without pauses it is 1.5 to 3 times, and the load takes no
+	// longer (scripts/soak ManyServers).
 	manyOps     = 200
 	fewCommands = 10
 	// settleFirst and settleLast are the pauses between the looks for an
