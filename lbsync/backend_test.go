@@ -1,6 +1,7 @@
 package lbsync
 
 import (
+	"context"
 	"net/netip"
 	"testing"
 	"time"
@@ -101,5 +102,69 @@ func TestClaimIsNoWord(t *testing.T) {
 	be.change(read("web", true)) // lost
 	if w := be.wants([]netip.AddrPort{a, b}, Leave, time.Now()); len(w) > 0 {
 		t.Errorf("absence and another service's claim take out %+v", w)
+	}
+}
+
+// standing is a Balancer whose servers stay as they are. It counts what is sent.
+type standing struct {
+	State
+	ops *int
+}
+
+func (s standing) Probe(context.Context) (Process, error)      { return s.Process, nil }
+func (s standing) Read(context.Context, string) (State, error) { return s.State, nil }
+func (s standing) Apply(ctx context.Context, backend string, ops []Op) (Applied, error) {
+	*s.ops += len(ops)
+	return Applied{Process: s.Process, Servers: s.Servers, Refused: []string{"no"}, Active: len(s.Servers)}, nil
+}
+func (s standing) Peek(_ context.Context, _ string, servers []Server) (Applied, error) {
+	return Applied{Process: s.Process, Servers: servers, Active: len(s.Servers)}, nil
+}
+
+// TestHeldAnew has an instance that is held come back and go again between two
+// steps. Its hold begins anew: the one before is of another silence.
+func TestHeldAnew(t *testing.T) {
+	const ttl = 15 * time.Second
+	a, c := netip.MustParseAddrPort("10.0.0.1:80"), netip.MustParseAddrPort("10.0.0.2:80")
+	server := func(id int, a netip.AddrPort) Server {
+		return Server{Name: DynamicName(a), ID: id, Addr: a, Admin: Ready, Up: true, Checked: true, Passed: true, Weight: 100}
+	}
+	sent := 0
+	bal := standing{State{Process: Process{PID: 1, Version: "2.6.0"}, Servers: []Server{server(1, a), server(2, c)}}, &sent}
+	b := newBackend(Config{Allow: DefaultAllow(), Full: time.Hour, Hold: DefaultHold, MinServers: 1}, BackendConfig{Service: "web", Backend: "be", Mode: Auto}, bal,
+		func(registrar.Service) {}, func() {}, func() {}, newClaims(), zerolog.Nop())
+	version := int64(0)
+	read := func(gone bool) {
+		version++
+		now := int64(1_000_000_000) + version
+		entry := func(a netip.AddrPort) registrar.Entry {
+			return registrar.Entry{Addr: a, Present: true, Instance: registrar.Instance{Addr: a, Beat: now, Meta: registrar.Meta{Weight: 100}}}
+		}
+		s := registrar.Snapshot{Service: "web", Full: true, Now: now, TTL: ttl, Interval: ttl / 3,
+			Token: registrar.Token{ReplID: "r", Epoch: "e", Version: version}, Entries: []registrar.Entry{entry(c)}}
+		if !gone {
+			s.Entries = append(s.Entries, entry(a))
+		}
+		b.change(notifier.Change{Snapshot: s})
+	}
+	step := func() {
+		t.Helper()
+		if _, err := b.Step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read(false)
+	step()
+	read(true)
+	step()
+	if _, held := b.held[a]; !held {
+		t.Fatalf("not held: %v, leaving %v", b.held, b.leaving)
+	}
+	b.held[a] = time.Now().Add(-2 * DefaultHold) // its hold would be over
+	read(false)
+	read(true)
+	step()
+	if since, held := b.held[a]; !held || time.Since(since) > DefaultHold || sent > 0 {
+		t.Errorf("held since %v (%v), %d ops sent", since, held, sent)
 	}
 }
