@@ -6,12 +6,14 @@
 // complete or an error, and that HAProxy's wording ends here. It decides
 // nothing: which server to change, and when, is lbsync's.
 //
-// Every exchange is one line, "show info;COMMANDS;show info". The two reports
-// frame the answer: if the second is missing, the answer was cut; if they name
-// two processes, or one that is stopping, HAProxy was replaced meanwhile.
-// The commands go through client-native's ExecuteRaw, which dials once per
+// Every exchange is one line, "COMMANDS;show info". The report ends the answer: if
+// it is not there, whole, the answer was cut; and it names the process, and whether
+// that is stopping. Which fields a whole report has, is known from the exchanges
+// before; the first, and one after an answer that was cut, begins with a report too.
+// A line runs in one process from its beginning to its end: that which accepted
+// the connection. The commands go through client-native's ExecuteRaw, which dials once per
 // line, returns what it has read when reading fails, and gives up only after
-// 30 seconds. The frame makes up for the second and the Timeout for the third.
+// 30 seconds. The report makes up for the second and the Timeout for the third.
 package haproxy
 
 import (
@@ -116,6 +118,7 @@ type Client struct {
 	turn  chan struct{}  // holds one token; exchange takes it itself
 	stuck <-chan answer  // the call given up on, nil if none; guarded by turn
 	last  lbsync.Process // that answered; guarded by turn
+	form  *form          // of its reports, nil if it is to be learned; guarded by turn
 }
 
 var _ lbsync.Balancer = (*Client)(nil)
@@ -449,14 +452,14 @@ func (c *Client) release() { c.turn <- struct{}{} }
 // call that was given up on is still under way it sends nothing: so a HAProxy
 // that hangs finds one line in its socket when it wakes, not hundreds.
 func (c *Client) exchange(ctx context.Context, commands []string) (reply, error) {
-	line, err := frame(commands)
-	if err != nil {
-		return reply{}, err
-	}
 	if err := c.take(ctx); err != nil {
 		return reply{}, err
 	}
 	defer c.release()
+	line, err := frame(commands, c.form == nil)
+	if err != nil {
+		return reply{}, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
 	defer cancel()
 	if c.stuck != nil {
@@ -486,8 +489,8 @@ func (c *Client) exchange(ctx context.Context, commands []string) (reply, error)
 		}
 		c.log.Debug().Int("commands", len(commands)).Int("sent", len(line)).Int("received", len(a.text)).
 			Dur("took", time.Since(start)).Msg("exchange")
-		r, err := parseReply(a.text)
-		c.last = r.process
+		r, err := parseReply(a.text, c.form)
+		c.last, c.form = r.process, r.form
 		return r, err
 	case <-ctx.Done():
 		c.stuck = done

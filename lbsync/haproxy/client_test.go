@@ -84,8 +84,17 @@ func read(tb testing.TB, c *Client) map[string]lbsync.Server {
 	return servers
 }
 
+// answered is an answer that begins with a report, without it if the line does not
+// ask for one there.
+func answered(line, answer string) string {
+	if _, body, ok := strings.Cut(strings.TrimPrefix(answer, "\n"), "\n\n"); ok && !strings.Contains(line, ";show info;") {
+		return body
+	}
+	return answer
+}
+
 // fakeSocket answers each connection with the next of answers, after it has
-// read a line; when they are used up it holds the connection until the test
+// read a line, without the report at the beginning if that is not asked for; when they are used up it holds the connection until the test
 // ends. It returns the path and the lines it has read.
 func fakeSocket(tb testing.TB, answers ...string) (path string, got func() []string) {
 	tb.Helper()
@@ -118,7 +127,7 @@ func fakeSocket(tb testing.TB, answers ...string) (path string, got func() []str
 			}
 			mu.Unlock()
 			if n < len(answers) {
-				_, _ = io.WriteString(conn, answers[n])
+				_, _ = io.WriteString(conn, answered(line, answers[n]))
 				_ = conn.Close()
 			}
 		}
@@ -673,30 +682,68 @@ func TestCutAnywhere(t *testing.T) {
 		}},
 	}
 	for _, tt := range tests {
-		t.Run(tt.file, func(t *testing.T) {
-			text := recorded(t, tt.file)
-			answers := make([]string, 0, len(text)+1)
-			for n := range len(text) + 1 {
-				answers = append(answers, text[:n])
-			}
-			path, _ := fakeSocket(t, answers...)
-			c := newClient(t, Config{Socket: path})
-			whole := 0
-			for n := range answers {
-				got, err := tt.call(c)
-				if strings.TrimRight(text[:n], "\n") == strings.TrimRight(text, "\n") {
-					whole++
-					if err != nil || !strings.Contains(got, "Name:s1") {
-						t.Errorf("whole, %d bytes: got %s, %v", n, got, err)
-					}
-				} else if !errors.Is(err, lbsync.ErrUnknown) || strings.Contains(got, "Name:") {
-					t.Fatalf("cut after %d bytes: got %s, %v\n…%q", n, got, err, text[max(0, n-60):n])
+		for _, known := range []bool{false, true} { // the form of a report
+			t.Run(fmt.Sprintf("%s/known=%t", tt.file, known), func(t *testing.T) {
+				text := recorded(t, tt.file)
+				first := 0
+				if known {
+					first = strings.Index(text, "\n\n") + 2 // such an answer has no head
 				}
-			}
-			if whole == 0 {
-				t.Error("no whole reply among them")
-			}
-		})
+				var answers []string
+				for n := first; n <= len(text); n++ {
+					if known {
+						answers = append(answers, text)
+					}
+					answers = append(answers, text[:n])
+				}
+				path, sent := fakeSocket(t, answers...)
+				c := newClient(t, Config{Socket: path})
+				whole := 0
+				for n := first; n <= len(text); n++ {
+					if known {
+						c.form = nil
+						if _, err := c.Probe(t.Context()); err != nil {
+							t.Fatal(err)
+						}
+					}
+					got, err := tt.call(c)
+					if strings.TrimRight(text[:n], "\n") == strings.TrimRight(text, "\n") {
+						whole++
+						if err != nil || !strings.Contains(got, "Name:s1") {
+							t.Errorf("whole, %d bytes: got %s, %v", n, got, err)
+						}
+					} else if !errors.Is(err, lbsync.ErrUnknown) || strings.Contains(got, "Name:") {
+						t.Fatalf("cut after %d bytes: got %s, %v\n…%q", n, got, err, text[max(0, n-60):n])
+					}
+				}
+				if whole == 0 {
+					t.Error("no whole reply among them")
+				}
+				if second := sent()[1]; strings.Contains(second, ";show info;") == known {
+					t.Errorf("the second line is %q", second)
+				}
+			})
+		}
+	}
+}
+
+// TestForm: once it is known how a report ends, a line asks for one; after an
+// answer that was cut, and after one of another HAProxy, for two.
+func TestForm(t *testing.T) {
+	whole := lines("")
+	later := strings.ReplaceAll(whole, "Tainted", "Painted")
+	path, sent := fakeSocket(t, whole, whole, whole[:len(whole)-20], whole, later, later, later)
+	c := newClient(t, Config{Socket: path})
+	for i, want := range []struct {
+		err   error
+		heads bool
+	}{{nil, true}, {nil, false}, {lbsync.ErrUnknown, false}, {nil, true}, {lbsync.ErrUnknown, false}, {nil, true}, {nil, false}} {
+		if _, err := c.Probe(t.Context()); !errors.Is(err, want.err) {
+			t.Errorf("exchange %d: got %v, want %v", i, err, want.err)
+		}
+		if line := sent()[i]; strings.Contains(line, ";show info;") != want.heads {
+			t.Errorf("exchange %d: %q", i, line)
+		}
 	}
 }
 

@@ -3,7 +3,6 @@ package haproxy
 import (
 	"fmt"
 	"net/netip"
-	"regexp"
 	"strconv"
 	"strings"
 
@@ -21,7 +20,8 @@ const reportCommand = "show info"
 // commands"). No command of ours has one.
 const forbidden = ";\\\"'#$<>|"
 
-var nameForm = regexp.MustCompile(`^[A-Za-z0-9_.:-]+$`) // at most 64 of them
+// maxName bounds our servers' and backends' names, not other people's.
+const maxName = 64
 
 // Render returns the command that op becomes, or says what in op must not
 // reach HAProxy. Nothing is repaired or left out.
@@ -115,8 +115,9 @@ func fits(line []string, more ...string) bool {
 	return len(line)+len(more) <= maxCommands && n <= maxLine
 }
 
-// frame returns the line for commands. It is the last gate before the socket.
-func frame(commands []string) (string, error) {
+// frame returns the line for commands, with a report before them too if head. It
+// is the last gate before the socket.
+func frame(commands []string, head bool) (string, error) {
 	for _, c := range commands {
 		if err := checkCommand(c); err != nil {
 			return "", err
@@ -126,12 +127,14 @@ func frame(commands []string) (string, error) {
 		return "", fmt.Errorf("%d commands do not fit into one line", len(commands))
 	}
 	var b strings.Builder
-	b.WriteString(reportCommand)
-	for _, c := range commands {
+	if head {
+		b.WriteString(reportCommand)
 		b.WriteByte(';')
-		b.WriteString(c)
 	}
-	b.WriteByte(';')
+	for _, c := range commands {
+		b.WriteString(c)
+		b.WriteByte(';')
+	}
 	b.WriteString(reportCommand)
 	return b.String(), nil
 }
@@ -146,8 +149,8 @@ func checkCommand(command string) error {
 }
 
 func checkName(what, name string) error {
-	if len(name) > 64 || !nameForm.MatchString(name) {
-		return fmt.Errorf("%s name %q is not 1 to 64 of A-Za-z0-9_.:-", what, name)
+	if len(name) > maxName || !validName(name) {
+		return fmt.Errorf("%s name %q is not 1 to %d of A-Za-z0-9_.:-", what, name, maxName)
 	}
 	return nil
 }

@@ -114,26 +114,34 @@ func TestRenderRefuses(t *testing.T) {
 // reaches it.
 func TestFrame(t *testing.T) {
 	for b := range 256 {
-		_, err := frame([]string{"show", "a" + string([]byte{byte(b)})})
+		_, err := frame([]string{"show", "a" + string([]byte{byte(b)})}, false)
 		bad := b < ' ' || b > '~' || strings.IndexByte(`;\"'#$<>|`, byte(b)) >= 0
 		if (err != nil) != bad {
 			t.Errorf("byte %#x: error %v", b, err)
 		}
 	}
-	if got, err := frame(nil); err != nil || got != "show info;show info" {
-		t.Errorf("got %q, %v", got, err)
+	for _, tt := range []struct {
+		commands []string
+		head     bool
+		want     string
+	}{
+		{nil, true, "show info;show info"},
+		{nil, false, "show info"},
+		{[]string{"a b", "c"}, true, "show info;a b;c;show info"},
+		{[]string{"a b", "c"}, false, "a b;c;show info"},
+	} {
+		if got, err := frame(tt.commands, tt.head); err != nil || got != tt.want {
+			t.Errorf("got %q, %v; want %q", got, err, tt.want)
+		}
 	}
-	if got, err := frame([]string{"a b", "c"}); err != nil || got != "show info;a b;c;show info" {
-		t.Errorf("got %q, %v", got, err)
-	}
-	if _, err := frame(make([]string, maxCommands+1)); err == nil {
+	if _, err := frame(make([]string, maxCommands+1), true); err == nil {
 		t.Error("51 commands in one line")
 	}
 	full := strings.Repeat("x", maxLine-frameBytes-1)
-	if line, err := frame([]string{full}); err != nil || len("set severity-output number;"+line+"\n") != maxLine {
+	if line, err := frame([]string{full}, true); err != nil || len("set severity-output number;"+line+"\n") != maxLine {
 		t.Errorf("%d bytes, %v", len(line), err)
 	}
-	if _, err := frame([]string{full + "x"}); err == nil {
+	if _, err := frame([]string{full + "x"}, true); err == nil {
 		t.Error("a line of 8,001 bytes")
 	}
 }
@@ -170,7 +178,7 @@ func TestBatch(t *testing.T) {
 			for _, line := range batch(ops, commands) {
 				counts = append(counts, fmt.Sprint(len(line)))
 				joined = append(joined, line...)
-				if _, err := frame(line); err != nil {
+				if _, err := frame(line, true); err != nil {
 					t.Error(err)
 				}
 			}

@@ -2,6 +2,7 @@ package haproxy
 
 import (
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -32,9 +33,12 @@ func FuzzReplies(f *testing.F) {
 		f.Add(s, uint16(3))
 	}
 	f.Fuzz(func(t *testing.T, text string, cut uint16) {
-		r, err := parseReply(text)
+		r, err := parseReply(text, nil)
 		if err != nil {
 			return
+		}
+		if again, err := parseReply(answered("", strings.TrimSpace(text)), r.form); err != nil || again.process != r.process || !slices.Equal(again.stats, r.stats) || !slices.Equal(again.states, r.states) {
+			t.Fatalf("without its head: %+v, %v", again, err)
 		}
 		if r.process.PID == 0 && r.process.Version == "" {
 			t.Fatalf("an answer of nobody: %+v", r.process)
@@ -62,14 +66,14 @@ func FuzzReplies(f *testing.F) {
 		// All that is missing at the end makes it no answer, or leaves the same.
 		short := strings.TrimSpace(text)
 		short = short[:len(short)-min(len(short), 1+int(cut))]
-		if c, err := parseReply(short); err == nil && !strings.HasPrefix(text[strings.Index(text, "Name"):], short) && len(c.states) > len(r.states) {
+		if c, err := parseReply(short, nil); err == nil && !strings.HasPrefix(text[strings.Index(text, "Name"):], short) && len(c.states) > len(r.states) {
 			t.Fatalf("cut by %d: %d lists, of %d", cut, len(c.states), len(r.states))
 		}
 	})
 }
 
 func FuzzStat(f *testing.F) {
-	head := strings.Join(statColumns, ",")
+	head := strings.Join(statColumns[:], ",")
 	f.Add("# " + head + "\nbe,s1,2,1,UP,,,100,10.0.0.1:80,0,0,0,L4OK\nbe,BACKEND,1,0,UP,1,0,100,,0,0,,\n")
 	f.Add("# " + head + "\nbe,s1,2,1,no check,,,1,,0,0,,\n")
 	f.Add("")
@@ -175,19 +179,16 @@ func (g grammar) accepts(command string) bool {
 
 // line tells whether a whole line is one that lbsync may send.
 func (g grammar) line(line string) bool {
-	rest, ok := strings.CutPrefix(line, "set severity-output number;show info;")
-	if !ok {
-		rest, ok = strings.CutPrefix(line, "show info;")
-	}
-	rest, end := strings.CutSuffix(rest+";", ";show info;")
-	if rest == "show info" || rest == "show info;" {
-		return ok // no command: two reports
-	}
-	if !ok || !end || len(line) > 16000 {
+	commands := strings.Split(strings.TrimPrefix(line, "set severity-output number;"), ";")
+	n := len(commands)
+	if commands[n-1] != "show info" || len(line) > 16000 {
 		return false
 	}
-	for _, c := range strings.Split(rest, ";") {
-		if !g.accepts(c) {
+	if commands = commands[:n-1]; len(commands) > 0 && commands[0] == "show info" {
+		commands = commands[1:]
+	}
+	for _, c := range commands {
+		if c == "show info" || !g.accepts(c) {
 			return false
 		}
 	}
@@ -209,7 +210,7 @@ func TestGrammar(t *testing.T) {
 		"add server be/rc_10.0.0.1:80 10.0.0.1:80 id 5 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s enabled", "set\tserver be/s1 state maint",
 	}
 	for _, c := range good {
-		if !g.accepts(c) || !g.line("set severity-output number;show info;"+c+";show info") {
+		if !g.accepts(c) || !g.line("set severity-output number;show info;"+c+";show info") || !g.line("set severity-output number;"+c+";show info") {
 			t.Errorf("refuses %q", c)
 		}
 	}
@@ -218,7 +219,7 @@ func TestGrammar(t *testing.T) {
 			t.Errorf("accepts %q", c)
 		}
 	}
-	for _, l := range []string{"", "show info", "show info;show info;show env", "show info;x;show info", "show info;;show info"} {
+	for _, l := range []string{"", "show info;show info;show env", "show info;x;show info", "show info;;show info", "x;show info", "show info;show info;show info"} {
 		if g.line(l) {
 			t.Errorf("accepts the line %q", l)
 		}
@@ -264,7 +265,7 @@ func FuzzRender(f *testing.F) {
 		if n := len(strings.Split(command, " ")); n != want {
 			t.Fatalf("%d words, want %d: %q", n, want, command)
 		}
-		if _, err := frame([]string{command}); err != nil && len(command) < 7000 {
+		if _, err := frame([]string{command}, true); err != nil && len(command) < 7000 {
 			t.Fatal(err)
 		}
 	})

@@ -16,6 +16,7 @@ import (
 // reply is one complete answer to one line.
 type reply struct {
 	process lbsync.Process
+	form    *form    // of the report at its end
 	refused []string // in HAProxy's words, without the severity
 	stats   []string // the blocks that `show stat` printed, in order
 	states  []string // those of `show servers state`
@@ -33,50 +34,59 @@ const (
 	connHeader = "# bkname/svname "
 )
 
-// parseReply takes apart an answer to a framed line. It returns
-// lbsync.ErrUnknown if the answer is not whole and lbsync.ErrReplaced if not
-// one and the same serving process gave it.
+// form is what every report of one build of HAProxy has in common.
+type form struct {
+	name   string   // the first line
+	fields []string // the names, in order
+	empty  bool     // the last field has no value
+}
+
+// parseReply takes apart an answer to a line that ends with a report and, unless
+// the form of reports is known already, begins with one. It returns
+// lbsync.ErrUnknown if the answer is not whole and lbsync.ErrReplaced if it is of
+// a process that is stopping, or of two.
 //
-// Whole means that it ends with a report that has the fields the one at its
-// beginning has, the last of them with its value. The value itself can be cut
-// (within the digits of a field that nobody reads) and nothing else.
-func parseReply(text string) (reply, error) {
+// Whole means that it ends with a report that has the fields it must have, the
+// last of them with its value. The value itself can be cut (within the digits of
+// a field that nobody reads) and nothing else.
+func parseReply(text string, known *form) (reply, error) {
 	text = strings.TrimSpace(text) // as client-native does already
 	if text == "" {
 		return reply{}, fmt.Errorf("%w: empty reply", lbsync.ErrUnknown)
 	}
-	head, body, ok := strings.Cut(text, "\n\n")
-	name, _, _ := strings.Cut(head, "\n")
-	if !ok || !strings.HasPrefix(name, "Name: ") {
-		return reply{}, fmt.Errorf("%w: reply does not begin with a whole report", lbsync.ErrUnknown)
+	want := info{}
+	body := text
+	if known == nil {
+		head, rest, ok := strings.Cut(text, "\n\n")
+		name, _, _ := strings.Cut(head, "\n")
+		if !ok || !strings.HasPrefix(name, "Name: ") {
+			return reply{}, fmt.Errorf("%w: reply does not begin with a whole report", lbsync.ErrUnknown)
+		}
+		var err error
+		if want, err = parseInfo(head); err != nil {
+			return reply{}, err
+		}
+		known, body = &form{name, want.fields, want.last == ""}, rest
 	}
-	// The body begins with the report itself if there were no commands.
-	at := strings.LastIndex("\n"+body, "\n"+name+"\n")
+	// The body is the report itself if there were no commands.
+	at := strings.LastIndex("\n"+body, "\n"+known.name+"\n")
 	if at < 0 {
 		return reply{}, fmt.Errorf("%w: reply was cut", lbsync.ErrUnknown)
 	}
-	tail := body[at:]
-	body = body[:at]
-
-	first, err := parseInfo(head)
+	got, err := parseInfo(body[at:])
 	if err != nil {
 		return reply{}, err
 	}
-	second, err := parseInfo(tail)
-	if err != nil {
-		return reply{}, err
+	switch {
+	case !slices.Equal(got.fields, known.fields) || (got.last == "") != known.empty:
+		return reply{}, fmt.Errorf("%w: reply was cut within its last report, or another HAProxy gave it", lbsync.ErrUnknown)
+	case want.fields != nil && !want.process.Same(got.process):
+		return reply{}, fmt.Errorf("%w: pid %d by pid %d", lbsync.ErrReplaced, want.process.PID, got.process.PID)
+	case want.stopping || got.stopping:
+		return reply{}, fmt.Errorf("%w: pid %d is stopping", lbsync.ErrReplaced, got.process.PID)
 	}
-	if !slices.Equal(first.fields, second.fields) || (first.last == "") != (second.last == "") {
-		return reply{}, fmt.Errorf("%w: reply was cut within its last report", lbsync.ErrUnknown)
-	}
-	if !first.process.Same(second.process) {
-		return reply{}, fmt.Errorf("%w: pid %d by pid %d", lbsync.ErrReplaced, first.process.PID, second.process.PID)
-	}
-	if first.stopping || second.stopping {
-		return reply{}, fmt.Errorf("%w: pid %d is stopping", lbsync.ErrReplaced, first.process.PID)
-	}
-	r := reply{process: first.process}
-	return r, r.parseBody(body)
+	r := reply{process: got.process, form: known}
+	return r, r.parseBody(body[:at])
 }
 
 // info is what matters of a `show info`.
@@ -294,8 +304,8 @@ func parseRow(row, backend string) (lbsync.Server, error) {
 	return s, nil
 }
 
-// validName is nameForm without the cost of a regular expression, and without
-// its limit: other people's names can be longer.
+// validName tells whether name is one or more of A-Za-z0-9_.:- (without the cost
+// of a regular expression).
 func validName(name string) bool {
 	for i := range len(name) {
 		switch b := name[i]; {
@@ -387,37 +397,31 @@ const (
 // row of its backend. Nor does it tell drain from ready for a server that is
 // down, or an address if there is none or the socket is of level user.
 func parseStat(block, backend string, want lbsync.Server) (stat, error) {
-	rows, err := csv.NewReader(strings.NewReader(strings.TrimPrefix(block, "# "))).ReadAll()
-	if err == nil && len(rows) == 0 {
-		err = errors.New("no header")
-	}
+	rows, err := table(strings.TrimPrefix(block, "# "))
 	if err != nil {
 		return stat{}, fmt.Errorf("%w: malformed statistics: %w", lbsync.ErrUnknown, err)
 	}
-	column := make(map[string]int, len(rows[0]))
-	for i, name := range rows[0] {
-		column[name] = i
-	}
-	for _, name := range statColumns {
-		if _, ok := column[name]; !ok {
+	var column [len(statColumns)]int
+	for i, name := range statColumns {
+		if column[i] = slices.Index(rows[0], name); column[i] < 0 {
 			return stat{}, fmt.Errorf("%w: statistics lack the column %s", lbsync.ErrUnknown, name)
 		}
 	}
 	var st stat
 	proven, located := false, true
 	for _, row := range rows[1:] {
-		get := func(name string) string { return row[column[name]] }
+		get := func(c statColumn) string { return row[column[c]] }
 		switch {
-		case get("pxname") != backend:
+		case get(pxname) != backend:
 			return stat{}, nil
-		case get("type") == statBackend:
-			act, err1 := strconv.Atoi(get("act"))
-			bck, err2 := strconv.Atoi(get("bck"))
+		case get(rowType) == statBackend:
+			active, err1 := strconv.Atoi(get(act))
+			backups, err2 := strconv.Atoi(get(bck))
 			if err := errors.Join(err1, err2); err != nil {
 				return stat{}, fmt.Errorf("%w: malformed statistics of backend %s: %w", lbsync.ErrUnknown, backend, err)
 			}
-			proven, st.active = true, act+bck
-		case get("type") == statServer && get("svname") == want.Name && get("sid") == strconv.Itoa(want.ID):
+			proven, st.active = true, active+backups
+		case get(rowType) == statServer && get(svname) == want.Name && get(sid) == strconv.Itoa(want.ID):
 			st.exists = true
 			if st.server, err = parseStatRow(get, want); err != nil {
 				return stat{}, err
@@ -430,15 +434,55 @@ func parseStat(block, backend string, want lbsync.Server) (stat, error) {
 	return st, nil
 }
 
-// statColumns are the columns of `show stat` that are relied on, by name.
-var statColumns = []string{
+// table splits a report into its rows, the header first: at least that, and all of
+// one length.
+func table(report string) ([][]string, error) {
+	if strings.Contains(report, `"`) || report == "" {
+		rows, err := csv.NewReader(strings.NewReader(report)).ReadAll()
+		if err == nil && len(rows) == 0 {
+			err = errors.New("no header")
+		}
+		return rows, err
+	}
+	// Nearly every report: a tenth of the time.
+	var rows [][]string
+	for row := range strings.Lines(report) {
+		rows = append(rows, strings.Split(strings.TrimSuffix(row, "\n"), ","))
+		if n := len(rows) - 1; len(rows[n]) != len(rows[0]) {
+			return nil, fmt.Errorf("row %d has %d fields, and the header has %d", n, len(rows[n]), len(rows[0]))
+		}
+	}
+	return rows, nil
+}
+
+// statColumn is a column of `show stat` that is relied on.
+type statColumn int
+
+const (
+	pxname statColumn = iota
+	svname
+	rowType
+	sid
+	status
+	act
+	bck
+	uweight
+	addr
+	scur
+	usedConn
+	chkfail
+	checkStatus
+)
+
+// statColumns has their names.
+var statColumns = [...]string{
 	"pxname", "svname", "type", "sid", "status", "act", "bck", "uweight", "addr", "scur", "used_conn_cur", "chkfail", "check_status",
 }
 
-func parseStatRow(get func(string) string, want lbsync.Server) (lbsync.Server, error) {
+func parseStatRow(get func(statColumn) string, want lbsync.Server) (lbsync.Server, error) {
 	s := lbsync.Server{Name: want.Name, ID: want.ID, Slot: want.Slot}
-	status, _, _ := strings.Cut(get("status"), " ")
-	switch status {
+	word, _, _ := strings.Cut(get(status), " ")
+	switch word {
 	case "UP", "no":
 		s.Up = true
 	case "DRAIN":
@@ -447,20 +491,20 @@ func parseStatRow(get func(string) string, want lbsync.Server) (lbsync.Server, e
 		s.Admin = lbsync.Maint
 	case "DOWN", "NOLB":
 	default:
-		return s, fmt.Errorf("%w: server %s has the unknown status %q", lbsync.ErrUnknown, s.Name, get("status"))
+		return s, fmt.Errorf("%w: server %s has the unknown status %q", lbsync.ErrUnknown, s.Name, get(status))
 	}
 	var errs [3]error
-	var scur, used int
-	s.Weight, errs[0] = strconv.Atoi(get("uweight"))
-	scur, errs[1] = strconv.Atoi(get("scur"))
-	used, errs[2] = strconv.Atoi(get("used_conn_cur"))
+	var sessions, used int
+	s.Weight, errs[0] = strconv.Atoi(get(uweight))
+	sessions, errs[1] = strconv.Atoi(get(scur))
+	used, errs[2] = strconv.Atoi(get(usedConn))
 	if err := errors.Join(errs[:]...); err != nil {
 		return s, fmt.Errorf("%w: malformed statistics of server %s: %w", lbsync.ErrUnknown, s.Name, err)
 	}
-	s.Busy = max(scur, used)
-	s.Addr, _ = netip.ParseAddrPort(get("addr")) // zero if it is none
+	s.Busy = max(sessions, used)
+	s.Addr, _ = netip.ParseAddrPort(get(addr)) // zero if it is none
 	// Failures are counted just where a check is enabled, paused or not.
-	s.Checked = get("chkfail") != ""
-	s.Passed = statPassed[strings.TrimPrefix(get("check_status"), "* ")] // the star: one is under way
+	s.Checked = get(chkfail) != ""
+	s.Passed = statPassed[strings.TrimPrefix(get(checkStatus), "* ")] // the star: one is under way
 	return s, nil
 }
