@@ -31,9 +31,13 @@ end
 
 local since = tonumber(ARGV[3])
 if since and since >= 0 and replid == ARGV[1] and epoch == ARGV[2] and v >= since then
-  local top = redis.call('ZRANGE', KEYS[5], -1, -1, 'WITHSCORES')
-  local changed = redis.call('ZRANGEBYSCORE', KEYS[5], '(' .. ARGV[3], '+inf', 'LIMIT', 0, tonumber(ARGV[4]) + 1)
-  local whole = #changed <= tonumber(ARGV[4]) and (v == since or (top[2] and tonumber(top[2]) == v))
+  local most = tonumber(ARGV[4])
+  local found = redis.call('ZRANGEBYSCORE', KEYS[5], '(' .. ARGV[3], '+inf', 'WITHSCORES', 'LIMIT', 0, most + 1)
+  local changed, top = {}, since
+  for i = 1, #found, 2 do
+    changed[#changed + 1], top = found[i], tonumber(found[i + 1])
+  end
+  local whole = #changed <= most and (v == since or top == v)
   for _, a in ipairs(changed) do
     if a == 'pruned' then whole = false end
   end
