@@ -80,6 +80,7 @@ type cast struct {
 	members []*member
 
 	mu      sync.Mutex
+	spawned []*process // all that ever ran
 	reapers []*process
 	seen    sighting
 
@@ -119,6 +120,9 @@ func (c *cast) spawn(way *relay, args ...string) *process {
 	if err := p.cmd.Start(); err != nil {
 		c.w.Fatal(err)
 	}
+	c.mu.Lock()
+	c.spawned = append(c.spawned, p)
+	c.mu.Unlock()
 	go func() {
 		defer close(p.done)
 		_ = p.cmd.Wait() // how it ended is in its log
@@ -273,7 +277,8 @@ func (c *cast) taken() []string {
 	return out
 }
 
-// armed tells whether every reaper that runs says so.
+// armed tells whether every reaper that runs says so: where it is asked, by its
+// metrics, since its log says less the more there is to say.
 func (c *cast) armed() bool {
 	c.mu.Lock()
 	reapers := slices.Clone(c.reapers)
@@ -285,6 +290,13 @@ func (c *cast) armed() bool {
 		default:
 		}
 		armed := false
+		if p.monitor != "" {
+			m, err := scrape(p.monitor, lookTimeout)
+			if err != nil || m["rollcall_reaper_armed"] != 1 {
+				return false
+			}
+			continue
+		}
 		for _, l := range p.said() {
 			if m, _ := l["message"].(string); m == "armed" || strings.HasPrefix(m, "not armed") {
 				armed = m == "armed"

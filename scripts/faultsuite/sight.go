@@ -16,6 +16,9 @@ import (
 // for about half a heartbeat at least, and the reapers' logs tell too.
 const lookEvery = 40 * time.Millisecond
 
+// lookTimeout bounds one look.
+const lookTimeout = 500 * time.Millisecond
+
 // sighting is what a cast's watchers have seen. The cast's mu guards it.
 type sighting struct {
 	expired  map[string]string // note in `gone` of somebody alive → address
@@ -50,7 +53,7 @@ func (c *cast) watchRedis(ctx context.Context) {
 				_ = rdb.Close()
 			}
 			addr = now
-			rdb = redis.NewClient(&redis.Options{Addr: addr, MaxRetries: -1, DisableIdentity: true, ReadTimeout: 500 * time.Millisecond, DialTimeout: 200 * time.Millisecond, DialerRetries: 1})
+			rdb = redis.NewClient(&redis.Options{Addr: addr, MaxRetries: -1, DisableIdentity: true, ReadTimeout: lookTimeout, DialTimeout: 200 * time.Millisecond, DialerRetries: 1})
 		}
 		var listed *redis.StringSliceCmd
 		var gone *redis.MapStringStringCmd
@@ -157,7 +160,7 @@ func ask(socket, line string) (string, error) {
 		return "", err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(500 * time.Millisecond)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(lookTimeout)); err != nil {
 		return "", err
 	}
 	if _, err := io.WriteString(conn, line+"\n"); err != nil {

@@ -103,7 +103,49 @@ func runSoak(length, least, most time.Duration, seed uint64, real bool) (ok bool
 		s.calm(10 * w.beat)
 		after = s.usage()
 	})
+	if s.Failed() {
+		if err := s.keep(); err != nil {
+			return false, err
+		}
+	}
 	return s.report(before, after), nil
+}
+
+// keep writes what everybody said, and what the registry and HAProxy have, into a
+// directory that stays, and says where.
+func (s *soak) keep() error {
+	dir, err := os.MkdirTemp("", "rollcall-soak-")
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*lookTimeout)
+	defer cancel()
+	var found strings.Builder
+	for _, key := range s.rdb.Keys(ctx, s.cast.key("*")).Val() {
+		for _, command := range [][]any{{"zrange", key, 0, -1, "withscores"}, {"hgetall", key}, {"get", key}, {"xrange", key, "-", "+"}} {
+			if v, err := s.rdb.Do(ctx, command...).Result(); err == nil {
+				fmt.Fprintln(&found, key, v)
+			}
+		}
+	}
+	text, err := ask(s.cast.ha.Socket, "show servers state be;show stat be 4 -1")
+	fmt.Fprintln(&found, text, err)
+	files := map[string]string{"found": found.String()}
+	c := s.cast
+	c.mu.Lock()
+	for i, p := range c.spawned {
+		p.mu.Lock()
+		files[fmt.Sprintf("%04d-%s.log", i, p.args[0])] = strings.Join(p.args, " ") + "\n" + p.out.String()
+		p.mu.Unlock()
+	}
+	c.mu.Unlock()
+	for name, text := range files {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			return err
+		}
+	}
+	fmt.Println("logs:", dir)
+	return nil
 }
 
 // calm lets instances come and go for d, ends when all is right.
@@ -138,8 +180,9 @@ func (s *soak) calm(d time.Duration) {
 			// One at a time, so that no protection holds it.
 			w.until("everybody serves", 20*w.beat, c.right)
 			c.die(m)
-			died, disarmed := time.Now(), c.disarmed()
+			died, disarmed := time.Now(), false
 			w.until(m.addr.String()+" is out of the registry", 4*w.ttl, func() error {
+				disarmed = disarmed || !c.armed() // for a TTL at least, so that a look finds it
 				c.mu.Lock()
 				defer c.mu.Unlock()
 				if !c.seen.known || slices.Contains(c.seen.listed, m.addr.String()) {
@@ -148,11 +191,11 @@ func (s *soak) calm(d time.Duration) {
 				return nil
 			})
 			out := time.Since(died)
-			if c.disarmed() > disarmed {
+			if disarmed {
 				s.did["die while a reaper disarms"]++
 				break // there is no bound
 			}
-			if out > w.ttl+time.Second {
+			if out > w.ttl+time.Second+lookEvery {
 				w.Errorf("%s was out %v after it died, and every reaper was armed", m.addr, out)
 			}
 			s.slowest = max(s.slowest, out)
@@ -181,21 +224,6 @@ func (s *soak) calm(d time.Duration) {
 	for _, m := range dead {
 		m.app.Close()
 	}
-}
-
-// disarmed counts how often reapers said that they are not armed.
-func (c *cast) disarmed() (n int) {
-	c.mu.Lock()
-	reapers := slices.Clone(c.reapers)
-	c.mu.Unlock()
-	for _, p := range reapers {
-		for _, l := range p.said() {
-			if m, _ := l["message"].(string); strings.HasPrefix(m, "not armed") {
-				n++
-			}
-		}
-	}
-	return n
 }
 
 // over is 1 if p has ended.
@@ -339,7 +367,7 @@ func (s *soak) usage() map[string]usage {
 	for role, ps := range roles {
 		u := usage{processes: len(ps)}
 		for _, p := range ps {
-			m, err := scrape(p.monitor)
+			m, err := scrape(p.monitor, 10*lookTimeout)
 			if err != nil {
 				s.Errorf("metrics of %s: %v", role, err)
 				continue
@@ -353,8 +381,8 @@ func (s *soak) usage() map[string]usage {
 	return out
 }
 
-func scrape(addr string) (map[string]float64, error) {
-	client := http.Client{Timeout: 5 * time.Second}
+func scrape(addr string, timeout time.Duration) (map[string]float64, error) {
+	client := http.Client{Timeout: timeout}
 	resp, err := client.Get("http://" + addr + "/metrics")
 	if err != nil {
 		return nil, err
