@@ -62,6 +62,7 @@ type backend struct {
 	cold     *lastService // serves while view knows nothing; nil = none
 	dirty    map[netip.AddrPort]time.Time
 	back     map[netip.AddrPort]bool // was there since the last step, and may have gone again
+	doubted  map[netip.AddrPort]bool // had an old heartbeat when it was read after an interruption, and has had no server since
 	reread   bool                    // the process was replaced, or may have been
 	applied  registrar.Token         // the state that HAProxy has, read back; zero before the first
 	status   BackendStatus           // after the last step; without Synced and Behind
@@ -77,7 +78,6 @@ type backend struct {
 	fast       map[netip.AddrPort]time.Time // up in the process before, and when it was last known
 	leaving    map[netip.AddrPort]*leaving  // being drained
 	held       map[netip.AddrPort]time.Time // due to leave, but kept; since when
-	doubted    map[netip.AddrPort]bool      // refused for an old heartbeat after an interruption, and not heard of since
 	stale      bool                         // a hold must not end before another read
 	asked      time.Time                    // for a whole read of the register, because of these two
 	unplaced   map[netip.AddrPort]bool      // no slot for it
@@ -127,8 +127,16 @@ func (b *backend) change(c notifier.Change) {
 		if _, ok := b.dirty[addr]; !ok {
 			b.dirty[addr] = c.Heard
 		}
-		if e := b.view.Lookup(addr); e.Garbage != "" || e.Present && b.rules.allowed(addr.Addr()) {
+		e := b.view.Lookup(addr)
+		if e.Garbage != "" || e.Present && b.rules.allowed(addr.Addr()) {
 			b.back[addr] = true
+		}
+		// An interruption ends a TTL later, but not for the dead that it brought
+		// back: they are in the register until a reaper is armed again.
+		if e.Present && c.Now-e.Instance.Beat >= c.TTL.Milliseconds() && (b.broken || b.doubted[addr]) {
+			b.doubted[addr] = true
+		} else {
+			delete(b.doubted, addr)
 		}
 	}
 	b.signal()
@@ -545,8 +553,8 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 	defer b.tellKept(kept) // when mu is free: a log can block
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, empty: b.have.Serving == 0}
-	interrupted, serving := b.broken, b.have.Serving
+	rd := read{ttl: b.view.TTL, interval: b.view.Interval, empty: b.have.Serving == 0}
+	serving := b.have.Serving
 	// Whose drain HAProxy has not carried out, or no longer knows of, is not
 	// leaving: what holds for everybody holds for it.
 	maps.DeleteFunc(b.leaving, func(a netip.AddrPort, _ *leaving) bool {
@@ -569,14 +577,10 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 	for _, addr := range addrs {
 		e := b.view.Lookup(addr)
 		s, there := b.have.Lookup(addr)
-		// An interruption ends a TTL later, but not for the dead that it brought
-		// back: they are in the register until a reaper is armed again.
-		rd.interrupted = interrupted || b.doubted[addr]
+		rd.doubted = b.doubted[addr]
 		v := b.rules.decide(e, s, there, rd)
-		if v.stale {
-			b.doubted[addr] = true
-		} else {
-			delete(b.doubted, addr)
+		if !v.stale {
+			delete(b.doubted, addr) // it has a server, or nobody else has
 		}
 		if v.goal != Leave {
 			delete(b.leaving, addr)
@@ -842,7 +846,10 @@ func (b *backend) pause(now time.Time) time.Duration {
 		}
 		next = min(next, max(b.riseIn-now.Sub(b.readAt), firstPoll))
 	}
-	if b.stale || len(b.doubted) > 0 {
+	b.mu.Lock()
+	ask := b.stale || len(b.doubted) > 0
+	b.mu.Unlock()
+	if ask {
 		b.stale = false
 		// The answer wakes the next step: asked for by each, it would never end.
 		if pace := b.cfg.Full / 6; now.Sub(b.asked) >= pace {

@@ -61,8 +61,16 @@ func TestTheDeadStayOut(t *testing.T) {
 			t.Errorf("%s: served %v, want %v", step.name, got, step.want)
 		}
 	}
+	read(5*ttl, begun+2*ttl.Milliseconds(), true)
+	read(6*ttl, begun+2*ttl.Milliseconds(), false)
+	if serves() {
+		t.Error("served when HAProxy was away for the whole of an interruption")
+	}
+	b.change(notifier.Change{Snapshot: registrar.Snapshot{Service: "web", Now: begun, TTL: ttl, Interval: ttl / 3, Token: registrar.Token{ReplID: "r", Version: 2}}})
+	if serves() {
+		t.Error("served when Redis' clock was set back and it had not been read anew")
+	}
 
-	b.doubted[dead] = true
 	now := time.Now()
 	for range 3 {
 		b.pause(now)

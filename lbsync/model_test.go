@@ -93,11 +93,15 @@ type belief struct {
 	absent time.Time // zero: it is not
 	read   time.Time // when that was last read
 	left   bool      // somebody said so, and it has not been back
+	stale  bool      // an interruption brought it back, and it has neither beaten nor had a server since
 	may    bool      // it lies in an allowed network
 }
 
 // wanted tells whether it shall have a server.
 func (b belief) wanted() bool { return b.Present && b.may }
+
+// goes tells whether it shall go by somebody's word, the operator's networks too.
+func (b belief) goes() bool { return b.word() || b.Present && !b.may }
 
 // word tells whether somebody said that it shall go.
 func (b belief) word() bool {
@@ -109,6 +113,8 @@ type beliefs struct {
 	of      map[netip.AddrPort]belief
 	doubted map[netip.AddrPort]registrar.Gone
 	known   bool
+	broken  bool  // by an interruption, until a whole read a TTL later
+	at      int64 // its time by Redis' clock, unix ms
 }
 
 func newBeliefs() *beliefs { return &beliefs{of: map[netip.AddrPort]belief{}} }
@@ -121,7 +127,11 @@ func (bs *beliefs) get(a netip.AddrPort) belief {
 
 func (bs *beliefs) fold(c notifier.Change, now time.Time) {
 	said := map[netip.AddrPort]registrar.Entry{}
+	if c.Full && c.Now-bs.at >= modelTTL.Milliseconds() {
+		bs.broken = false
+	}
 	if c.Interrupted {
+		bs.broken, bs.at = true, c.Now
 		bs.doubted = map[netip.AddrPort]registrar.Gone{}
 	}
 	for _, e := range c.Entries {
@@ -137,8 +147,9 @@ func (bs *beliefs) fold(c notifier.Change, now time.Time) {
 		b := bs.get(a)
 		if e, ok := said[a]; ok {
 			b.Entry = e
+			b.stale = (b.stale || bs.broken) && e.Present && c.Now-e.Instance.Beat >= modelTTL.Milliseconds()
 		} else if c.Full {
-			b.Entry = registrar.Entry{Addr: a}
+			b.Entry, b.stale = registrar.Entry{Addr: a}, false
 		}
 		b.left = b.word() || b.left && !b.Present && b.Garbage == ""
 		switch {
@@ -165,6 +176,7 @@ type machine struct {
 	trouble  trouble  // befalls the next exchange
 	lastUp   map[netip.AddrPort]time.Time
 	reported int // servers in service, by the last report, and by what has been asked since
+	counted  int // servers in service, by the last report
 	seen     Process
 	failed   bool // an exchange of this step
 	asked    int  // ops of this step
@@ -178,6 +190,7 @@ type machineServer struct {
 	later netip.AddrPort
 	idle  time.Time // free since; zero: it is not, or was from the beginning
 	human bool      // the last to say maint
+	drain time.Time // it has not been ready since; zero: it is, or was not from the beginning
 	busy  int
 	// told is the server as it was last reported.
 	told    Server
@@ -204,14 +217,14 @@ func (m *machine) boot(keep bool) {
 	m.servers = nil
 	for _, s := range m.template {
 		n := &machineServer{Server: s}
+		n.Up = n.Admin != Maint
 		if keep && s.Slot && drawSmall.Draw(m.rt, "kept") < 6 {
 			for _, o := range old {
 				if o.Name == s.Name {
-					n.Addr, n.Admin, n.Weight, n.human = o.Addr, o.Admin, o.Weight, o.human
+					n.Addr, n.Admin, n.Weight, n.Up, n.human = o.Addr, o.Admin, o.Weight, o.Up, o.human
 				}
 			}
 		}
-		n.Up, n.Passed = n.Admin != Maint, false
 		m.servers = append(m.servers, n)
 	}
 }
@@ -261,6 +274,7 @@ func (m *machine) serving() (n int) {
 // begin begins an exchange, and says what befalls it.
 func (m *machine) begin(what string) (trouble, error) {
 	t := m.trouble
+	m.trust()
 	switch {
 	case t == lost:
 		m.trouble, m.failed = noTrouble, true
@@ -272,6 +286,23 @@ func (m *machine) begin(what string) (trouble, error) {
 	return noTrouble, nil
 }
 
+// tally counts who is in service for a report.
+func (m *machine) tally() int {
+	m.reported = m.serving()
+	m.counted = m.reported
+	m.trust()
+	return m.counted
+}
+
+// trust ends all doubt of who is old when nobody is in service: then anybody is
+// better than nobody.
+func (m *machine) trust() {
+	for a, b := range m.of {
+		b.stale = b.stale && m.counted > 0
+		m.of[a] = b
+	}
+}
+
 func (m *machine) report(s *machineServer, busy bool) Server {
 	r := s.Server
 	r.Busy = -1
@@ -279,6 +310,13 @@ func (m *machine) report(s *machineServer, busy bool) Server {
 		r.Busy = s.busy
 	}
 	s.told, s.tellAny = r, true
+	if s.Admin == Ready && s.Up {
+		m.lastUp[s.Addr] = time.Now()
+	}
+	if b, ok := m.of[s.Addr]; ok && s.Ours() && (s.Admin != Maint || s.Weight != 0) {
+		b.stale = false // it is no matter of taking it in any more
+		m.of[s.Addr] = b
+	}
 	return r
 }
 
@@ -294,7 +332,7 @@ func (m *machine) Read(_ context.Context, _ string) (State, error) {
 		s.land()
 		st.Servers = append(st.Servers, m.report(s, false))
 	}
-	m.reported = m.serving()
+	m.tally()
 	return st, nil
 }
 
@@ -308,8 +346,7 @@ func (m *machine) Peek(_ context.Context, _ string, servers []Server) (Applied, 
 func (m *machine) readBack(ops []Op) Applied {
 	m.failed = m.failed || m.process != m.seen // who asked will see it
 	m.seen = m.process
-	got := Applied{Process: m.process, Active: m.serving()}
-	m.reported = got.Active
+	got := Applied{Process: m.process, Active: m.tally()}
 	seen := map[string]bool{}
 	for _, o := range ops {
 		if s := m.find(o.Name, o.ID); s != nil && !seen[o.Name] {
@@ -427,6 +464,11 @@ func (m *machine) carryOut(o Op, judged bool) (refused string) {
 	} else if !before.free() {
 		s.idle = now
 	}
+	if s.Admin == Ready {
+		s.drain = time.Time{}
+	} else if before.Admin == Ready {
+		s.drain = now
+	}
 	if judged {
 		m.judge(o, before, *s)
 	}
@@ -445,8 +487,8 @@ func (m *machine) add(o Op, judged bool) string {
 			return "already exists"
 		}
 	}
-	if judged && (!m.belief(o.Addr).wanted() || o.Name != DynamicName(o.Addr)) {
-		m.rt.Fatalf("added %s for %v, which nobody wants", o.Name, o.Addr)
+	if b := m.belief(o.Addr); judged && (!b.wanted() || m.old(b) || o.Name != DynamicName(o.Addr)) {
+		m.rt.Fatalf("added %s for %v, which nobody wants, or which is from before an interruption", o.Name, o.Addr)
 	}
 	m.servers = append(m.servers, &machineServer{Server: Server{Name: o.Name, ID: o.ID, Addr: o.Addr, Admin: Maint}, idle: time.Now()})
 	return ""
@@ -470,14 +512,21 @@ func (m *machine) judge(o Op, before, after machineServer) {
 		switch to := m.belief(o.Addr); {
 		case before.Admin != Maint && before.Weight != 0:
 			rt.Fatalf("%s gets the address %v in %v with weight %d", before.Name, o.Addr, before.Admin, before.Weight)
-		case !to.wanted():
-			rt.Fatalf("%s gets the address %v, which nobody wants", before.Name, o.Addr)
+		case !to.wanted() || m.old(to):
+			rt.Fatalf("%s gets the address %v, which nobody wants, or which is from before an interruption", before.Name, o.Addr)
 		case !before.idle.IsZero() && now.Sub(before.idle) < modelQuarantine:
 			rt.Fatalf("%s is used again %v after it was freed", before.Name, now.Sub(before.idle))
 		}
 	}
 	if o.Kind == Delete && now.Sub(before.idle) < modelQuarantine {
 		rt.Fatalf("%s is deleted %v after it was freed", before.Name, now.Sub(before.idle))
+	}
+	if o.Kind == SetMaint && before.Weight != 0 {
+		rt.Fatalf("%s is put into maint with weight %d, as a human would", before.Name, before.Weight)
+	}
+	if busy := before.told.Admin == Drain && before.told.Busy > 0 && before.told.Addr == a; busy && (o.Kind == SetMaint || o.Kind == Shutdown) &&
+		m.holders(a) == 1 && now.Sub(before.drain) < modelDrain && !(b.wanted() && b.Instance.State() == registrar.AdminMaint) {
+		rt.Fatalf("%s has %d connections in use, and drains for %v: %s", before.Name, before.told.Busy, now.Sub(before.drain), words([]Op{o}))
 	}
 	if was, is := before.Serving(), after.Serving(); is && !was {
 		m.judgeArrival(o, after)
@@ -499,6 +548,8 @@ func (m *machine) judgeArrival(o Op, s machineServer) {
 		m.rt.Fatalf("%s serves %v, and shall have %v: %s", s.Name, s.Addr, s.later, words([]Op{o}))
 	case !b.wanted() || b.Instance.State() == registrar.AdminMaint:
 		m.rt.Fatalf("%s serves %v, which nobody wants: %s", s.Name, s.Addr, words([]Op{o}))
+	case m.old(b):
+		m.rt.Fatalf("%s serves %v, whose heartbeat is from before an interruption: %s", s.Name, s.Addr, words([]Op{o}))
 	case s.Checked && !s.Passed && now.Sub(m.lastUp[s.Addr]) >= recent:
 		m.rt.Fatalf("%s serves %v before its check has passed: %s", s.Name, s.Addr, words([]Op{o}))
 	}
@@ -548,7 +599,7 @@ func (m *machine) judgeDeparture(o Op, s machineServer) {
 			m.rt.Fatalf("%s of %v, whose check is up, was taken out %v after it was missed, last read after %v", s.Name, s.Addr, silent, confirmed)
 		case b.Gone == nil && (silent < modelSilence || confirmed < modelSilence):
 			m.rt.Fatalf("%s of %v, which nobody said is gone, was taken out %v after it was missed, last read after %v", s.Name, s.Addr, silent, confirmed)
-		case serves(&told) == 1 && up <= floor:
+		case serves(&told) == 1 && up-m.goers() <= floor:
 			m.rt.Fatalf("%s of %v is absent and was taken out, and %d are up, floor %d", s.Name, s.Addr, up, floor)
 		case vouched:
 			m.did.count("hold ended")
@@ -558,6 +609,19 @@ func (m *machine) judgeDeparture(o Op, s machineServer) {
 			m.did.count("expired")
 		}
 	}
+}
+
+// old tells whether b must not be taken in, for what an interruption brought back.
+func (m *machine) old(b belief) bool { return m.known && b.stale && m.counted > 0 }
+
+// goers counts our servers that were reported in service and go by a word.
+func (m *machine) goers() (n int) {
+	for _, s := range m.servers {
+		if s.Ours() && s.Serving() && serves(&s.told) == 1 && s.told.Addr == s.Addr && m.belief(s.Addr).goes() {
+			n++
+		}
+	}
+	return n
 }
 
 // holders counts our servers with an address.

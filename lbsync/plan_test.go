@@ -191,19 +191,18 @@ func TestDecide(t *testing.T) {
 	gone := func(why registrar.Reason) registrar.Entry {
 		return registrar.Entry{Addr: addrA, Gone: &registrar.Gone{Reason: why, At: now}}
 	}
-	here := func(addr string, beat int64) registrar.Entry {
+	here := func(addr string) registrar.Entry {
 		a := netip.MustParseAddrPort(addr)
-		return registrar.Entry{Addr: a, Present: true, Instance: registrar.Instance{Addr: a, Beat: beat}}
+		return registrar.Entry{Addr: a, Present: true, Instance: registrar.Instance{Addr: a}}
 	}
-	normal := read{now: now, ttl: 15 * time.Second, interval: 5 * time.Second}
-	interrupted, alone := normal, normal
-	interrupted.interrupted = true
-	alone.interrupted, alone.empty = true, true
+	normal := read{ttl: 15 * time.Second, interval: 5 * time.Second}
+	doubted, alone := normal, normal
+	doubted.doubted = true
+	alone.doubted, alone.empty = true, true
 	passes := Server{Checked: true, Up: true, Passed: true, Admin: Ready, Weight: 100}
 	fails := Server{Checked: true, Admin: Ready, Weight: 100}
 	none := Server{Up: true, Admin: Ready, Weight: 100}
 	out := Server{Slot: true, Admin: Maint}
-	const ttl = 15_000
 	for _, tt := range []struct {
 		name   string
 		entry  registrar.Entry
@@ -213,20 +212,17 @@ func TestDecide(t *testing.T) {
 		hold   time.Duration
 		word   bool
 	}{
-		{"here", here("10.0.0.1:80", now), nil, normal, Serve, 0, false},
-		{"here and served", here("10.0.0.1:80", now), &none, normal, Serve, 0, false},
-		{"silent but not reaped", here("10.0.0.1:80", now-ttl), nil, normal, Serve, 0, false},
-		{"silent, after an interruption", here("10.0.0.1:80", now-ttl), nil, interrupted, Keep, 0, false},
-		{"fresh, after an interruption", here("10.0.0.1:80", now-ttl+1), nil, interrupted, Serve, 0, false},
-		{"silent, after an interruption, but served", here("10.0.0.1:80", now-ttl), &none, interrupted, Serve, 0, false},
-		{"silent, after an interruption, and out of a slot that has its address", here("10.0.0.1:80", now-ttl), &out, interrupted, Keep, 0, false},
-		{"fresh, after an interruption, and out of such a slot", here("10.0.0.1:80", now), &out, interrupted, Serve, 0, false},
-		{"silent, after an interruption, but all there is", here("10.0.0.1:80", now-ttl), nil, alone, Serve, 0, false},
-		{"network not allowed", here("127.0.0.1:80", now), nil, normal, Keep, 0, false},
-		{"public", here("8.8.8.8:80", now), nil, normal, Keep, 0, false},
-		{"metadata service", here("169.254.169.254:80", now), nil, normal, Keep, 0, false},
-		{"private IPv6", here("[fd00::1]:80", now), nil, normal, Serve, 0, false},
-		{"network allowed no more", here("127.0.0.1:80", now), &none, normal, Leave, 0, true},
+		{"here", here("10.0.0.1:80"), nil, normal, Serve, 0, false},
+		{"here and served", here("10.0.0.1:80"), &none, normal, Serve, 0, false},
+		{"doubted", here("10.0.0.1:80"), nil, doubted, Keep, 0, false},
+		{"doubted, but served", here("10.0.0.1:80"), &none, doubted, Serve, 0, false},
+		{"doubted, and out of a slot that has its address", here("10.0.0.1:80"), &out, doubted, Keep, 0, false},
+		{"doubted, but all there is", here("10.0.0.1:80"), nil, alone, Serve, 0, false},
+		{"network not allowed", here("127.0.0.1:80"), nil, normal, Keep, 0, false},
+		{"public", here("8.8.8.8:80"), nil, normal, Keep, 0, false},
+		{"metadata service", here("169.254.169.254:80"), nil, normal, Keep, 0, false},
+		{"private IPv6", here("[fd00::1]:80"), nil, normal, Serve, 0, false},
+		{"network allowed no more", here("127.0.0.1:80"), &none, normal, Leave, 0, true},
 		{"garbage", registrar.Entry{Addr: addrA, Garbage: "x"}, &none, normal, Keep, 0, false},
 		{"never heard of", registrar.Entry{Addr: addrA}, nil, normal, Keep, 0, false},
 		{"left", gone(registrar.Left), &passes, normal, Leave, 0, true},

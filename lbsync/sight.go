@@ -86,7 +86,7 @@ func (b *backend) observeOne(addr netip.AddrPort) bool {
 			}
 		}
 	}
-	rd := read{now: b.now, ttl: b.view.TTL, interval: b.view.Interval, interrupted: b.broken || b.doubted[addr], empty: b.have.Serving == 0}
+	rd := read{ttl: b.view.TTL, interval: b.view.Interval, doubted: b.doubted[addr], empty: b.have.Serving == 0}
 	v := b.rules.decide(e, s, there, rd)
 	since, held := b.held[addr]
 	switch l := b.leaving[addr]; {

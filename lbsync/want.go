@@ -52,11 +52,10 @@ type verdict struct {
 
 // read is what a decision needs to know of the read that its entry came from.
 type read struct {
-	now           int64 // unix ms by Redis' clock
 	ttl, interval time.Duration
-	// interrupted says that this history began with an interruption, so that
-	// this address's score may be that of an old snapshot.
-	interrupted bool
+	// doubted says that it came after an interruption, when the heartbeat was
+	// older than the TTL: it may be that of an old snapshot.
+	doubted bool
 	// empty says that the backend has no other server that is up.
 	empty bool
 }
@@ -77,7 +76,7 @@ func (r rules) decide(e registrar.Entry, s Server, there bool, rd read) verdict 
 	case e.Present:
 		// A slot keeps the address of who has left it.
 		out := !there || s.Admin == Maint && s.Weight == 0
-		if age := rd.now - e.Instance.Beat; out && rd.interrupted && !rd.empty && age >= rd.ttl.Milliseconds() {
+		if out && rd.doubted && !rd.empty {
 			return verdict{goal: Keep, stale: true, why: "its heartbeat is older than the TTL, and the register has been interrupted"}
 		}
 		return verdict{goal: Serve}

@@ -61,7 +61,7 @@ var (
 	noFloor      = edit{"lbsync/backend.go", "if !stay && up && serving <= max(b.cfg.MinServers, floor()) {", "if false {"}
 	noDoubt      = edit{"notifier/view.go", "if e.Gone != nil && v.doubted[e.Addr] == *e.Gone {", "if false {"}
 	noMemory     = edit{"lbsync/lbsync.go", "s.watcher.Remember(svc, l.Token)", "_, _ = svc, l"}
-	noAgeCheck   = edit{"lbsync/want.go", "out && rd.interrupted && ", "out && false && "}
+	noAgeCheck   = edit{"lbsync/want.go", "out && rd.doubted && ", "out && false && "}
 	noWatchdog   = edit{"notifier/watcher.go", "if quiet >= silence {", "if quiet >= time.Hour {"}
 	noOwnerLeave = edit{"registrar/lua/leave.lua", "if token_of(addr) ~= token then return {'NOTOWNER', 0} end", ""}
 	noOwnerBeat  = edit{"registrar/lua/beat.lua", "elseif holder == '' or claim or now - tonumber(score) > 2 * interval then", "elseif true then"}
