@@ -172,6 +172,14 @@ func (s *soak) calm(d time.Duration) {
 			c.join()
 		case "leave":
 			w.until("everybody serves", 20*w.beat, c.right)
+			// That may be by an earlier sidecar's heartbeats: a new one, told to stop
+			// before its first, has nothing to take back.
+			w.until("the sidecar of "+m.addr.String()+" has registered", 20*w.beat, func() error {
+				if !slices.ContainsFunc(m.sidecar.said(), func(l map[string]any) bool { return l["message"] == "registered" }) {
+					return fmt.Errorf("%v", m.sidecar.said())
+				}
+				return nil
+			})
 			c.mu.Lock()
 			m.dead = true
 			c.mu.Unlock()
