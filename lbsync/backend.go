@@ -86,6 +86,7 @@ type backend struct {
 	idle       map[string]time.Time         // free slots that held an instance, since when
 	noOverflow bool                         // HAProxy refused a server beside the slots
 	postponed  map[netip.AddrPort]bool      // drain would leave nobody
+	undone     bool                         // HAProxy did not take all of it; a whole look shows what
 	said       map[string]time.Time         // what has been reported, and when
 	polls      int
 }
@@ -246,7 +247,7 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	// What waits for other servers to be up, or for its own check to fail, must
 	// see all of them: HAProxy's checks tell nobody. Who rises is looked at when
 	// there is nothing else to do: a change need not wait for a whole read.
-	waits := len(b.held)+len(b.postponed) > 0 && now.Sub(b.readAt) >= waitPoll ||
+	waits := (len(b.held)+len(b.postponed) > 0 || b.undone) && now.Sub(b.readAt) >= waitPoll ||
 		b.have != nil && b.have.Rising > 0 && len(dirty) == 0 && now.Sub(b.readAt) >= b.riseIn
 	whole := b.have == nil || waits || now.Sub(b.readAt) >= b.nextFull
 	if whole {
@@ -262,9 +263,10 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	if err != nil {
 		return 0, err
 	}
-	// A drain that waits is not applied; who is held or found no slot is
-	// reported, and does not keep everybody else waiting.
-	if done && len(b.postponed) == 0 {
+	b.undone = !done || b.undone && !whole
+	// A drain that waits is not applied, nor is what HAProxy refused; who is held or
+	// found no slot is reported, and does not keep everybody else waiting.
+	if !b.undone && len(b.postponed) == 0 {
 		b.mu.Lock()
 		news := b.applied != token
 		b.applied = token
@@ -837,7 +839,7 @@ func (b *backend) pause(now time.Time) time.Duration {
 		next = min(next, min(firstPoll<<min(b.polls, 8), lastPoll))
 		b.polls++
 	}
-	if len(b.held) > 0 || len(b.unplaced) > 0 || len(b.postponed) > 0 {
+	if len(b.held) > 0 || len(b.unplaced) > 0 || len(b.postponed) > 0 || b.undone {
 		next = min(next, waitPoll)
 	}
 	if b.have != nil && b.have.Rising > 0 {

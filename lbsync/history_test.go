@@ -532,6 +532,7 @@ func (p *player) once() time.Duration {
 	m := p.ha
 	m.failed, m.asked, m.refused, m.read = false, 0, 0, false
 	asked := p.refresh
+	before, _ := p.backend.state()
 	next, err := p.backend.Step(context.Background())
 	p.backend.nextFull = DefaultFull // without its jitter a history can be played again
 	p.rt.Logf("%v step: %v %v", time.Now().Format("15:04:05.000"), next, err)
@@ -548,6 +549,13 @@ func (p *player) once() time.Duration {
 	if (err != nil) != m.failed {
 		p.rt.Fatalf("an exchange failed: %v, and the step says %v", m.failed, err)
 	}
+	if now, known := p.backend.state(); known && now != before && now == p.backend.view.Token {
+		for _, s := range m.servers {
+			if b := p.belief(s.Addr); s.Ours() && s.Serving() && s.told.Serving() && b.wanted() && b.Instance.State() == registrar.AdminDrain {
+				p.rt.Fatalf("%s still serves %v, whose drain is acknowledged", s.Name, s.Addr)
+			}
+		}
+	}
 	if err != nil || p.spoilt || !p.known {
 		return cmp.Or(next, 100*time.Millisecond)
 	}
@@ -557,14 +565,11 @@ func (p *player) once() time.Duration {
 			p.did.count(what)
 		}
 	}
-	applied, _ := p.backend.state()
 	for _, s := range m.servers {
 		if !s.Ours() || !s.Serving() || !s.told.Serving() || s.told.Addr != s.Addr {
 			continue
 		}
 		switch b := p.get(s.Addr); {
-		case b.wanted() && b.Instance.State() == registrar.AdminDrain && applied == p.backend.view.Token:
-			p.rt.Fatalf("%s still serves %v, whose drain is acknowledged", s.Name, s.Addr)
 		case placeholder(&s.Server):
 			p.rt.Fatalf("%s serves and holds nobody", s.Name)
 		case b.word():
