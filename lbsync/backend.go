@@ -79,6 +79,8 @@ type backend struct {
 	leaving    map[netip.AddrPort]*leaving  // being drained
 	held       map[netip.AddrPort]time.Time // due to leave, but kept; since when
 	stale      bool                         // a hold must not end before another read
+	many       bool                         // so many are absent without a note that they go one by one
+	letGo      time.Time                    // the last of them went
 	asked      time.Time                    // for a whole read of the register, because of these two
 	unplaced   map[netip.AddrPort]bool      // no slot for it
 	static     bool                         // HAProxy refused a weight for the balance algorithm
@@ -575,6 +577,10 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 		}
 	}
 	floor := sync.OnceValue(b.share)
+	var next netip.AddrPort
+	if goal == Leave {
+		next = b.pace(now)
+	}
 	wants := make([]Want, 0, len(addrs))
 	for _, addr := range addrs {
 		e := b.view.Lookup(addr)
@@ -624,11 +630,15 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 					l.Stringer("addr", addr).Str("other", string(other)).Msg("not held: another service has this address")
 				})
 			}
-			if why, stays := b.mustStay(addr, v, serves(&s) == 1, serving, floor, now); stays {
+			paced := b.many && e.Gone == nil && serves(&s) == 1
+			if why, stays := b.mustStay(addr, v, serves(&s) == 1, serving, floor, now, paced && addr != next); stays {
 				if v.why = why; why != "" {
 					kept[v] = append(kept[v], addr)
 				}
 				continue
+			}
+			if paced {
+				b.letGo = now
 			}
 		}
 		if b.leaving[addr] == nil {
@@ -678,10 +688,43 @@ func (b *backend) isLast(addr netip.AddrPort, state Admin, s Server, serving int
 	return true
 }
 
+// pace looks whether half of the servers that are up, and more than one, are absent
+// with no note of how they went: a register that lost its data says so of the
+// living too, when they cannot reach it. Then, until none is left, they go one each
+// registrar.LetGoEvery, and pace returns who may go now, the longest held. The
+// caller has mu.
+func (b *backend) pace(now time.Time) (next netip.AddrPort) {
+	if len(b.held) < 2 && !b.many {
+		return next
+	}
+	missing, oldest := 0, now
+	for a, since := range b.held {
+		s, there := b.have.Lookup(a)
+		if e := b.view.Lookup(a); !there || serves(&s) == 0 || e.Present || e.Garbage != "" || e.Gone != nil {
+			continue
+		}
+		missing++
+		if since.Before(oldest) || since.Equal(oldest) && (!next.IsValid() || a.Compare(next) < 0) {
+			next, oldest = a, since
+		}
+	}
+	was := b.many
+	b.many = missing > 0 && (was || missing > 1 && missing*2 >= b.have.Serving)
+	if b.many && !was {
+		b.once("many", func(l *zerolog.Event) {
+			l.Int("absent", missing).Int("up", b.have.Serving).Dur("each", registrar.LetGoEvery).Msg("many are absent, and nobody said how they went; they are kept, and then go one by one")
+		})
+	}
+	if b.many && now.Sub(b.letGo) < registrar.LetGoEvery {
+		return netip.AddrPort{}
+	}
+	return next
+}
+
 // mustStay tells whether a server that is due to leave by absence alone is kept
-// for now: while its hold lasts, and while it is among the last that are up. The
-// first time it says why.
-func (b *backend) mustStay(addr netip.AddrPort, v verdict, up bool, serving int, floor func() int, now time.Time) (why string, stays bool) {
+// for now: while its hold lasts, while others go before it (waits), and while it is
+// among the last that are up. The first time it says why.
+func (b *backend) mustStay(addr netip.AddrPort, v verdict, up bool, serving int, floor func() int, now time.Time, waits bool) (why string, stays bool) {
 	since, held := b.held[addr]
 	if !held {
 		since = now
@@ -693,6 +736,7 @@ func (b *backend) mustStay(addr netip.AddrPort, v verdict, up bool, serving int,
 		// have beaten a hundred times. Another read must say so too.
 		stay, b.stale = true, true
 	}
+	stay = stay || waits
 	if !stay && up && serving <= max(b.cfg.MinServers, floor()) {
 		stay, why = true, fmt.Sprintf("only %d servers are up", serving)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/netip"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -174,5 +175,92 @@ func TestHeldAnew(t *testing.T) {
 	step()
 	if since, held := b.held[a]; !held || time.Since(since) > DefaultHold || sent > 0 {
 		t.Errorf("held since %v (%v), %d ops sent", since, held, sent)
+	}
+}
+
+// TestPace has a register lose its data while instances are cut off from it, so that
+// it mentions them no more. When their hold ends, half of a backend and more goes
+// one by one, and not below the floor.
+func TestPace(t *testing.T) {
+	const ttl = 15 * time.Second
+	for _, tt := range []struct {
+		name          string
+		all, missing  int
+		noted, down   bool
+		atOnce, after int // who goes when the holds end, and within a minute in all
+	}{
+		{"a lone one", 6, 1, false, false, 1, 1},
+		{"fewer than half", 6, 2, false, false, 2, 2},
+		{"half", 6, 3, false, false, 1, 3},
+		{"all", 6, 6, false, false, 1, 5},
+		{"more than go in a minute", 12, 12, false, false, 1, 6},
+		{"all of two", 2, 2, false, false, 1, 1},
+		{"half, and a reaper took them out", 6, 3, true, false, 3, 3},
+		{"half, which HAProxy finds down", 6, 3, false, true, 3, 3},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBackend(Config{Allow: DefaultAllow(), Full: DefaultFull, Hold: DefaultHold, MinServers: 1}, BackendConfig{Service: "web", Backend: "be"}, nil,
+					func(registrar.Service) {}, func() {}, func() {}, newClaims(), zerolog.Nop())
+				var addrs []netip.AddrPort
+				var servers []Server
+				for i := range tt.all {
+					a := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)}), 80)
+					addrs = append(addrs, a)
+					servers = append(servers, Server{Name: DynamicName(a), ID: i + 1, Addr: a, Admin: Ready, Weight: 100, Up: !tt.down || i >= tt.missing})
+				}
+				b.have = NewInventory(State{Servers: servers}, func(netip.AddrPort) bool { return true })
+				read := func(missing int, token registrar.Token) {
+					now := time.Now().UnixMilli()
+					c := notifier.Change{Interrupted: token.Version == 2, Snapshot: registrar.Snapshot{Service: "web", Full: true, Now: now, TTL: ttl, Interval: ttl / 3, Token: token}}
+					for i, a := range addrs {
+						switch e := (registrar.Entry{Addr: a}); {
+						case i >= missing:
+							e.Present, e.Instance = true, registrar.Instance{Addr: a, Beat: now}
+							c.Entries = append(c.Entries, e)
+						case tt.noted && token.Version > 2:
+							e.Gone = &registrar.Gone{Reason: registrar.Expired, At: now, Token: "t"}
+							c.Entries = append(c.Entries, e)
+						}
+					}
+					b.change(c)
+				}
+				gone := 0
+				step := func() int {
+					n := 0
+					for _, w := range b.wants(addrs, Leave, time.Now()) {
+						if s := b.have.byAddr[w.Addr]; s.Admin == Ready {
+							b.have.count(s, -1)
+							s.Admin = Drain
+							n++
+						}
+					}
+					gone += n
+					return n
+				}
+				read(0, registrar.Token{ReplID: "r", Epoch: "e", Version: 1})
+				step()
+				read(tt.missing, registrar.Token{ReplID: "s", Epoch: "e", Version: 2})
+				step()
+				time.Sleep(ttl + 2*ttl/3 - time.Millisecond)
+				if step(); gone > 0 {
+					t.Fatalf("%d went before their hold was over", gone)
+				}
+				time.Sleep(time.Millisecond)
+				read(tt.missing, registrar.Token{ReplID: "s", Epoch: "e", Version: 3})
+				if got := step(); got != tt.atOnce {
+					t.Errorf("%d went at once, want %d", got, tt.atOnce)
+				}
+				for range 59 {
+					time.Sleep(time.Second)
+					if got := step(); got > 1 {
+						t.Errorf("%d went at once", got)
+					}
+				}
+				if gone != tt.after {
+					t.Errorf("%d went within a minute, want %d", gone, tt.after)
+				}
+			})
+		})
 	}
 }

@@ -595,7 +595,7 @@ func (p *player) settle() {
 	}
 	p.backend.replaced() // what a human did since the last look is seen
 	begun, polled, whole := time.Now(), time.Time{}, time.Time{}
-	for time.Since(begun) < 2*modelHold+modelSilence+2*DefaultFull {
+	for time.Since(begun) < 2*modelHold+modelSilence+2*DefaultFull+time.Duration(len(modelAddrs))*registrar.LetGoEvery {
 		p.reap()
 		if full := p.refresh || time.Since(whole) >= DefaultFull; full || time.Since(polled) >= notifier.DefaultPoll {
 			p.poll(full)

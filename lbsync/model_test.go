@@ -175,8 +175,9 @@ type machine struct {
 	noAdd    bool     // its balance algorithm allows no dynamic servers
 	trouble  trouble  // befalls the next exchange
 	lastUp   map[netip.AddrPort]time.Time
-	reported int // servers in service, by the last report, and by what has been asked since
-	counted  int // servers in service, by the last report
+	reported int       // servers in service, by the last report, and by what has been asked since
+	counted  int       // servers in service, by the last report
+	gone     time.Time // who was absent without a note went last
 	seen     Process
 	failed   bool // an exchange of this step
 	asked    int  // ops of this step
@@ -597,6 +598,8 @@ func (m *machine) judgeDeparture(o Op, s machineServer) {
 		switch {
 		case vouched && (silent < modelHold || confirmed < modelHold):
 			m.rt.Fatalf("%s of %v, whose check is up, was taken out %v after it was missed, last read after %v", s.Name, s.Addr, silent, confirmed)
+		case b.Gone == nil && serves(&told) == 1 && m.missing() > 0 && m.missing() == m.reported && now.Sub(m.gone) < registrar.LetGoEvery:
+			m.rt.Fatalf("%s of %v is absent, as all are, and was taken out %v after another one", s.Name, s.Addr, now.Sub(m.gone))
 		case b.Gone == nil && (silent < modelSilence || confirmed < modelSilence):
 			m.rt.Fatalf("%s of %v, which nobody said is gone, was taken out %v after it was missed, last read after %v", s.Name, s.Addr, silent, confirmed)
 		case serves(&told) == 1 && up-m.goers() <= floor:
@@ -605,6 +608,7 @@ func (m *machine) judgeDeparture(o Op, s machineServer) {
 			m.did.count("hold ended")
 		case b.Gone == nil:
 			m.did.count("silence ended")
+			m.gone = now
 		default:
 			m.did.count("expired")
 		}
@@ -613,6 +617,17 @@ func (m *machine) judgeDeparture(o Op, s machineServer) {
 
 // old tells whether b must not be taken in, for what an interruption brought back.
 func (m *machine) old(b belief) bool { return m.known && b.stale && m.counted > 0 }
+
+// missing counts our servers that are in service, by the last report too, and absent
+// with no note.
+func (m *machine) missing() (n int) {
+	for _, s := range m.servers {
+		if b := m.belief(s.Addr); s.Ours() && s.Serving() && serves(&s.told) == 1 && s.told.Addr == s.Addr && !b.Present && b.Garbage == "" && b.Gone == nil {
+			n++
+		}
+	}
+	return n
+}
 
 // goers counts our servers that were reported in service and go by a word.
 func (m *machine) goers() (n int) {

@@ -3,6 +3,7 @@ package lbsync
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"sync"
 	"time"
@@ -95,6 +96,9 @@ func (b *backend) observeOne(addr netip.AddrPort) bool {
 		st.Since, st.Until = b.redisTime(l.since), b.redisTime(l.since.Add(b.cfg.DrainTimeout))
 	case held:
 		st.Note, st.Why = registrar.NoteHeld, "too few servers are up to let it go"
+		if b.many && e.Gone == nil {
+			st.Why = fmt.Sprintf("many are absent, and nobody said how they went; one goes each %v", registrar.LetGoEvery)
+		}
 		st.Since = b.redisTime(since)
 		if end := since.Add(v.hold); time.Now().Before(end) {
 			st.Why, st.Until = v.why, b.redisTime(end)

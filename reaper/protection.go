@@ -17,7 +17,7 @@ const (
 // What has been held for LetGoAfter is let go, one instance each LetGoEvery.
 const (
 	LetGoAfter = 5 * time.Minute
-	LetGoEvery = 10 * time.Second
+	LetGoEvery = registrar.LetGoEvery
 )
 
 // Rule is why svc may be held; "" is every service.

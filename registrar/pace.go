@@ -15,6 +15,10 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
+// LetGoEvery is the pace of removals that may be a mistake: of many that look dead
+// at once, or are absent at once, one goes each time.
+const LetGoEvery = 10 * time.Second
+
 // FirstRetry is the ceiling of the first retry's delay.
 const FirstRetry = 100 * time.Millisecond
 
