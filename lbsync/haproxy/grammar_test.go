@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 	"github.com/rs/zerolog"
@@ -60,22 +61,24 @@ func FuzzRegistry(f *testing.F) {
 	}
 	bulk := func(s string) string { return fmt.Sprintf("$%d\r\n%s\r\n", len(s), s) }
 	pair := func(k, v string) string { return "*2\r\n" + bulk(k) + bulk(v) }
+	answer := "" // to the one question of a connection
+	rdb := redis.NewClient(&redis.Options{
+		Protocol: 2, MaxRetries: -1, DisableIdentity: true, PoolSize: 1, DialerRetries: 1, ContextTimeoutEnabled: false, ReadTimeout: -2, WriteTimeout: -2,
+		ConnMaxLifetime: time.Nanosecond,
+		Dialer: func(context.Context, string, string) (net.Conn, error) {
+			a, b := net.Pipe()
+			_ = b.Close() // only the deadlines and addresses of a are of use
+			return &canned{Conn: a, answer: bytes.NewReader([]byte(answer))}, nil
+		},
+	})
+	f.Cleanup(func() { _ = rdb.Close() }) // nothing is open
+	store, err := registrar.NewStore(rdb, "rollcall")
+	if err != nil {
+		f.Fatal(err)
+	}
 	f.Fuzz(func(t *testing.T, member, score, meta, admin, goner, note string, slots bool) {
-		answer := "*11\r\n:1\r\n:1700000000500\r\n" + bulk("abc") + bulk("e") + ":7\r\n:15000\r\n:5000\r\n" +
+		answer = "*11\r\n:1\r\n:1700000000500\r\n" + bulk("abc") + bulk("e") + ":7\r\n:15000\r\n:5000\r\n" +
 			pair(member, score) + pair(member, meta) + pair(member, admin) + pair(goner, note)
-		rdb := redis.NewClient(&redis.Options{
-			Protocol: 2, MaxRetries: -1, DisableIdentity: true, PoolSize: 1, DialerRetries: 1, ContextTimeoutEnabled: false, ReadTimeout: -2, WriteTimeout: -2,
-			Dialer: func(context.Context, string, string) (net.Conn, error) {
-				a, b := net.Pipe()
-				_ = b.Close() // only the deadlines and addresses of a are of use
-				return &canned{Conn: a, answer: bytes.NewReader([]byte(answer))}, nil
-			},
-		})
-		defer func() { _ = rdb.Close() }() // nothing is open
-		store, err := registrar.NewStore(rdb, "rollcall")
-		if err != nil {
-			t.Fatal(err)
-		}
 		have := lbsync.State{Process: lbsync.Process{PID: 1, Started: 1, Version: "2.6.12"}}
 		g := grammar{backend: "be", slots: map[string]bool{}, options: " -1 check inter 2s"}
 		if slots {

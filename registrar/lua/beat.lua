@@ -18,7 +18,7 @@
 --             number in the place of the version; nothing written
 local addr, token, meta, claim = ARGV[5], ARGV[6], ARGV[7], ARGV[8] == '1'
 
-local cfg = redis.call('HMGET', KEYS[11], 'ttl_ms', 'interval_ms')
+local cfg = redis.call('HMGET', KEYS[11], 'ttl_ms', 'interval_ms', 'max_instances', 'max_services')
 local ttl, interval = tonumber(cfg[1] or '') or 15000, tonumber(cfg[2] or '') or 5000
 local now = tonumber(ARGV[3])
 if not now then
@@ -36,7 +36,9 @@ end
 
 -- lib
 
-local bad = mistyped()
+-- What is read here says so itself when it has a wrong type, and bump of the first
+-- that it counts: a newcomer waits for every command.
+local bad = mistyped({3, 5, 6, 7, 8, 10})
 if bad then return bad end
 
 local gone = redis.call('HGET', KEYS[4], addr)
@@ -56,8 +58,7 @@ if score then
     return {'NOTOWNER', now, 0, ttl, interval}
   end
 elseif ARGV[2] ~= '_canary' then
-  local most, here = redis.call('HMGET', KEYS[11], 'max_instances', 'max_services'), redis.call('ZCARD', KEYS[1])
-  local instances, services = tonumber(most[1] or '') or 20000, tonumber(most[2] or '') or 20000
+  local here, instances, services = redis.call('ZCARD', KEYS[1]), tonumber(cfg[3] or '') or 20000, tonumber(cfg[4] or '') or 20000
   -- The dead that a protection holds must not keep the living out.
   local full = here >= instances
   if full and here < 2 * instances then
@@ -73,7 +74,7 @@ if ARGV[2] ~= '_canary' then redis.call('SADD', KEYS[8], ARGV[2]) end -- it is n
 redis.call('HSET', KEYS[2], addr, meta)
 redis.call('ZADD', KEYS[1], now, addr)
 redis.call('ZADD', KEYS[6], v, addr)
-redis.call('HDEL', KEYS[4], addr)
+if gone then redis.call('HDEL', KEYS[4], addr) end
 redis.call('ZREM', KEYS[5], addr)
 
 local what, why = 'joined', ''
