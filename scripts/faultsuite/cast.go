@@ -111,7 +111,7 @@ func (c *cast) spawn(way *relay, args ...string) *process {
 		url = c.w.url
 	}
 	p.cmd.Env = append(p.cmd.Environ(), "ROLLCALL_REDIS="+url, "ROLLCALL_NAMESPACE="+c.namespace, "ROLLCALL_LOG_FORMAT=json")
-	if c.w.monitored {
+	if c.w.monitored || args[0] == "reap" {
 		p.monitor = monitorAddr()
 		p.cmd.Env = append(p.cmd.Env, "ROLLCALL_HTTP="+p.monitor)
 	}
@@ -277,8 +277,8 @@ func (c *cast) taken() []string {
 	return out
 }
 
-// armed tells whether every reaper that runs says so: where it is asked, by its
-// metrics, since its log says less the more there is to say.
+// armed tells whether every reaper that runs says so: by its metrics, since its log
+// says less the more there is to say.
 func (c *cast) armed() bool {
 	c.mu.Lock()
 	reapers := slices.Clone(c.reapers)
@@ -289,20 +289,7 @@ func (c *cast) armed() bool {
 			continue
 		default:
 		}
-		armed := false
-		if p.monitor != "" {
-			m, err := scrape(p.monitor, lookTimeout)
-			if err != nil || m["rollcall_reaper_armed"] != 1 {
-				return false
-			}
-			continue
-		}
-		for _, l := range p.said() {
-			if m, _ := l["message"].(string); m == "armed" || strings.HasPrefix(m, "not armed") {
-				armed = m == "armed"
-			}
-		}
-		if !armed {
+		if m, err := scrape(p.monitor, lookTimeout); err != nil || m["rollcall_reaper_armed"] != 1 {
 			return false
 		}
 	}

@@ -959,6 +959,10 @@ func (w *world) aged(data []byte, by time.Duration) []byte {
 		for _, m := range rdb.ZRange(w.ctx, key, 0, -1).Val() {
 			w.must(rdb.ZIncrBy(w.ctx, key, -float64(by.Milliseconds()), m).Err())
 		}
+		// The reapers' last pulses of then were others.
+		for _, key := range rdb.Keys(w.ctx, c.key("reaper:*")).Val() {
+			w.must(rdb.SetArgs(w.ctx, key, "then", redis.SetArgs{KeepTTL: true}).Err())
+		}
 	}
 	w.must(rdb.Save(w.ctx).Err())
 	aged, err := os.ReadFile(file)

@@ -44,7 +44,7 @@ type world struct {
 	library   string // what is preloaded into a Redis whose clock moves
 	clock     string // the file that shifts Redis' clock, if the fault needs one
 	slots     int    // of HAProxy, if more than usual
-	monitored bool   // processes serve their metrics
+	monitored bool   // all processes serve their metrics, not reapers alone
 
 	watching sync.WaitGroup
 	mu       sync.Mutex
