@@ -531,6 +531,9 @@ func (p *player) holder(a netip.AddrPort) *machineServer {
 func (p *player) once() time.Duration {
 	m := p.ha
 	m.failed, m.asked, m.refused, m.read = false, 0, 0, false
+	if p.backend.have != nil && !p.backend.reread {
+		p.backend.have.Each(m.trustServed) // by the report before, though HAProxy may be another one since
+	}
 	asked := p.refresh
 	before, _ := p.backend.state()
 	next, err := p.backend.Step(context.Background())

@@ -314,11 +314,16 @@ func (m *machine) report(s *machineServer, busy bool) Server {
 	if s.Admin == Ready && s.Up {
 		m.lastUp[s.Addr] = time.Now()
 	}
+	m.trustServed(r)
+	return r
+}
+
+// trustServed ends the doubt of who has a server: it is no matter of taking it in.
+func (m *machine) trustServed(s Server) {
 	if b, ok := m.of[s.Addr]; ok && s.Ours() && (s.Admin != Maint || s.Weight != 0) {
-		b.stale = false // it is no matter of taking it in any more
+		b.stale = false
 		m.of[s.Addr] = b
 	}
-	return r
 }
 
 func (m *machine) Probe(context.Context) (Process, error) { return m.process, nil }
