@@ -119,7 +119,7 @@ func BenchmarkIdleSweep(b *testing.B) {
 func BenchmarkReap10000(b *testing.B) {
 	g := newRegistry(b)
 	r := newReaper(b, Config{}, g.store, zerolog.Nop())
-	report := g.watchBlocking(b, 13)
+	report := g.watchBlocking(b, 15) // the keys of reap.lua
 	for range b.N {
 		b.StopTimer()
 		g.fill(b, "web", 20_000, g.clock(b))

@@ -43,7 +43,7 @@ var (
 
 const (
 	// reapLimit bounds one call of reap.lua, and so how long it holds Redis.
-	reapLimit = 250
+	reapLimit = 100
 	// surveyKeys bounds one call of survey.lua: 1,000 services of 1,000 held Redis
 	// for 7.6 ms (BenchmarkIdleSweep).
 	surveyKeys = 250
@@ -526,7 +526,7 @@ type Reaped struct {
 	Unsaid  Unsaid
 }
 
-// Reap takes out of svc at most 250 instances that beat before the cut-off. An
+// Reap takes out of svc at most 100 instances that beat before the cut-off. An
 // address is in exactly one answer, whatever number of reapers run. It returns
 // ErrFenced or ErrLate if the licence is void, and ErrBroken if another service
 // may still be reaped.
