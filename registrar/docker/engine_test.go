@@ -176,16 +176,24 @@ func named(svc registrar.Service, more ...string) map[string]string {
 	return labels
 }
 
+// tell says a word to the app behind addr: again, if the Engine's proxy listens and
+// the app does not yet.
 func tell(tb testing.TB, addr netip.AddrPort, word string) {
 	tb.Helper()
-	r, err := http.Post("http://"+addr.String()+"/"+word, "", nil)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	defer r.Body.Close()
-	if _, err := io.Copy(io.Discard, r.Body); err != nil || r.StatusCode != http.StatusOK {
-		tb.Fatalf("%s: %s, %v", word, r.Status, err)
-	}
+	eventually(tb, func() error {
+		r, err := http.Post("http://"+addr.String()+"/"+word, "", nil)
+		if err != nil {
+			return err
+		}
+		defer r.Body.Close()
+		if _, err := io.Copy(io.Discard, r.Body); err != nil {
+			return err
+		}
+		if r.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s: %s", word, r.Status)
+		}
+		return nil
+	})
 }
 
 // TestEngineLife plays the lives of one container: each event of the Engine
