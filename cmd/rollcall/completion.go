@@ -1,3 +1,5 @@
+//go:build !sidecar
+
 package main
 
 import (
@@ -5,10 +7,6 @@ import (
 
 	"github.com/urfave/cli/v2"
 )
-
-// complete is the word that has the program print what may come next; the
-// library's own. After "--" it would be the app's.
-const complete = "--generate-bash-completion"
 
 // Both ask the program itself, so they know what it knows. The word under the
 // cursor goes along, as it is.

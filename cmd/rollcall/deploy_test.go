@@ -69,6 +69,13 @@ func TestBuild(t *testing.T) {
 	if out, err := exec.Command(path, "--version").Output(); err != nil || strings.TrimSpace(string(out)) != "rollcall version "+commit {
 		t.Errorf("--version: %s, %v; want %s", out, err, commit)
 	}
+	own := filepath.Join(first, "rollcall-sidecar")
+	if out, err := exec.Command(filepath.Join(first, "scripts/build"), "--sidecar", own).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if out, err := exec.Command(own, "--version").Output(); err != nil || strings.TrimSpace(string(out)) != "rollcall-sidecar version "+commit {
+		t.Errorf("--version: %s, %v; want %s", out, err, commit)
+	}
 	f, err := elf.Open(path)
 	if err != nil {
 		t.Fatal(err)
@@ -93,7 +100,7 @@ func copySource(from, to string) error {
 			return nil
 		case d.IsDir():
 			return os.MkdirAll(filepath.Join(to, path), 0o755)
-		case !d.Type().IsRegular() || path == "rollcall":
+		case !d.Type().IsRegular() || path == "rollcall" || path == "rollcall-sidecar":
 			return nil
 		}
 		info, err := d.Info()

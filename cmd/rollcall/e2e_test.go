@@ -50,12 +50,22 @@ type system struct {
 	redis *redistest.Server
 	ha    *haproxytest.HAProxy
 	env   []string // more of it
+	// program is another than the whole rollcall, if not empty.
+	program string
+}
+
+func (s *system) binary(t *testing.T) string {
+	t.Helper()
+	if s.program != "" {
+		return s.program
+	}
+	return binary(t)
 }
 
 // spawn starts a rollcall that the test's end kills.
 func (s *system) spawn(t *testing.T, args ...string) *process {
 	t.Helper()
-	p := &process{cmd: exec.Command(binary(t), args...), out: &lockedBuffer{}, done: make(chan struct{})}
+	p := &process{cmd: exec.Command(s.binary(t), args...), out: &lockedBuffer{}, done: make(chan struct{})}
 	p.cmd.Env = append(append(p.cmd.Environ(), "ROLLCALL_REDIS="+s.redis.URL()), s.env...)
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -90,7 +100,7 @@ func (p *process) signal(t *testing.T, sig syscall.Signal) (code int) {
 // rollcall runs a command to its end.
 func (s *system) rollcall(t *testing.T, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
-	cmd := exec.Command(binary(t), args...)
+	cmd := exec.Command(s.binary(t), args...)
 	cmd.Env = append(append(cmd.Environ(), "ROLLCALL_REDIS="+s.redis.URL()), s.env...)
 	var o, e bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &o, &e

@@ -1,3 +1,5 @@
+//go:build !sidecar
+
 package main
 
 import (
@@ -232,9 +234,6 @@ func drive(c *cli.Context, cfg lbsync.Config, t *target, s *session, mon *monito
 	driving.Store(true)
 	return syncer.Run(c.Context)
 }
-
-// errChanges says that a dry run found something to do: exit code 3.
-var errChanges = errors.New("there are changes")
 
 func dryRun(c *cli.Context, cfg lbsync.Config, t *target, s *session) error {
 	dry := &lbsync.DryRun{Balancer: t, Render: t.Render, Out: c.App.Writer}

@@ -2,7 +2,8 @@
 // reaper (reap), the daemon beside HAProxy (lbsync), and the operator's
 // commands. Flags become a Config, a Config becomes a New, and Run runs; only
 // this package wires, exits, or knows urfave/cli. There is one file for each
-// subcommand.
+// subcommand. Built with the tag sidecar it is rollcall-sidecar, which has
+// register alone.
 package main
 
 import (
@@ -25,6 +26,17 @@ const (
 	exitDryRun = 3 // --dry-run found something to do
 	exitWait   = 4 // --wait or wait has timed out
 )
+
+var (
+	// errChanges says that a dry run found something to do: exit code 3.
+	errChanges = errors.New("there are changes")
+	// errTimedOut says that --timeout has passed: exit code 4.
+	errTimedOut = errors.New("timed out")
+)
+
+// complete is the word that has the program print what may come next; the
+// library's own. After "--" it would be the app's.
+const complete = "--generate-bash-completion"
 
 // usageError is a mistake in what was typed: exit code 2.
 type usageError struct{ error }
@@ -75,7 +87,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 
 func newApp(stdout, stderr io.Writer) *cli.App {
 	app := &cli.App{
-		Name:      "rollcall",
+		Name:      program,
 		Usage:     "a heartbeat registry on Redis that keeps HAProxy's server lists true",
 		Version:   version(),
 		Writer:    stdout,
@@ -84,19 +96,11 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		ExitErrHandler:       func(*cli.Context, error) {},
 		HideHelpCommand:      true,
 		EnableBashCompletion: true,
-		Commands: []*cli.Command{
-			registerCommand(), dockerCommand(), deregisterCommand(), reapCommand(), lbsyncCommand(),
-			servicesCommand(), instancesCommand(), watchCommand(), lbCommand(), waitCommand(), statusCommand(), explainCommand(), eventsCommand(), doctorCommand(), serveCommand(),
-			adminCommand("drain", "send no new requests to an instance, until ready"),
-			adminCommand("maint", "send no requests at all to an instance, until ready"),
-			adminCommand("ready", "end drain or maint"),
-			adminCommand("weight", "set an instance's weight, 0 to 256, or `own` for the instance's own again"),
-			demoCommand(), demoServiceCommand(), completionCommand(), manCommand(),
-		},
-		OnUsageError: onUsageError,
+		Commands:             commands(),
+		OnUsageError:         onUsageError,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usage("unknown command %q; see rollcall --help", c.Args().First())
+				return usage("unknown command %q; see %s --help", c.Args().First(), program)
 			}
 			return cli.ShowAppHelp(c)
 		},

@@ -17,27 +17,34 @@ import (
 // tempDir is where the program is built: a test may have another for itself.
 var tempDir = os.TempDir()
 
-// buildDir holds the program under test. It is empty until a test needs it.
-var buildDir string
+var (
+	// buildDirs hold the programs under test: none until a test needs one.
+	buildDirs []string
+	buildLock sync.Mutex
 
-// build builds the program once for all tests, with the race detector if they
-// have it.
-var build = sync.OnceValues(func() (string, error) {
+	build        = sync.OnceValues(func() (string, error) { return buildProgram("rollcall") })
+	buildSidecar = sync.OnceValues(func() (string, error) { return buildProgram("rollcall-sidecar", "-tags", "sidecar") })
+)
+
+// buildProgram builds one, with the race detector if the tests have it.
+func buildProgram(name string, args ...string) (string, error) {
 	dir, err := os.MkdirTemp(tempDir, "rc")
 	if err != nil {
 		return "", err
 	}
-	buildDir = dir
-	path := filepath.Join(dir, "rollcall")
-	args := []string{"build", "-o", path}
+	buildLock.Lock()
+	buildDirs = append(buildDirs, dir)
+	buildLock.Unlock()
+	path := filepath.Join(dir, name)
+	args = append([]string{"build", "-o", path}, args...)
 	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		args = append(args, "-race")
 	}
 	if out, err := exec.Command("go", append(args, ".")...).CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build: %w\n%s", err, out)
+		return "", fmt.Errorf("go %v: %w\n%s", args, err, out)
 	}
 	return path, nil
-})
+}
 
 // binary returns the path of the program under test.
 func binary(tb testing.TB) string {
@@ -60,8 +67,8 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		code = 1
 	}
-	if buildDir != "" {
-		if err := os.RemoveAll(buildDir); err != nil {
+	for _, dir := range buildDirs {
+		if err := os.RemoveAll(dir); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 		}
 	}

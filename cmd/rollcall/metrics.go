@@ -1,18 +1,17 @@
+//go:build !sidecar
+
 package main
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/redis/go-redis/v9"
 
 	"rollcall/lbsync"
 	"rollcall/notifier"
@@ -25,14 +24,6 @@ import (
 // The stages know nothing of Prometheus. What they count is heard through hooks
 // of their Config, by standing in for what they call (a reaper.Store, an
 // lbsync.Balancer), or asked for at each scrape from their Status.
-
-func counter(name, help string) prometheus.Counter {
-	return prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
-}
-
-func counters(name, help string, labels ...string) *prometheus.CounterVec {
-	return prometheus.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
-}
 
 // scraped is a Collector of what is so at the time of a scrape.
 type scraped struct {
@@ -54,55 +45,6 @@ func (s scraped) Collect(ch chan<- prometheus.Metric) {
 
 func gauge(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc(name, help, labels, nil)
-}
-
-// beats counts heartbeats, and of a sidecar notes what the last one came to. Its
-// methods may be called on nil, which counts nothing.
-type beats struct {
-	sent       prometheus.Counter
-	failed     *prometheus.CounterVec
-	registered atomic.Bool
-}
-
-const registeredName, registeredHelp = "rollcall_registered", "1 while the register has the instance, by its last heartbeat."
-
-func (m *monitor) newBeats() *beats {
-	b := &beats{
-		sent:   counter("rollcall_beats_total", "Heartbeats sent."),
-		failed: counters("rollcall_beat_failures_total", "Heartbeats that were not accepted, by cause.", "cause"),
-	}
-	m.add(b.sent, b.failed)
-	return b
-}
-
-func (m *monitor) beats(svc registrar.Service, addr fmt.Stringer) *beats {
-	b := m.newBeats()
-	m.add(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: registeredName, Help: registeredHelp,
-		ConstLabels: prometheus.Labels{"service": string(svc), "addr": addr.String()},
-	}, func() float64 { return number(b.registered.Load()) }))
-	m.ready = func() error {
-		if !b.registered.Load() {
-			return errors.New("not registered; the log says why")
-		}
-		return nil
-	}
-	return b
-}
-
-// beaten is a registrar.BeaterConfig's hook.
-func (b *beats) beaten(err error) {
-	b.sent.Inc()
-	if err != nil {
-		b.failed.WithLabelValues(beatCause(err)).Inc()
-	}
-	b.registered.Store(err == nil)
-}
-
-func (b *beats) left() {
-	if b != nil {
-		b.registered.Store(false)
-	}
 }
 
 // docker counts an agent's heartbeats, by the hook that it returns, and has served
@@ -140,35 +82,6 @@ func (m *monitor) docker(status func() docker.Status) (beaten func(error)) {
 		return s.Away
 	}
 	return b.beaten
-}
-
-// redisCodes are the refusals of Redis that have a cause of their own. The rest
-// is "refused": a label must not grow with what a server says.
-var redisCodes = []string{"busy", "loading", "masterdown", "misconf", "noauth", "noperm", "noreplicas", "oom", "readonly", "wrongpass", "wrongtype"}
-
-// beatCause returns why a heartbeat was not accepted.
-func beatCause(err error) string {
-	var refused redis.Error
-	var slow net.Error
-	switch {
-	case errors.Is(err, registrar.ErrNotOwner):
-		return "not_owner"
-	case errors.Is(err, registrar.ErrLeft):
-		return "left"
-	case errors.Is(err, registrar.ErrInterval):
-		return "interval"
-	case errors.Is(err, registrar.ErrFull):
-		return "full"
-	case errors.As(err, &refused):
-		code, _, _ := strings.Cut(strings.ToLower(refused.Error()), " ")
-		if slices.Contains(redisCodes, code) {
-			return code
-		}
-		return "refused"
-	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &slow) && slow.Timeout():
-		return "timeout"
-	}
-	return "connection"
 }
 
 // reapings is what a reaper did and found; of a Cluster, all its reapers

@@ -115,7 +115,7 @@ func checkHAProxy(t *testing.T, text string) {
 func TestReadmeConsole(t *testing.T) {
 	known := []string{
 		"scripts/demo", "scripts/test", "scripts/bench",
-		"scripts/build", "scripts/build", // TestBuild
+		"scripts/build", "scripts/build", "scripts/build --sidecar", // TestBuild
 		"CGO_ENABLED=0 go build -trimpath -o app ./scripts/deploy/app", "docker build -t app -f scripts/deploy/app/Dockerfile .", // TestEngineCompose
 		"docker build -t rollcall -f scripts/deploy/Dockerfile .",                                // TestEngineCompose
 		"docker compose -f scripts/deploy/compose.yaml up -d --scale web=3",                      // the same

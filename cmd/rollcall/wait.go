@@ -1,3 +1,5 @@
+//go:build !sidecar
+
 package main
 
 import (
@@ -13,9 +15,6 @@ import (
 
 	"rollcall/registrar"
 )
-
-// errTimedOut says that --timeout has passed: exit code 4.
-var errTimedOut = errors.New("timed out")
 
 const defaultWait = 30 * time.Second
 

@@ -20,12 +20,14 @@ const megabyte = 1 << 20
 
 // rollcall is the path of the program, which scripts/bench builds beside this
 // one, stripped.
-func (h *harness) rollcall() string {
+func (h *harness) rollcall() string { return h.program("rollcall") }
+
+func (h *harness) program(name string) string {
 	self, err := os.Executable()
 	if err != nil {
 		h.Fatal(err)
 	}
-	path := filepath.Join(filepath.Dir(self), "rollcall")
+	path := filepath.Join(filepath.Dir(self), name)
 	if _, err := os.Stat(path); err != nil {
 		h.Fatalf("%v; scripts/bench builds it", err)
 	}
@@ -35,17 +37,21 @@ func (h *harness) rollcall() string {
 // footprint measures what the program itself takes. There is no floor: the goals
 // are absolute.
 func footprint(h *harness) []Row {
-	info, err := os.Stat(h.rollcall())
-	if err != nil {
-		h.Fatal(err)
+	var rows []Row
+	for _, p := range []struct{ name, row string }{{"rollcall", "footprint"}, {"rollcall-sidecar", "footprint/own"}} {
+		path := h.program(p.name)
+		info, err := os.Stat(path)
+		if err != nil {
+			h.Fatal(err)
+		}
+		rows = append(rows, value(p.row+"/binary", "MB", p.name+", stripped", 30, []float64{float64(info.Size()) / megabyte}))
+		rows = append(rows, sidecars(h, p.row+"/sidecar", path)...)
 	}
-	rows := []Row{value("footprint/binary", "MB", "the stripped program", 30, []float64{float64(info.Size()) / megabyte})}
-	rows = append(rows, sidecars(h)...)
 	return append(rows, balancers(h)...)
 }
 
-// sidecars runs ten at a time.
-func sidecars(h *harness) []Row {
+// sidecars runs ten at a time of a program.
+func sidecars(h *harness, row, program string) []Row {
 	const sidecars, window = 10, 20 * time.Second
 	srv := redistest.Start(h)
 	rdb, dir := srv.Client(h), h.dir()
@@ -61,7 +67,7 @@ func sidecars(h *harness) []Row {
 		messages := ps.Channel()
 		for i := range sidecars {
 			begun := time.Now()
-			procs = append(procs, h.process(dir, h.rollcall(), "register", "--redis", srv.URL(), "--service", "web", "--addr", fmt.Sprintf("127.155.0.%d:80", i+1)))
+			procs = append(procs, h.process(dir, program, "register", "--redis", srv.URL(), "--service", "web", "--addr", fmt.Sprintf("127.155.0.%d:80", i+1)))
 			receive(h, messages)
 			starts = append(starts, float64(time.Since(begun))/float64(time.Millisecond))
 		}
@@ -82,9 +88,9 @@ func sidecars(h *harness) []Row {
 		}
 	}
 	return []Row{
-		value("footprint/sidecar/start", "ms", "from exec to the first beat announced", 50, starts),
-		value("footprint/sidecar/memory", "MB", fmt.Sprintf("anonymous, after %v", window), 4, anon),
-		value("footprint/sidecar/cpu", "% of a core", fmt.Sprintf("a beat every 5 s, over %v", window), 0.05, cpu),
+		value(row+"/start", "ms", "from exec to the first beat announced", 50, starts),
+		value(row+"/memory", "MB", fmt.Sprintf("anonymous, after %v", window), 4, anon),
+		value(row+"/cpu", "% of a core", fmt.Sprintf("a beat every 5 s, over %v", window), 0.05, cpu),
 	}
 }
 
