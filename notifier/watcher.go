@@ -55,6 +55,15 @@ const (
 	// tenth of the time at most.
 	gapSpread = 50 * time.Millisecond
 	gapShare  = 10
+	// Where many listen, what all of them read must leave Redis its time: a read of
+	// one service among several costs it 13 us, a round of them some 40 more. From
+	// restFrom listeners on, a round of reads is followed by a rest of restEach for
+	// each listener and service read, a fifth of a core in all; of restLongest at
+	// most, since who drains waits 3 s for all. A change after a quiet time finds
+	// everybody rested.
+	restFrom    = 20
+	restEach    = 100 * time.Microsecond
+	restLongest = time.Second
 	// pollChunk is the most counters read at once. 1,000 hold Redis for less
 	// than a millisecond.
 	pollChunk = 1000
@@ -99,6 +108,8 @@ type Watcher struct {
 	waiting   map[registrar.Service]wait // hints that must not be followed yet
 	listing   registrar.Outage           // of the list of services
 	reads     registrar.Sparing          // what is said of single services
+	listeners int64                      // of the channel, when the counters were last read
+	rested    time.Time                  // until then there are no reads but urgent ones
 }
 
 // account is how far messages tell everything. Changes that come in a burst are
@@ -299,6 +310,9 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 // means that Redis does not answer; every reason is kept. Step, Poll and Follow
 // belong to the goroutine of Run.
 func (w *Watcher) Step(ctx context.Context, handle func(Change)) error {
+	if time.Now().Before(w.rested) && !w.urgent() {
+		return nil
+	}
 	w.mu.Lock()
 	if !w.told.look.IsZero() && !time.Now().Before(w.told.look) {
 		w.due = true
@@ -315,8 +329,33 @@ func (w *Watcher) Step(ctx context.Context, handle func(Change)) error {
 	return w.Follow(ctx, handle)
 }
 
+// urgent tells whether there is something to read that is not a change.
+func (w *Watcher) urgent() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.every {
+		return true
+	}
+	for _, h := range w.hints {
+		if h.full {
+			return true
+		}
+	}
+	return false
+}
+
+// rest begins a rest after a round of reads.
+func (w *Watcher) rest(services int) {
+	if w.listeners >= restFrom {
+		w.rested = time.Now().Add(min(time.Duration(w.listeners)*time.Duration(services)*restEach, restLongest))
+	}
+}
+
 // pause is how long Step has nothing to do unless it is woken.
 func (w *Watcher) pause(now time.Time) time.Duration {
+	if now.Before(w.rested) {
+		return w.rested.Sub(now)
+	}
 	next := now.Add(w.retry())
 	for _, l := range w.waiting {
 		if l.at.Before(next) {
@@ -380,6 +419,7 @@ func (w *Watcher) compare(ctx context.Context, svcs []registrar.Service, every b
 		if err != nil {
 			return err
 		}
+		w.listeners = v.Listeners
 		if !told.known { // later parts know more, which does no harm
 			told.known, told.global = !w.store.Cluster(), v.Global
 		}
@@ -455,6 +495,7 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 	var down error
 	hints := w.take(time.Now())
 	ahead, up := w.readAhead(ctx, hints)
+	reads := 0
 	for svc, h := range hints {
 		if down == nil {
 			down = ctx.Err()
@@ -469,6 +510,7 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 		if p == nil || !w.worth(svc, p, h, time.Now()) {
 			continue
 		}
+		reads++
 		change, err := w.read(ctx, svc, p, h, ahead[svc])
 		h.sure = true // if it is kept: it was worth a read
 		switch {
@@ -493,6 +535,7 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 			w.putOff(svc, h, time.Now().Add(registrar.Backoff(p.outage.Failures, w.retry())))
 		}
 	}
+	w.rest(reads)
 	return down
 }
 
@@ -550,25 +593,46 @@ type answer struct {
 	err  error
 }
 
-// readAhead reads at the same time what there is a reason to read in a Cluster,
-// so that a shard that hangs holds up the others' services for one time-out and
-// not for one of each of its own. It tells whether any answered.
+// readAhead reads what there is a reason to read, if that is more than one service,
+// in as few calls as can be. What it leaves out is read one by one. In a Cluster it
+// reads all at the same time, so that a shard that hangs holds up the others'
+// services for one time-out and not for one of each of its own. It tells whether any
+// answered there.
 func (w *Watcher) readAhead(ctx context.Context, hints map[registrar.Service]hint) (ahead map[registrar.Service]*answer, up bool) {
-	if !w.store.Cluster() {
-		return nil, false
-	}
 	ahead = map[registrar.Service]*answer{}
+	var changes []registrar.Since
 	var reading sync.WaitGroup
 	for svc, h := range hints {
-		if p := w.followed[svc]; p != nil && w.worth(svc, p, h, time.Now()) {
+		p := w.followed[svc]
+		switch {
+		case p == nil || !w.worth(svc, p, h, time.Now()):
+		case w.store.Cluster():
 			a := &answer{}
 			ahead[svc] = a
 			reading.Go(func() { *a = w.fetch(ctx, svc, p, h) })
+		case p.known && !h.full:
+			changes = append(changes, registrar.Since{Service: svc, Token: p.token})
 		}
 	}
 	reading.Wait()
 	for _, a := range ahead {
 		up = up || a.err == nil
+	}
+	if len(changes) < 2 {
+		return ahead, up
+	}
+	tried := time.Now()
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	snaps, err := w.store.ReadChanges(tctx, changes)
+	if err != nil {
+		return ahead, up // one by one they say what is wrong
+	}
+	for i, c := range changes {
+		if snaps[i].Service != "" {
+			w.followed[c.Service].tried = tried
+			ahead[c.Service] = &answer{snap: snaps[i]}
+		}
 	}
 	return ahead, up
 }
@@ -774,8 +838,7 @@ func (w *Watcher) demand(ctx context.Context, cut context.CancelCauseFunc, ps *r
 func (w *Watcher) history(ctx context.Context) (replid string, err error) {
 	ctx, cancel := registrar.WithTimeout(ctx)
 	defer cancel()
-	v, err := w.store.Versions(ctx, nil)
-	return v.ReplID, err
+	return w.store.History(ctx)
 }
 
 // compareHistory cuts the subscription when the reads' history is another than

@@ -465,3 +465,91 @@ func (w *world) loading() {
 		w.tb.Errorf("nobody was told LOADING: %s", info)
 	}
 }
+
+// Where many listen a round of reads is followed by a rest, in which changes
+// gather and what is no change is read at once.
+func TestRest(t *testing.T) {
+	for _, tc := range []struct {
+		listeners int64
+		services  int
+		want      time.Duration
+	}{
+		{0, 10, 0}, {19, 10, 0}, {20, 1, 2 * time.Millisecond}, {100, 0, 0}, {100, 3, 30 * time.Millisecond}, {1000, 10, time.Second}, {100_000, 100_000, time.Second},
+	} {
+		w := Watcher{listeners: tc.listeners}
+		began := time.Now()
+		w.rest(tc.services)
+		if got := max(w.rested.Sub(began), 0).Round(time.Millisecond); got != tc.want {
+			t.Errorf("%d listeners, %d services: %v, want %v", tc.listeners, tc.services, got, tc.want)
+		}
+	}
+
+	w := newWorld(t)
+	var svcs []registrar.Service
+	for i := range 10 {
+		svcs = append(svcs, registrar.Service(fmt.Sprint("s", i)))
+		w.join(svcs[i], 1, 1)
+	}
+	seen := map[registrar.Service]int64{}
+	rounds := 0
+	watcher, err := New(Config{Services: svcs, Poll: time.Hour}, w.store, zerolog.Nop())
+	must(t, err)
+	watcher.due = true // as Run has it
+	step := func() {
+		t.Helper()
+		must(t, watcher.Step(t.Context(), func(c Change) { seen[c.Service] = c.Token.Version; rounds++ }))
+	}
+	step()
+	if rounds != 10 {
+		t.Fatalf("%d services read, want 10", rounds)
+	}
+	watcher.rested = time.Now().Add(time.Hour)
+	for _, svc := range svcs {
+		v := w.join(svc, 1, 2).Version
+		watcher.message(fmt.Sprintf("%d %s %d", v, svc, v), time.Now())
+	}
+	step()
+	if p := watcher.pause(time.Now()); rounds != 10 || p < 59*time.Minute || p > time.Hour {
+		t.Errorf("%d read while it rests, and the next pause is %v", rounds-10, p)
+	}
+	before, _ := w.calls("evalsha_ro")
+	watcher.rested = time.Now()
+	step()
+	after, _ := w.calls("evalsha_ro")
+	if rounds != 20 || after-before != 1 {
+		t.Errorf("%d read after it, in %d calls; want 10 in one", rounds-10, after-before)
+	}
+	for _, svc := range svcs {
+		if seen[svc] != 2 {
+			t.Errorf("%s at %d", svc, seen[svc])
+		}
+	}
+	watcher.rested = time.Now().Add(time.Hour)
+	watcher.Refresh(svcs[3])
+	step()
+	watcher.every = true // subscribed again
+	w.join(svcs[4], 1, 3)
+	step()
+	if rounds != 22 || seen[svcs[4]] != 3 {
+		t.Errorf("%d read of what is urgent, want 2: %v", rounds-20, seen)
+	}
+}
+
+// A watcher learns how many listen when it reads the counters.
+func TestListeners(t *testing.T) {
+	w := newWorld(t)
+	w.join(web, 1, 1)
+	for range 25 {
+		ps := w.store.Subscribe(t.Context())
+		t.Cleanup(func() { must(t, ps.Close()) })
+		_, err := ps.Receive(t.Context())
+		must(t, err)
+	}
+	watcher, err := New(Config{Services: []registrar.Service{web}}, w.store, zerolog.Nop())
+	must(t, err)
+	watcher.due = true // as Run has it
+	must(t, watcher.Step(t.Context(), func(Change) {}))
+	if watcher.listeners != 25 || watcher.rested.IsZero() {
+		t.Errorf("%d listeners, rested until %v", watcher.listeners, watcher.rested)
+	}
+}

@@ -206,7 +206,9 @@ func (s *Store) rights(svc Service) []right {
 	const writers = changers + " " + RoleSync
 	z, h, str := k.Instances(svc), k.Meta(svc), k.ServiceVersion(svc)
 	var more []right
-	if whole != k {
+	if whole == k {
+		more = []right{{RoleSync, []any{"pubsub", "numsub", k.Changes()}}}
+	} else {
 		more = []right{
 			{"", []any{"cluster", "slots"}}, {RoleSidecar, []any{"sadd", whole.Services(), "-"}}, {RoleSidecar, []any{"hmget", whole.Config(), "-"}},
 			{RoleSidecar, []any{"hsetnx", k.Config(), "-", "-"}}, {RoleReaper, []any{"hsetnx", whole.Config(), "-", "-"}},

@@ -409,12 +409,12 @@ func (p *player) reapOne(rt *rapid.T, svc Service, epoch string) {
 // read queues a read of svc, whole or of what changed since an earlier state,
 // and returns the state that it must show.
 func (p *player) read(rt *rapid.T, svc Service, since remembered) remembered {
-	s, k := p.services[svc], p.store.keys
+	s := p.services[svc]
 	now := Token{p.replid, p.epoch, s.version}
-	argv := []any{"", "", "", deltaLimit, ReadLimit, MaxMeta}
+	argv := []any{deltaLimit, ReadLimit, MaxMeta, "", "", ""}
 	full := true
 	if since.view != nil {
-		argv[0], argv[1], argv[2] = since.ReplID, since.Epoch, since.Version
+		argv[3], argv[4], argv[5] = since.ReplID, since.Epoch, since.Version
 		full = since.ReplID != now.ReplID || since.Epoch != now.Epoch || since.Version > now.Version || s.pruned > since.Version
 		if since.Interrupted(now) != (since.ReplID != now.ReplID) {
 			rt.Fatalf("from %v to %v: interrupted is %v", since.Token, now, since.Interrupted(now))
@@ -430,12 +430,11 @@ func (p *player) read(rt *rapid.T, svc Service, since remembered) remembered {
 	}
 	p.did.count(what)
 	rt.Logf("%s of %s since %v", what, svc, since.Token)
-	keys := []string{k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Changed(svc), k.ServiceVersion(svc), k.Epoch(), k.Config()}
-	cmd := p.store.read.EvalShaRO(p.tb.Context(), p.pipe, keys, argv...)
+	cmd := p.store.read.EvalShaRO(p.tb.Context(), p.pipe, p.store.keys.read(svc), argv...)
 	p.queued = append(p.queued, func(rt *rapid.T) {
 		r, err := cmd.Slice()
 		check(rt, err)
-		snap, err := parseSnapshot(svc, r)
+		snap, err := parseSnapshot(svc, r, 0)
 		check(rt, err)
 		if snap.Token != now || snap.Full != full || snap.Garbage != nil {
 			rt.Fatalf("%s of %s since %v: token %v, want %v; full is %v, garbage %v", what, svc, since.Token, snap.Token, now, snap.Full, snap.Garbage)
@@ -476,7 +475,7 @@ func (p *player) flush(rt *rapid.T) {
 		p.index(p.store.keys.GoneAt(svc), s.noted)
 	}
 	k := p.store.keys
-	want := []any{p.replid, p.epoch, p.global}
+	want := []any{p.replid, p.epoch, int64(1), p.global} // one listens: this player
 	var named []string
 	for _, svc := range modelServices {
 		want = append(want, p.services[svc].version)
@@ -484,7 +483,7 @@ func (p *player) flush(rt *rapid.T) {
 			named = append(named, string(svc))
 		}
 	}
-	p.call(rt, p.store.versions, "versions", []string{k.Epoch(), k.Version(), k.ServiceVersion("api"), k.ServiceVersion("web")}, want)
+	p.call(rt, p.store.versions, "versions", []string{k.Epoch(), k.Version(), k.ServiceVersion("api"), k.ServiceVersion("web")}, want, k.Changes())
 	members, entries := p.pipe.SMembers(ctx, k.Services()), p.pipe.XRange(ctx, k.Events(), "-", "+")
 	p.pipe.Publish(ctx, k.Changes(), "mark")
 	_, err := p.pipe.Exec(ctx)

@@ -148,6 +148,11 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 	return "", ""
 }
 
+// read are the keys of read.lua.
+func (k Keys) read(s Service) []string {
+	return []string{k.Epoch(), k.Config(), k.Instances(s), k.Meta(s), k.Admin(s), k.Gone(s), k.Changed(s), k.ServiceVersion(s)}
+}
+
 // change lists the keys of every script that changes one service, in the order
 // that lua/lib.lua names them: with a script's own before the last.
 func (k Keys) change(s Service, own ...string) []string {

@@ -558,3 +558,73 @@ func TestTokenInterrupted(t *testing.T) {
 		}
 	}
 }
+
+// TestReadChanges reads many services in few calls, and of each finds what Read
+// finds of it alone; whoever must be read whole, or cannot be, is left out and
+// harms nobody.
+func TestReadChanges(t *testing.T) {
+	s := fresh(t, redistest.Start(t))
+	name := func(i int) Service { return Service(fmt.Sprintf("s%d", i)) }
+	const services = 2*manyServices + 1 // the last one alone in its call
+	wanted := make([]Since, services)
+	for i := range wanted {
+		for n := range 2 {
+			_, err := s.Beat(t.Context(), name(i), Beat{Addr: host(n), Token: fmt.Sprint("t", n), Meta: fmt.Sprintf(`{"id":"t%d","weight":7}`, n)})
+			must(t, err)
+		}
+		snap, err := s.Read(t.Context(), name(i), nil)
+		must(t, err)
+		wanted[i] = Since{name(i), snap.Token}
+	}
+	const quiet, left, other, pruned, broken, busy, backwards = 0, 1, 2, 3, manyServices, manyServices + 1, manyServices + 2
+	for i := range wanted {
+		if i != quiet {
+			_, err := s.Leave(t.Context(), name(i), host(1), "t1", Left)
+			must(t, err)
+		}
+	}
+	wanted[other].Token.Epoch = "another"
+	wanted[backwards].Token.Version += 100
+	do(t, s, "DEL", s.keys.Changed(name(pruned)))
+	do(t, s, "SET", s.keys.Meta(name(broken)), "x")
+	for n := range deltaLimit/manyServices + 1 {
+		_, err := s.Beat(t.Context(), name(busy), Beat{Addr: host(10 + n), Token: "t", Meta: `{"id":"t"}`})
+		must(t, err)
+	}
+	calls := func() (n int) {
+		_, stats, _ := strings.Cut(s.rdb.Info(t.Context(), "commandstats").Val(), "cmdstat_evalsha_ro:calls=")
+		_, err := fmt.Sscan(stats, &n)
+		must(t, err)
+		return n
+	}
+	before := calls()
+	got, err := s.ReadChanges(t.Context(), wanted)
+	must(t, err)
+	if n := calls() - before; n != 2 {
+		t.Errorf("%d calls, want 2", n)
+	}
+	if len(got) != services {
+		t.Fatalf("%d snapshots of %d services", len(got), services)
+	}
+	for i, w := range wanted {
+		switch i {
+		case other, pruned, broken, busy, backwards, services - 1:
+			if !reflect.DeepEqual(got[i], Snapshot{}) {
+				t.Errorf("%s is not left out: %+v", w.Service, got[i])
+			}
+			continue
+		}
+		alone, err := s.Read(t.Context(), w.Service, &w.Token)
+		must(t, err)
+		alone.Now = got[i].Now
+		if !reflect.DeepEqual(got[i], alone) {
+			t.Errorf("%s\n among others %+v\nalone        %+v", w.Service, got[i], alone)
+		}
+		if n := len(got[i].Entries); i == quiet && n != 0 || i != quiet && n != 1 {
+			t.Errorf("%s: %d entries", w.Service, n)
+		}
+	}
+	if got, err := s.ReadChanges(t.Context(), wanted[left:left+1]); err != nil || len(got) != 1 || got[0].Service != "" {
+		t.Errorf("one alone: %+v, %v", got, err)
+	}
+}

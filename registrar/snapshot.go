@@ -19,24 +19,33 @@ type row struct {
 	hasScore, hasGone        bool
 }
 
-// parseSnapshot turns the answer of read.lua into a Snapshot. What it cannot
-// believe it marks as garbage; an answer of the wrong shape is an error.
-func parseSnapshot(svc Service, r []any) (Snapshot, error) {
-	if len(r) < 11 {
-		return Snapshot{}, fmt.Errorf("answer of %d parts", len(r))
+// headParts is how many parts of an answer of read.lua come before the services.
+const headParts = 5
+
+// parseSnapshot turns an answer of read.lua, of which svc is the i-th service, into
+// a Snapshot. What it cannot believe it marks as garbage; an answer of the wrong
+// shape is an error.
+func parseSnapshot(svc Service, answer []any, i int) (Snapshot, error) {
+	if len(answer) <= headParts+i {
+		return Snapshot{}, fmt.Errorf("answer of %d parts", len(answer))
+	}
+	head := answer[:headParts]
+	r, _ := answer[headParts+i].([]any)
+	if len(r) < 6 {
+		return Snapshot{}, fmt.Errorf("answer of %d parts of a service", len(r))
 	}
 	s := Snapshot{
 		Service: svc,
 		Full:    integer(r[0]) == 1,
-		Now:     integer(r[1]),
-		Token:   Token{text(r[2]), text(r[3]), integer(r[4])},
-		TTL:     millis(integer(r[5])), Interval: millis(integer(r[6])),
+		Now:     integer(head[0]),
+		Token:   Token{text(head[1]), text(head[2]), integer(r[1])},
+		TTL:     millis(integer(head[3])), Interval: millis(integer(head[4])),
 	}
 	if s.Token.ReplID == "" || s.Now <= 0 || s.TTL <= 0 || s.Interval <= 0 {
 		return Snapshot{}, errors.New("answer without replication id, time, TTL or interval")
 	}
 	lists := make([][]any, 0, 5)
-	for _, v := range r[7:] {
+	for _, v := range r[2:] {
 		l, ok := v.([]any)
 		if !ok {
 			return Snapshot{}, errors.New("answer holds no lists")

@@ -11,14 +11,15 @@ const replID = "0123456789abcdef0123456789abcdef01234567"
 
 // answer is what read.lua would say at t0, version 9.
 func answer(full int64, lists ...any) []any {
-	return append([]any{full, t0, replID, "e", int64(9), ttlMS, intervalMS}, lists...)
+	return []any{t0, replID, "e", ttlMS, intervalMS, append([]any{full, int64(9)}, lists...)}
 }
 
 func TestParseSnapshotRefuses(t *testing.T) {
 	none := []any{}
 	full := func() []any { return answer(1, none, none, none, none) }
 	set := func(i int, v any) []any { r := full(); r[i] = v; return r }
-	if _, err := parseSnapshot(web, full()); err != nil {
+	list := func(i int, v any) []any { r := full(); r[5].([]any)[2+i] = v; return r }
+	if _, err := parseSnapshot(web, full(), 0); err != nil {
 		t.Fatalf("an empty service: %v", err)
 	}
 	for _, c := range []struct {
@@ -26,21 +27,23 @@ func TestParseSnapshotRefuses(t *testing.T) {
 		r    []any
 	}{
 		{"nothing", nil},
-		{"too short", full()[:10]},
-		{"no replication id", set(2, "")},
-		{"no time", set(1, int64(0))},
-		{"no TTL", set(5, int64(0))},
-		{"negative TTL", set(5, int64(-1))},
-		{"no interval", set(6, int64(0))},
-		{"no list", set(7, "x")},
-		{"nil list", set(10, nil)},
+		{"too short", full()[:5]},
+		{"no service", set(5, nil)},
+		{"too short a service", answer(1, none, none, none)},
+		{"no replication id", set(1, "")},
+		{"no time", set(0, int64(0))},
+		{"no TTL", set(3, int64(0))},
+		{"negative TTL", set(3, int64(-1))},
+		{"no interval", set(4, int64(0))},
+		{"no list", list(0, "x")},
+		{"nil list", list(3, nil)},
 		{"full with five lists", answer(1, none, none, none, none, none)},
 		{"delta with four lists", answer(0, none, none, none, none)},
 		{"half a pair", answer(1, []any{"10.0.0.1:80"}, none, none, none)},
 		{"lists of unequal length", answer(0, []any{"10.0.0.1:80"}, none, none, none, none)},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if s, err := parseSnapshot(web, c.r); err == nil || !reflect.DeepEqual(s, Snapshot{}) {
+			if s, err := parseSnapshot(web, c.r, 0); err == nil || !reflect.DeepEqual(s, Snapshot{}) {
 				t.Errorf("got %+v %v", s, err)
 			}
 		})
@@ -49,7 +52,7 @@ func TestParseSnapshotRefuses(t *testing.T) {
 
 func TestFutureTolerance(t *testing.T) {
 	for score, ok := range map[int64]bool{t0: true, t0 + futureTolerance: true, t0 + futureTolerance + 1: false} {
-		s, err := parseSnapshot(web, answer(1, []any{"10.0.0.1:80", fmt.Sprint(score)}, []any{}, []any{}, []any{}))
+		s, err := parseSnapshot(web, answer(1, []any{"10.0.0.1:80", fmt.Sprint(score)}, []any{}, []any{}, []any{}), 0)
 		must(t, err)
 		if s.Entries[0].Present != ok || s.Entries[0].Garbage == "" != ok {
 			t.Errorf("%d ms ahead: %+v, want believed %v", score-t0, s.Entries[0], ok)
@@ -63,7 +66,7 @@ func TestFutureTolerance(t *testing.T) {
 // TestScoreForms reads a score as text and as RESP3's numbers.
 func TestScoreForms(t *testing.T) {
 	for _, score := range []any{"1500000000000", "1.5e+12", 1.5e12, int64(1_500_000_000_000)} {
-		s, err := parseSnapshot(web, answer(0, []any{"10.0.0.1:80"}, []any{score}, []any{nil}, []any{nil}, []any{nil}))
+		s, err := parseSnapshot(web, answer(0, []any{"10.0.0.1:80"}, []any{score}, []any{nil}, []any{nil}, []any{nil}), 0)
 		must(t, err)
 		if e := s.Entries[0]; !e.Present || e.Instance.Beat != 1_500_000_000_000 {
 			t.Errorf("%T %v: %+v", score, score, e)
@@ -75,7 +78,7 @@ func TestScoreForms(t *testing.T) {
 // entry, and that notes do.
 func TestFullLeavesOutStrangers(t *testing.T) {
 	s, err := parseSnapshot(web, answer(1, []any{"10.0.0.1:80", "1"},
-		[]any{"10.0.0.2:80", "{}"}, []any{"10.0.0.3:80", "{}"}, []any{"10.0.0.4:80", "left 1 t"}))
+		[]any{"10.0.0.2:80", "{}"}, []any{"10.0.0.3:80", "{}"}, []any{"10.0.0.4:80", "left 1 t"}), 0)
 	must(t, err)
 	if len(s.Entries) != 2 || !s.Entries[0].Present || s.Entries[1].Gone == nil {
 		t.Errorf("got %+v", s.Entries)
@@ -99,11 +102,11 @@ func FuzzParseSnapshot(f *testing.F) {
 		metas, meta1 := list(meta != "", meta)
 		admins, admin1 := list(admin != "", admin)
 		gones, gone1 := list(noted, gone)
-		full, err := parseSnapshot(web, answer(1, scores, metas, admins, gones))
+		full, err := parseSnapshot(web, answer(1, scores, metas, admins, gones), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		delta, err := parseSnapshot(web, answer(0, []any{member}, score1, meta1, admin1, gone1))
+		delta, err := parseSnapshot(web, answer(0, []any{member}, score1, meta1, admin1, gone1), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -149,7 +152,7 @@ func BenchmarkParseSnapshotFull1000(b *testing.B) {
 	r := answer(1, scores, metas, []any{}, []any{})
 	b.ReportAllocs()
 	for b.Loop() {
-		if s, err := parseSnapshot(web, r); err != nil || len(s.Entries) != 1000 {
+		if s, err := parseSnapshot(web, r, 0); err != nil || len(s.Entries) != 1000 {
 			b.Fatal(len(s.Entries), err)
 		}
 	}
@@ -160,7 +163,7 @@ func BenchmarkParseSnapshotDelta1(b *testing.B) {
 		[]any{`{"id":"` + strings.Repeat("A", 26) + `","weight":100,"registered":1700000000000}`}, []any{nil}, []any{nil})
 	b.ReportAllocs()
 	for b.Loop() {
-		if s, err := parseSnapshot(web, r); err != nil || !s.Entries[0].Present {
+		if s, err := parseSnapshot(web, r, 0); err != nil || !s.Entries[0].Present {
 			b.Fatal(s, err)
 		}
 	}

@@ -52,6 +52,8 @@ const (
 	// deltaLimit is the most changed addresses that are cheaper to read one by
 	// one than all at once.
 	deltaLimit = 1000
+	// manyServices is the most services whose changes are read in one call.
+	manyServices = 20
 	// ReadLimit is the most entries that are read of one key: ten times what a
 	// service takes unless an operator says otherwise.
 	ReadLimit = 100_000
@@ -120,6 +122,24 @@ func (s *Store) Ping(ctx context.Context) error {
 		return fmt.Errorf("ping redis: %w", err)
 	}
 	return nil
+}
+
+// History returns the replication id of the data set that answers; of a Cluster,
+// where each shard has one of its own, nothing.
+func (s *Store) History(ctx context.Context) (replid string, err error) {
+	if s.keys.cluster {
+		return "", nil
+	}
+	info, err := s.rdb.Info(ctx, "replication").Result()
+	if err != nil {
+		return "", fmt.Errorf("read the replication id: %w", err)
+	}
+	_, rest, found := strings.Cut(info, "\nmaster_replid:")
+	if !found {
+		return "", errors.New("read the replication id: redis names none")
+	}
+	replid, _, _ = strings.Cut(rest, "\r")
+	return replid, nil
 }
 
 // Subscribe opens a subscription to the change channel. The caller closes it,
@@ -609,7 +629,10 @@ type Versions struct {
 	ReplID, Epoch string
 	Global        int64
 	Of            map[Service]int64
-	tokens        map[Service]Token // of a Cluster
+	// Listeners is how many subscribers the change channel has; 0 if that is not
+	// known, as to whom may not ask, and of a Cluster.
+	Listeners int64
+	tokens    map[Service]Token // of a Cluster
 }
 
 // Token is where svc stands; the zero Token, which none that was read equals, if
@@ -632,16 +655,20 @@ func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) 
 	for _, svc := range svcs {
 		keys = append(keys, s.keys.ServiceVersion(svc))
 	}
-	r, err := s.versions.RunRO(ctx, s.rdb, keys).Slice()
+	var argv []any
+	if !s.keys.cluster {
+		argv = []any{s.keys.Changes()}
+	}
+	r, err := s.versions.RunRO(ctx, s.rdb, keys, argv...).Slice()
 	if err != nil {
 		return Versions{}, fmt.Errorf("read versions: %w", err)
 	}
-	if len(r) != len(svcs)+3 {
-		return Versions{}, fmt.Errorf("read versions: answer of %d parts, want %d", len(r), len(svcs)+3)
+	if len(r) != len(svcs)+4 {
+		return Versions{}, fmt.Errorf("read versions: answer of %d parts, want %d", len(r), len(svcs)+4)
 	}
-	v := Versions{ReplID: text(r[0]), Epoch: text(r[1]), Global: integer(r[2]), Of: make(map[Service]int64, len(svcs))}
+	v := Versions{ReplID: text(r[0]), Epoch: text(r[1]), Listeners: integer(r[2]), Global: integer(r[3]), Of: make(map[Service]int64, len(svcs))}
 	for i, svc := range svcs {
-		v.Of[svc] = integer(r[3+i])
+		v.Of[svc] = integer(r[4+i])
 	}
 	return v, nil
 }
@@ -651,23 +678,59 @@ func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) 
 // notes, which no sidecar can have written, are not read: that is an error. A text
 // of more than MaxMeta bytes is garbage.
 func (s *Store) Read(ctx context.Context, svc Service, since *Token) (Snapshot, error) {
-	k := s.keys.Of(svc)
-	keys := []string{
-		k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Changed(svc), k.ServiceVersion(svc), k.Epoch(), k.Config(),
-	}
-	argv := []any{"", "", "", deltaLimit, ReadLimit, MaxMeta}
+	argv := []any{deltaLimit, ReadLimit, MaxMeta, "", "", ""}
 	if since != nil {
-		argv[0], argv[1], argv[2] = since.ReplID, since.Epoch, since.Version
+		argv[3], argv[4], argv[5] = since.ReplID, since.Epoch, since.Version
 	}
-	r, err := s.read.RunRO(ctx, s.rdb, keys, argv...).Slice()
+	r, err := s.read.RunRO(ctx, s.rdb, s.keys.Of(svc).read(svc), argv...).Slice()
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("read %s: %w", svc, err)
 	}
-	snap, err := parseSnapshot(svc, r)
+	snap, err := parseSnapshot(svc, r, 0)
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("read %s: %w", svc, err)
 	}
 	return snap, nil
+}
+
+// Since is a service and the token from which on it is to be read.
+type Since struct {
+	Service Service
+	Token   Token
+}
+
+// ReadChanges reads in one call what changed of several services, and returns it in
+// their order. A service that has to be read whole, or that cannot be read, is left
+// out: its Snapshot has no service; Read reads it, or says why not. So many services
+// hold Redis no longer than one can. Of a Cluster, whose services lie in different
+// places, all are left out.
+func (s *Store) ReadChanges(ctx context.Context, wanted []Since) ([]Snapshot, error) {
+	snaps := make([]Snapshot, len(wanted))
+	for n := 0; len(wanted)-n > 1 && !s.keys.cluster; n += manyServices { // a last one alone might be read whole
+		part := wanted[n:min(n+manyServices, len(wanted))]
+		keys := []string{s.keys.Epoch(), s.keys.Config()}
+		argv := []any{deltaLimit / manyServices, ReadLimit, MaxMeta}
+		for _, w := range part {
+			keys = append(keys, s.keys.read(w.Service)[2:]...)
+			argv = append(argv, w.Token.ReplID, w.Token.Epoch, w.Token.Version)
+		}
+		r, err := s.read.RunRO(ctx, s.rdb, keys, argv...).Slice()
+		if err == nil && len(r) != headParts+len(part) {
+			err = fmt.Errorf("answer of %d parts, want %d", len(r), headParts+len(part))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read %d services: %w", len(part), err)
+		}
+		for i, w := range part {
+			if of, _ := r[headParts+i].([]any); len(of) == 1 {
+				continue
+			}
+			if snaps[n+i], err = parseSnapshot(w.Service, r, i); err != nil {
+				return nil, fmt.Errorf("read %s: %w", w.Service, err)
+			}
+		}
+	}
+	return snaps, nil
 }
 
 // broken tells a script's failure on what a key holds from a Redis that refuses
