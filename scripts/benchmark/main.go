@@ -260,9 +260,9 @@ func number(f float64) string {
 	return fmt.Sprintf("%.0f", f)
 }
 
-// run is one run of a benchmark: the same number of changes done by rollcall
-// and by the floor.
-type run struct{ figure, floor []time.Duration }
+// run is one run of a benchmark: the same number of changes done by rollcall, by the
+// floor, and, where there is such a floor, by hand with rollcall's commands.
+type run struct{ figure, floor, hand []time.Duration }
 
 // row condenses runs.
 func row(name, meaning string, goal float64, runs []run) Row {

@@ -54,7 +54,9 @@ var verbs = []verb{
 // propagation measures from the call that changes the register to the answer of
 // HAProxy to the command that brings it about. The floor does the same by hand:
 // one pipeline of a write, INCR and PUBLISH, one message, one read, one runtime
-// command line that HAProxy answers.
+// command line that HAProxy answers. The rows that end with "hand" have another
+// floor: by hand too, but with rollcall's own scripts and commands. What they say is
+// rollcall's own work; the rest is the price of what the scripts and commands promise.
 //
 // With checks the end is the same: the command's answer. HAProxy itself sends a
 // newcomer requests only after its first check.
@@ -103,8 +105,13 @@ func propagate(h *harness, mode lbsync.Mode, checks bool) []Row {
 					part[v.name] = &run{}
 				}
 				for range h.changes {
-					for v, took := range labs[n].floor() {
+					for v, took := range labs[n].floor(false) {
 						part[v].floor = append(part[v].floor, took)
+					}
+					if !busy {
+						for v, took := range labs[n].floor(true) {
+							part[v].hand = append(part[v].hand, took)
+						}
 					}
 					for v, took := range labs[n].change() {
 						part[v].figure = append(part[v].figure, took)
@@ -129,7 +136,15 @@ func propagate(h *harness, mode lbsync.Mode, checks bool) []Row {
 				load = "/busy"
 			}
 			for _, n := range sizes {
-				rows = append(rows, row(fmt.Sprintf("%s/%s%s/%d%s", v.name, mode, suffix, n, load), v.meaning, 1.5, results[key{v.name, n, busy}]))
+				name, all := fmt.Sprintf("%s/%s%s/%d%s", v.name, mode, suffix, n, load), results[key{v.name, n, busy}]
+				rows = append(rows, row(name, v.meaning, 1.5, all))
+				if !busy {
+					hand := make([]run, h.runs)
+					for i, r := range all {
+						hand[i] = run{figure: r.figure, floor: r.hand}
+					}
+					rows = append(rows, row(name+"/hand", "against the same scripts and commands by hand", 0, hand))
+				}
 			}
 			for _, n := range sizes[1:] {
 				flat := make([]run, h.runs)
@@ -154,6 +169,8 @@ type lab struct {
 	checks bool
 	size   int
 	store  *registrar.Store
+	hand   *registrar.Store // of another registry, for the floor
+	token  registrar.Token  // that it has read
 	rdb    *redis.Client
 	ha     *haproxytest.HAProxy
 	stop   func()
@@ -216,6 +233,9 @@ func newLab(h *harness, mode lbsync.Mode, checks bool, size int) *lab {
 	if l.store, err = registrar.NewStore(rdb, registrar.DefaultNamespace); err != nil {
 		h.Fatal(err)
 	}
+	if l.hand, err = registrar.NewStore(l.rdb, "hand"); err != nil {
+		h.Fatal(err)
+	}
 	var on atomic.Bool
 	s, err := lbsync.New(lbsync.Config{
 		ID:       "bench",
@@ -230,7 +250,7 @@ func newLab(h *harness, mode lbsync.Mode, checks bool, size int) *lab {
 	var fill []string
 	for i := range size {
 		a := l.addr()
-		l.beat(a)
+		l.beat(l.store, a)
 		server := fmt.Sprintf("floor/f%d", i)
 		place := fmt.Sprintf("add server %s %s%s", server, a, l.options)
 		if mode == lbsync.Slots {
@@ -279,7 +299,8 @@ func newLab(h *harness, mode lbsync.Mode, checks bool, size int) *lab {
 	}
 	on.Store(true)
 	for range warmUp {
-		l.floor()
+		l.floor(false)
+		l.floor(true)
 		l.change()
 	}
 	return l
@@ -330,11 +351,11 @@ func (l *lab) addr() netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 152 + byte(l.next>>16), byte(l.next >> 8), byte(l.next)}), 9)
 }
 
-func (l *lab) beat(a netip.AddrPort) (token string) {
+func (l *lab) beat(store *registrar.Store, a netip.AddrPort) (token string) {
 	token = rand.Text()
 	ctx, cancel := context.WithTimeout(context.Background(), changeTimeout)
 	defer cancel()
-	_, err := l.store.Beat(ctx, "web", registrar.Beat{
+	_, err := store.Beat(ctx, "web", registrar.Beat{
 		Addr: a, Token: token, Meta: fmt.Sprintf(`{"id":%q,"weight":100,"registered":1763893622123}`, token), Claim: true,
 	})
 	if err != nil {
@@ -380,7 +401,7 @@ func (l *lab) change() map[string]time.Duration {
 	a, token := l.addr(), ""
 	ctx, cancel := context.WithTimeout(context.Background(), changeTimeout)
 	defer cancel()
-	took["join"] = l.until(a, func() { token = l.beat(a) }, func(s lbsync.Server) bool { return s.Admin == lbsync.Ready && s.Weight > 0 })
+	took["join"] = l.until(a, func() { token = l.beat(l.store, a) }, func(s lbsync.Server) bool { return s.Admin == lbsync.Ready && s.Weight > 0 })
 	l.up("be", a)
 	weight := 10
 	took["weight"] = l.until(a, func() {
@@ -432,45 +453,59 @@ func (l *lab) until(a netip.AddrPort, do func(), so func(lbsync.Server) bool) ti
 	}
 }
 
-// floor takes one server through the same life by hand.
-func (l *lab) floor() map[string]time.Duration {
+// floor takes one server through the same life by hand: with the least that brings
+// it about, or with rollcall's scripts and commands.
+func (l *lab) floor(careful bool) map[string]time.Duration {
 	took := map[string]time.Duration{}
-	a := l.addr()
-	server, place, remove := "floor/x", fmt.Sprintf("add server floor/x %s%s", a, l.options), "del server floor/x"
-	if l.mode == lbsync.Slots {
-		// The last slot is free in the floor's backend.
-		server, remove = fmt.Sprintf("floor/s%d", l.size+spare), ""
-		place = fmt.Sprintf("set server %s addr %s port %d", server, a.Addr(), a.Port())
-	}
-	place += ";set server " + server + " weight 100%"
-	if l.checks {
-		place += ";enable health " + server + ";set server " + server + " health down"
-	}
-	place += ";set server " + server + " state ready"
-
+	a, token := l.addr(), ""
 	ctx, cancel := context.WithTimeout(context.Background(), changeTimeout)
 	defer cancel()
-	instances, admin := "floor:instances", "floor:admin"
-	took["join"] = l.hop(ctx, place,
-		func(p redis.Pipeliner) {
-			p.ZAdd(ctx, instances, redis.Z{Score: float64(time.Now().UnixMilli()), Member: a.String()})
-		},
-		func() error { return l.rdb.ZScore(ctx, instances, a.String()).Err() })
-	l.up("floor", a)
-	took["weight"] = l.hop(ctx, "set server "+server+" weight 10",
-		func(p redis.Pipeliner) { p.HSet(ctx, admin, a.String(), `{"weight":10}`) },
-		func() error { return l.rdb.HGet(ctx, admin, a.String()).Err() })
-	took["leave"] = l.hop(ctx, "set server "+server+" state maint",
-		func(p redis.Pipeliner) { p.ZRem(ctx, instances, a.String()) },
-		func() error {
-			if err := l.rdb.ZScore(ctx, instances, a.String()).Err(); !errors.Is(err, redis.Nil) {
-				return fmt.Errorf("it is still there: %w", err)
+	bare := func(write func(redis.Pipeliner)) func() {
+		return func() {
+			if _, err := l.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+				write(p)
+				p.Incr(ctx, "floor:version")
+				p.Publish(ctx, "floor:changes", "web")
+				return nil
+			}); err != nil {
+				l.h.Fatal(err)
 			}
-			return nil
-		})
-	if remove != "" {
-		l.h.await(changeTimeout, "the floor's server is deleted", func() error {
-			if got := l.runtime(remove); !strings.Contains(got, "deleted") {
+		}
+	}
+	commands := l.commands(a, careful)
+	if careful {
+		weight := 10
+		took["join"] = l.hop(func() { token = l.beat(l.hand, a) }, func() error { return l.reread(ctx, a) }, commands["join"])
+		l.up("floor", a)
+		took["weight"] = l.hop(func() {
+			if _, _, err := l.hand.SetAdmin(ctx, "web", a, registrar.Word{Verb: "weight", Weight: &weight}); err != nil {
+				l.h.Fatal(err)
+			}
+		}, func() error { return l.reread(ctx, a) }, commands["weight"])
+		took["leave"] = l.hop(func() {
+			if _, err := l.hand.Leave(ctx, "web", a, token, registrar.Left); err != nil {
+				l.h.Fatal(err)
+			}
+		}, func() error { return l.reread(ctx, a) }, commands["leave"])
+	} else {
+		instances, admin := "floor:instances", "floor:admin"
+		took["join"] = l.hop(bare(func(p redis.Pipeliner) {
+			p.ZAdd(ctx, instances, redis.Z{Score: float64(time.Now().UnixMilli()), Member: a.String()})
+		}), func() error { return l.rdb.ZScore(ctx, instances, a.String()).Err() }, commands["join"])
+		l.up("floor", a)
+		took["weight"] = l.hop(bare(func(p redis.Pipeliner) { p.HSet(ctx, admin, a.String(), `{"weight":10}`) }),
+			func() error { return l.rdb.HGet(ctx, admin, a.String()).Err() }, commands["weight"])
+		took["leave"] = l.hop(bare(func(p redis.Pipeliner) { p.ZRem(ctx, instances, a.String()) }),
+			func() error {
+				if err := l.rdb.ZScore(ctx, instances, a.String()).Err(); !errors.Is(err, redis.Nil) {
+					return fmt.Errorf("it is still there: %w", err)
+				}
+				return nil
+			}, commands["leave"])
+	}
+	for _, line := range commands["after"] {
+		l.h.await(changeTimeout, line, func() error {
+			if got := l.runtime(line); strings.HasPrefix(line, "del ") && !strings.Contains(got, "deleted") {
 				return errors.New(got)
 			}
 			return nil
@@ -479,34 +514,98 @@ func (l *lab) floor() map[string]time.Duration {
 	return took
 }
 
-// hop is one change by hand: write, message, read, command.
-func (l *lab) hop(ctx context.Context, command string, write func(redis.Pipeliner), read func() error) time.Duration {
+// commands are the lines for HAProxy of a floor, for each verb, and what tidies up
+// after them.
+func (l *lab) commands(a netip.AddrPort, careful bool) map[string][]string {
+	// The last slot is free in the floor's backend.
+	server, id := "floor/x", 1_000_000
+	if l.mode == lbsync.Slots {
+		id = l.size + spare
+		server = fmt.Sprintf("floor/s%d", id)
+	}
+	set := "set server " + server
+	look := fmt.Sprintf("show stat floor 6 %d;show info", id)
+	join := []string{fmt.Sprintf("add server %s %s%s", server, a, l.options)}
+	if l.mode == lbsync.Slots {
+		join[0] = fmt.Sprintf("%s addr %s port %d", set, a.Addr(), a.Port())
+	}
+	checked := []string{"enable health " + server, set + " health down"}
+	if !careful {
+		join = append(join, set+" weight 100%")
+		if l.checks {
+			join = append(join, checked...)
+		}
+		lines := map[string][]string{
+			"join":   {strings.Join(append(join, set+" state ready"), ";")},
+			"weight": {set + " weight 10"},
+			"leave":  {set + " state maint"},
+		}
+		if l.mode == lbsync.Dynamic {
+			lines["after"] = []string{"del server " + server}
+		}
+		return lines
+	}
+	if l.mode == lbsync.Slots {
+		join = append([]string{set + " weight 0"}, join...)
+		checked = checked[1:]
+	} else {
+		join[0] = fmt.Sprintf("add server %s %s id %d weight 0 pool-purge-delay 1s pool-max-conn -1%s", server, a, id, l.options)
+	}
+	join = append(join, set+" state ready")
+	if l.checks {
+		join = append(join, checked...)
+	}
+	lines := map[string][]string{
+		"join":   {strings.Join(append(join, set+" weight 100", look), ";")},
+		"weight": {look, set + " weight 10;" + look},
+		"leave":  {look, set + " state drain;" + look},
+		"after":  {set + " weight 0;" + set + " state maint"},
+	}
+	if l.mode == lbsync.Dynamic {
+		lines["after"] = append(lines["after"], "del server "+server)
+	}
+	return lines
+}
+
+// reread reads what changed in the floor's registry: a.
+func (l *lab) reread(ctx context.Context, a netip.AddrPort) error {
+	snap, err := l.hand.Read(ctx, "web", &l.token)
+	if err != nil {
+		return err
+	}
+	if l.token.ReplID != "" && (snap.Full || len(snap.Entries) != 1 || snap.Entries[0].Addr != a) {
+		return fmt.Errorf("not %s alone: %+v", a, snap)
+	}
+	l.token = snap.Token
+	return nil
+}
+
+// hop is one change by hand: write, message, read, commands.
+func (l *lab) hop(write func(), read func() error, lines []string) time.Duration {
 	time.Sleep(pause)
 	begun := time.Now()
-	if _, err := l.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
-		write(p)
-		p.Incr(ctx, "floor:version")
-		p.Publish(ctx, "floor:changes", "web")
-		return nil
-	}); err != nil {
-		l.h.Fatal(err)
-	}
+	write()
 	receive(l.h, l.heard)
 	if err := read(); err != nil {
 		l.h.Fatal(err)
 	}
-	answer := l.runtime(command)
+	var answer string
+	for _, line := range lines {
+		answer = l.runtime(line)
+	}
 	took := time.Since(begun)
-	if a := strings.TrimSpace(answer); strings.Contains(a, "No such") || strings.Contains(a, "nvalid") || strings.Contains(a, "Unknown") {
-		l.h.Fatalf("%s: %s", command, a)
+	for _, wrong := range []string{"No such", "nvalid", "Unknown", "Can't"} {
+		if strings.Contains(answer, wrong) {
+			l.h.Fatalf("%s: %s", lines, answer)
+		}
 	}
 	return took
 }
 
-// listen is the floor's subscriber.
+// listen is the floors' subscriber.
 func (l *lab) listen(ctx context.Context, done chan<- struct{}) {
 	defer close(done)
-	ps := l.rdb.Subscribe(ctx, "floor:changes")
+	ps := l.rdb.Subscribe(ctx, "floor:changes", l.hand.Keys().Changes())
 	stop := context.AfterFunc(ctx, func() { _ = ps.Close() })
 	defer stop()
 	for {
