@@ -55,6 +55,11 @@ const (
 	// tenth of the time at most.
 	gapSpread = 50 * time.Millisecond
 	gapShare  = 10
+	// A round of reads every roundGap is enough of a burst, and leaves time for
+	// everybody else; rounds may run ahead of that by roundAhead, so that 20 in a row
+	// wait for nothing.
+	roundGap   = 5 * time.Millisecond
+	roundAhead = 100 * time.Millisecond
 	// Where many listen, what all of them read must leave Redis its time: a read of
 	// one service among several costs it 13 us, a round of them some 40 more. From
 	// restFrom listeners on, a round of reads is followed by a rest of restEach for
@@ -109,6 +114,7 @@ type Watcher struct {
 	listing   registrar.Outage           // of the list of services
 	reads     registrar.Sparing          // what is said of single services
 	listeners int64                      // of the channel, when the counters were last read
+	paid      time.Time                  // rounds of reads are paid for until then
 	rested    time.Time                  // until then there are no reads but urgent ones
 }
 
@@ -346,8 +352,20 @@ func (w *Watcher) urgent() bool {
 
 // rest begins a rest after a round of reads.
 func (w *Watcher) rest(services int) {
+	if services == 0 {
+		return
+	}
+	now := time.Now()
+	if w.paid.Before(now) {
+		w.paid = now
+	}
+	w.paid = w.paid.Add(roundGap)
+	w.rested = w.paid.Add(-roundAhead)
 	if w.listeners >= restFrom {
-		w.rested = time.Now().Add(min(time.Duration(w.listeners)*time.Duration(services)*restEach, restLongest))
+		crowd := now.Add(min(time.Duration(w.listeners)*time.Duration(services)*restEach, restLongest))
+		if crowd.After(w.rested) {
+			w.rested = crowd
+		}
 	}
 }
 

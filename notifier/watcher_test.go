@@ -484,6 +484,16 @@ func TestRest(t *testing.T) {
 		}
 	}
 
+	// 20 rounds in a row rest for nothing, and those after them 5 ms each.
+	var burst Watcher
+	for i := range 30 {
+		burst.rest(1)
+		left := time.Until(burst.rested)
+		if i < 20 && left > 0 || i >= 20 && (left <= 0 || left > time.Duration(i-19)*roundGap) {
+			t.Errorf("after round %d a rest of %v", i+1, left)
+		}
+	}
+
 	w := newWorld(t)
 	var svcs []registrar.Service
 	for i := range 10 {

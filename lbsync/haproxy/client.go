@@ -50,9 +50,12 @@ const (
 	// of 2.6 a command takes 70 µs. Of 25 a line the p99 beside the load was 6
 	// times idle, with pauses of 1 ms between them up to 4 times and the load half as
 	// long again; of 10 without pauses it is 1.5 to 3 times, and the load takes no
-	// longer (scripts/soak ManyServers).
+	// longer (scripts/soak ManyServers). Among 1,000 a command takes a tenth of
+	// that, and most of the time of so short a line is the connection's: as many
+	// more go into a line as lineTime, which those 10 take, has room for.
 	manyOps     = 200
 	fewCommands = 10
+	lineTime    = 800 * time.Microsecond
 	// settleFirst and settleLast are the pauses between the looks for an
 	// address that comes late: in all 31 ms.
 	settleFirst = time.Millisecond
@@ -227,7 +230,7 @@ func (c *Client) Apply(ctx context.Context, backend string, ops []lbsync.Op) (lb
 			touched = append(touched, s)
 		}
 	}
-	applied, err := c.apply(ctx, backend, batch(ops, commands), touched, moves(ops), states(ops))
+	applied, err := c.apply(ctx, backend, &batch{ops, commands}, touched, moves(ops), states(ops))
 	if err != nil {
 		return lbsync.Applied{}, fmt.Errorf("apply %d ops to backend %s: %w", len(ops), backend, err)
 	}
@@ -245,7 +248,7 @@ func (c *Client) Peek(ctx context.Context, backend string, servers []lbsync.Serv
 			return lbsync.Applied{}, err
 		}
 	}
-	applied, err := c.apply(ctx, backend, nil, servers, nil, nil)
+	applied, err := c.apply(ctx, backend, &batch{}, servers, nil, nil)
 	if err != nil {
 		return lbsync.Applied{}, fmt.Errorf("peek at backend %s: %w", backend, err)
 	}
@@ -296,10 +299,10 @@ func states(ops []lbsync.Op) map[target]lbsync.Admin {
 	return m
 }
 
-// apply sends lines and then reads back servers. An address that HAProxy gives
+// apply sends a batch and then reads back servers. An address that HAProxy gives
 // later than it says so is waited for, a moment: what is late beyond that is
 // for the next plan to find.
-func (c *Client) apply(ctx context.Context, backend string, lines [][]string, servers []lbsync.Server, moves map[target]netip.AddrPort, states map[target]lbsync.Admin) (lbsync.Applied, error) {
+func (c *Client) apply(ctx context.Context, backend string, todo *batch, servers []lbsync.Server, moves map[target]netip.AddrPort, states map[target]lbsync.Admin) (lbsync.Applied, error) {
 	if len(moves) > 0 {
 		if err := c.take(ctx); err != nil {
 			return lbsync.Applied{}, err
@@ -311,14 +314,14 @@ func (c *Client) apply(ctx context.Context, backend string, lines [][]string, se
 		}
 	}
 	if len(moves) == 0 {
-		return c.send(ctx, backend, lines, servers, states)
+		return c.send(ctx, backend, todo, servers, states)
 	}
-	applied, err := c.send(ctx, backend, lines, nil, nil)
+	applied, err := c.send(ctx, backend, todo, nil, nil)
 	if err != nil {
 		return applied, err
 	}
 	for wait := settleFirst; ; wait *= 2 {
-		seen, err := c.send(ctx, backend, nil, servers, nil)
+		seen, err := c.send(ctx, backend, &batch{}, servers, nil)
 		if err != nil {
 			return seen, err
 		}
@@ -339,20 +342,15 @@ func (c *Client) apply(ctx context.Context, backend string, lines [][]string, se
 	}
 }
 
-// send sends lines and then reads back servers, if any: one by one where that is
-// cheap and certain, else from a reading of the whole backend. Other calls may
-// have their turn between two lines.
-func (c *Client) send(ctx context.Context, backend string, lines [][]string, servers []lbsync.Server, states map[target]lbsync.Admin) (lbsync.Applied, error) {
+// send sends a batch in lines and then reads back servers, if any: one by one where
+// that is cheap and certain, else from a reading of the whole backend. Other calls
+// may have their turn between two lines.
+func (c *Client) send(ctx context.Context, backend string, todo *batch, servers []lbsync.Server, states map[target]lbsync.Admin) (lbsync.Applied, error) {
+	var peeks []string
 	single := len(servers) <= maxPeek
 	if single {
-		peeks := make([]string, len(servers))
-		for i, s := range servers {
-			peeks[i] = peekCommand(backend, s)
-		}
-		if n := len(lines) - 1; n >= 0 && fits(lines[n], peeks...) {
-			lines[n] = append(lines[n], peeks...)
-		} else if len(peeks) > 0 || n < 0 {
-			lines = append(lines, peeks)
+		for _, s := range servers {
+			peeks = append(peeks, peekCommand(backend, s))
 		}
 	}
 
@@ -371,9 +369,22 @@ func (c *Client) send(ctx context.Context, backend string, lines [][]string, ser
 		return nil
 	}
 
-	for _, line := range lines {
+	limit, many := maxCommands, len(todo.ops) > manyOps
+	if many {
+		limit = fewCommands
+	}
+	begun := time.Now()
+	for first := single; first || len(todo.commands) > 0 || len(peeks) > 0; first = false {
+		line := todo.next(limit)
+		if len(todo.commands) == 0 && fits(line, peeks...) {
+			line, peeks = append(line, peeks...), nil
+		}
 		if err := send(line); err != nil {
 			return lbsync.Applied{}, err
+		}
+		if many {
+			limit = paced(len(line), time.Since(begun))
+			begun = time.Now()
 		}
 		for _, r := range last.refused {
 			applied.Refused = append(applied.Refused, r)

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"time"
 
 	"rollcall/lbsync"
 )
@@ -83,24 +84,30 @@ func peekCommand(backend string, s lbsync.Server) string {
 	return "show stat " + backend + " 6 " + strconv.Itoa(s.ID)
 }
 
-// batch joins commands to lines: a Delete is alone, the others as many as fit,
-// or fewCommands where there are many.
-func batch(ops []lbsync.Op, commands []string) [][]string {
-	var lines [][]string
-	open, limit := false, maxCommands
-	if len(ops) > manyOps {
-		limit = fewCommands
-	}
-	for i, command := range commands {
-		alone := ops[i].Kind == lbsync.Delete
-		if n := len(lines) - 1; open && !alone && len(lines[n]) < limit && fits(lines[n], command) {
-			lines[n] = append(lines[n], command)
-		} else {
-			lines = append(lines, []string{command})
+// batch is ops and the command of each that are to be sent.
+type batch struct {
+	ops      []lbsync.Op
+	commands []string
+}
+
+// next takes the commands of one line off b: a Delete is alone, of the others as
+// many as fit, and limit at most.
+func (b *batch) next(limit int) []string {
+	n := 0
+	for n < len(b.commands) && n < limit && (n == 0 || b.ops[n].Kind != lbsync.Delete && fits(b.commands[:n], b.commands[n])) {
+		n++
+		if b.ops[n-1].Kind == lbsync.Delete {
+			break
 		}
-		open = !alone
 	}
-	return lines
+	line := b.commands[:n:n]
+	b.ops, b.commands = b.ops[n:], b.commands[n:]
+	return line
+}
+
+// paced is how many commands to send after a line of so many that took so long.
+func paced(commands int, took time.Duration) int {
+	return max(min(int(lineTime*time.Duration(commands)/max(took, 1)), maxCommands), fewCommands)
 }
 
 // fits tells whether more can be added to line.

@@ -3,6 +3,7 @@ package haproxy
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -175,7 +176,9 @@ func TestBatch(t *testing.T) {
 				ops, commands = append(ops, op), append(commands, command)
 			}
 			var counts, joined []string
-			for _, line := range batch(ops, commands) {
+			all := slices.Clone(commands)
+			for todo := (&batch{ops, commands}); len(todo.commands) > 0; {
+				line := todo.next(maxCommands)
 				counts = append(counts, fmt.Sprint(len(line)))
 				joined = append(joined, line...)
 				if _, err := frame(line, true); err != nil {
@@ -185,10 +188,30 @@ func TestBatch(t *testing.T) {
 			if got := strings.Join(counts, " "); got != tt.want {
 				t.Errorf("lines of %s, want %s", got, tt.want)
 			}
-			if strings.Join(joined, ";") != strings.Join(commands, ";") {
+			if strings.Join(joined, ";") != strings.Join(all, ";") {
 				t.Error("commands are lost or out of order")
 			}
 		})
+	}
+}
+
+// A line of a long batch grows as far as its time allows.
+func TestPaced(t *testing.T) {
+	todo := &batch{make([]lbsync.Op, 30), slices.Repeat([]string{"x"}, 30)}
+	if a, b := len(todo.next(fewCommands)), len(todo.next(maxCommands)); a != 10 || b != 20 {
+		t.Errorf("lines of %d and %d, want 10 and 20", a, b)
+	}
+	for _, tt := range []struct {
+		commands int
+		took     time.Duration
+		want     int
+	}{
+		{10, 250 * time.Microsecond, 32}, {32, 400 * time.Microsecond, 50}, {50, 800 * time.Microsecond, 50}, {50, time.Millisecond, 40},
+		{10, 900 * time.Microsecond, 10}, {10, time.Second, 10}, {0, 0, 10}, {50, 0, 50},
+	} {
+		if got := paced(tt.commands, tt.took); got != tt.want {
+			t.Errorf("after %d in %v: %d, want %d", tt.commands, tt.took, got, tt.want)
+		}
 	}
 }
 

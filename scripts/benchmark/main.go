@@ -59,6 +59,7 @@ type bench struct {
 
 var benches = []bench{
 	{"propagation", propagation, false},
+	{"bursts", bursts, false},
 	{"heartbeats", heartbeats, false},
 	{"fleet", fleet100k, true},
 	{"million", million, true},
