@@ -212,15 +212,22 @@ func (r *Reaper) Run(ctx context.Context) error {
 				}
 				due = r.due(report, err, next)
 			}
-			// Who runs out just after a removal is that late; a burst of removals
-			// costs that many sweeps.
-			next = min(next, max(due, began+r.proof.period/20))
+			soonest := began + pace(r.elapsed()-began, r.proof.period)
+			next = min(next, max(due, soonest))
 			if !r.unsaid.At.IsZero() {
-				next = min(next, max(r.announce(ctx), began+r.proof.period/20))
+				next = min(next, max(r.announce(ctx), soonest))
 			}
 		}
 		wait.Reset(next - r.elapsed())
 	}
+}
+
+// pace is how soon after a sweep's begin the next one may follow. Who runs out just
+// after a removal is that late, and a burst of removals costs that many sweeps: a
+// fifth of the time at most, as long as they are short, and 20 in a pulse's period
+// when each takes longer, since who is dead must not wait for the number of services.
+func pace(took, period time.Duration) time.Duration {
+	return min(max(5*took, period/100), period/20)
 }
 
 // announce says what a sweep left unsaid, when its time has come, and returns

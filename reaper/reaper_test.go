@@ -217,3 +217,16 @@ func (c *counter) Survey(ctx context.Context, svcs []registrar.Service, now, cut
 	*c.n++
 	return c.Store.Survey(ctx, svcs, now, cutoff, suspect)
 }
+
+// Short sweeps may follow one another soon, long ones take a fifth of the time,
+// until that would make who is dead wait for more than 50 ms.
+func TestSweepPace(t *testing.T) {
+	for _, tt := range []struct{ took, want time.Duration }{
+		{0, 10 * time.Millisecond}, {time.Millisecond, 10 * time.Millisecond}, {4 * time.Millisecond, 20 * time.Millisecond},
+		{10 * time.Millisecond, 50 * time.Millisecond}, {time.Second, 50 * time.Millisecond},
+	} {
+		if got := pace(tt.took, time.Second); got != tt.want {
+			t.Errorf("a sweep of %v: the next after %v, want %v", tt.took, got, tt.want)
+		}
+	}
+}

@@ -61,6 +61,7 @@ var benches = []bench{
 	{"propagation", propagation, false},
 	{"bursts", bursts, false},
 	{"heartbeats", heartbeats, false},
+	{"reaper", reaping, true},
 	{"fleet", fleet100k, true},
 	{"million", million, true},
 	{"peers", peers, true},
