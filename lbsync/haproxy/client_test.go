@@ -825,7 +825,7 @@ func TestNoSocket(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	// An error at once leaves nothing behind to wait for.
-	if c.stuck != nil {
+	if c.stuck {
 		t.Error("a call is taken to be under way")
 	}
 }
@@ -910,6 +910,11 @@ func TestContext(t *testing.T) {
 	}
 	if len(got()) != 1 {
 		t.Errorf("sent %q", got())
+	}
+	closing, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := c.Close(closing); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Close: %v, want the call to be under way", err)
 	}
 }
 

@@ -176,10 +176,7 @@ func TestOnlyGrammarReachesHAProxy(t *testing.T) {
 		srv := redistest.Start(t)
 		ha := haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: slots, Balance: "leastconn"}}})
 		r, path := record(t, ha.Socket)
-		c, err := New(Config{Socket: path, ServerOptions: "check inter 2s"}, zerolog.Nop())
-		if err != nil {
-			t.Fatal(err)
-		}
+		c := newClient(t, Config{Socket: path, ServerOptions: "check inter 2s"})
 		rdb := srv.Client(t)
 		store, err := registrar.NewStore(rdb, "rollcall")
 		if err != nil {

@@ -168,7 +168,7 @@ func rollcallPeer(h *harness) registry {
 	go func() { done <- s.Run(ctx) }()
 	h.Cleanup(func() {
 		cancel()
-		if err := <-done; err != nil {
+		if err := errors.Join(<-done, client.Close(context.Background())); err != nil {
 			h.Error(err)
 		}
 	})
