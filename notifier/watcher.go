@@ -315,10 +315,15 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 // Step polls if that is due and reads what there is a reason to read. An error
 // means that Redis does not answer; every reason is kept. Step, Poll and Follow
 // belong to the goroutine of Run.
-func (w *Watcher) Step(ctx context.Context, handle func(Change)) error {
+func (w *Watcher) Step(ctx context.Context, handle func(Change)) (err error) {
 	if time.Now().Before(w.rested) && !w.urgent() {
-		return nil
+		return nil // as after the last step, which was no failure
 	}
+	defer func() {
+		if err != nil {
+			w.rested = time.Time{}
+		}
+	}()
 	w.mu.Lock()
 	if !w.told.look.IsZero() && !time.Now().Before(w.told.look) {
 		w.due = true
@@ -328,7 +333,7 @@ func (w *Watcher) Step(ctx context.Context, handle func(Change)) error {
 	}
 	w.mu.Unlock()
 	if w.due {
-		if err := w.Poll(ctx); err != nil {
+		if err = w.Poll(ctx); err != nil {
 			return err
 		}
 	}
@@ -640,12 +645,7 @@ func (w *Watcher) readAhead(ctx context.Context, hints map[registrar.Service]hin
 		return ahead, up
 	}
 	tried := time.Now()
-	tctx, cancel := registrar.WithTimeout(ctx)
-	defer cancel()
-	snaps, err := w.store.ReadChanges(tctx, changes)
-	if err != nil {
-		return ahead, up // one by one they say what is wrong
-	}
+	snaps, _ := w.store.ReadChanges(ctx, changes) // whoever is left out says alone what is wrong
 	for i, c := range changes {
 		if snaps[i].Service != "" {
 			w.followed[c.Service].tried = tried

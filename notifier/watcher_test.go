@@ -543,6 +543,18 @@ func TestRest(t *testing.T) {
 	if rounds != 22 || seen[svcs[4]] != 3 {
 		t.Errorf("%d read of what is urgent, want 2: %v", rounds-20, seen)
 	}
+
+	// A rest never passes for an answer.
+	watcher.rested = time.Now().Add(time.Hour)
+	w.srv.Kill(t)
+	watcher.Refresh(svcs[3])
+	for range 2 {
+		if err := watcher.Step(t.Context(), func(Change) {}); err == nil {
+			t.Error("no error without a redis")
+		}
+		clear(watcher.hints)
+		watcher.due = true
+	}
 }
 
 // A watcher learns how many listen when it reads the counters.

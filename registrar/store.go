@@ -702,7 +702,8 @@ type Since struct {
 // ReadChanges reads in one call what changed of several services, and returns it in
 // their order. A service that has to be read whole, or that cannot be read, is left
 // out: its Snapshot has no service; Read reads it, or says why not. So many services
-// hold Redis no longer than one can. Of a Cluster, whose services lie in different
+// hold Redis no longer than one can. Each call of 20 has its own Timeout; with an
+// error comes what was read before. Of a Cluster, whose services lie in different
 // places, all are left out.
 func (s *Store) ReadChanges(ctx context.Context, wanted []Since) ([]Snapshot, error) {
 	snaps := make([]Snapshot, len(wanted))
@@ -714,19 +715,21 @@ func (s *Store) ReadChanges(ctx context.Context, wanted []Since) ([]Snapshot, er
 			keys = append(keys, s.keys.read(w.Service)[2:]...)
 			argv = append(argv, w.Token.ReplID, w.Token.Epoch, w.Token.Version)
 		}
-		r, err := s.read.RunRO(ctx, s.rdb, keys, argv...).Slice()
+		tctx, cancel := WithTimeout(ctx)
+		r, err := s.read.RunRO(tctx, s.rdb, keys, argv...).Slice()
+		cancel()
 		if err == nil && len(r) != headParts+len(part) {
 			err = fmt.Errorf("answer of %d parts, want %d", len(r), headParts+len(part))
 		}
 		if err != nil {
-			return nil, fmt.Errorf("read %d services: %w", len(part), err)
+			return snaps, fmt.Errorf("read %d services: %w", len(part), err)
 		}
 		for i, w := range part {
 			if of, _ := r[headParts+i].([]any); len(of) == 1 {
 				continue
 			}
 			if snaps[n+i], err = parseSnapshot(w.Service, r, i); err != nil {
-				return nil, fmt.Errorf("read %s: %w", w.Service, err)
+				return snaps, fmt.Errorf("read %s: %w", w.Service, err)
 			}
 		}
 	}
