@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -30,16 +29,17 @@ func reaping(h *harness) []Row {
 }
 
 // startReaper starts a reaper and waits until it is armed.
-func startReaper(h *harness, srv *redistest.Server, rdb *redis.Client, args ...string) *os.Process {
-	p := h.process(h.dir(), h.rollcall(), append([]string{"reap", "--redis", srv.URL()}, args...)...)
+func startReaper(h *harness, srv *redistest.Server, rdb *redis.Client) {
+	h.process(h.dir(), h.rollcall(), "reap", "--redis", srv.URL())
+	ctx, cancel := context.WithTimeout(context.Background(), loadTimeout)
+	defer cancel()
 	h.await(loadTimeout, "the reaper is armed", func() error {
-		all, err := rdb.HVals(context.Background(), "rollcall:reapers").Result()
+		all, err := rdb.HVals(ctx, "rollcall:reapers").Result()
 		if err == nil && !strings.Contains(fmt.Sprint(all), `"armed":true`) {
 			err = fmt.Errorf("%s", all)
 		}
 		return err
 	})
-	return p
 }
 
 // fillService has n instances of svc beat at that time. They have no metadata, as if
