@@ -22,8 +22,9 @@ const (
 	DefaultFull = 30 * time.Second // between two whole reads of a service, whatever its version
 )
 
-// A Ping goes out every pingEvery; a subscription that has been silent for
-// silence at one of them is dead, so it is noticed within the sum of both.
+// A Ping goes out every pingEvery, unless something was heard in the second half of
+// that; a subscription that has been silent for silence then is dead, so it is
+// noticed within the sum of both.
 // go-redis itself notices nothing for minutes: its health check writes a PING
 // and never demands the Pong.
 const (
@@ -826,8 +827,8 @@ func (w *Watcher) subscribe(ctx context.Context, outage *registrar.Outage) error
 	}
 }
 
-// demand asks for a Pong again and again until ctx ends, cuts the subscription
-// when none comes, and closes it, which wakes Receive.
+// demand asks a subscription that is silent for a Pong, again and again until ctx
+// ends, cuts it when none comes, and closes it, which wakes Receive.
 func (w *Watcher) demand(ctx context.Context, cut context.CancelCauseFunc, ps *redis.PubSub) {
 	defer func() { _ = ps.Close() }() // it can only say that it is closed
 	tick := time.NewTicker(pingEvery)
@@ -844,6 +845,9 @@ func (w *Watcher) demand(ctx context.Context, cut context.CancelCauseFunc, ps *r
 		if quiet >= silence {
 			cut(fmt.Errorf("no answer for %v", quiet.Round(time.Millisecond)))
 			return
+		}
+		if quiet < pingEvery/2 {
+			continue
 		}
 		if err := ps.Ping(ctx); err != nil {
 			cut(err)

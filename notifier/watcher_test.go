@@ -344,6 +344,34 @@ func TestHang(t *testing.T) {
 	f.logged("redis answers again", 1)
 }
 
+// Who hears messages does not ask whether the connection lives; who hears none does.
+func TestPingInSilence(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	f := w.follow(Config{Services: []registrar.Service{web}, Poll: time.Hour})
+	f.subscribed()
+	asked := func() int {
+		n, _ := w.calls("ping")
+		return n
+	}
+	const rounds = 4
+	before, tick := asked(), time.NewTicker(pingEvery/10)
+	defer tick.Stop()
+	for began := time.Now(); time.Since(began) < rounds*pingEvery; <-tick.C {
+		w.publish("1 other 1")
+	}
+	if n := asked() - before; n > rounds/2 {
+		t.Errorf("%d pings in %v full of messages", n, rounds*pingEvery)
+	}
+	before = asked()
+	eventually(t, func() error {
+		if n := asked() - before; n < rounds {
+			return fmt.Errorf("%d pings in a silence", n)
+		}
+		return nil
+	})
+}
+
 // Data that is lost, or goes back, interrupts each service once. While Redis is
 // away nothing is handed out, and that is said once.
 func TestInterruption(t *testing.T) {
