@@ -177,30 +177,37 @@ type lab struct {
 	// options of each server of the floor, as of rollcall's.
 	options string
 
-	applied chan lbsync.Server // as rollcall's lbsync read them back
-	heard   chan string        // by the floor's subscriber
+	applied chan answered // what rollcall's lbsync read back
+	heard   chan string   // by the floor's subscriber
 	next    uint32
+}
+
+// answered is a server as HAProxy's answer to an Apply has it, and when that came.
+type answered struct {
+	lbsync.Server
+	at time.Time
 }
 
 // observer tells what every Apply read back.
 type observer struct {
 	lbsync.Balancer
-	applied chan<- lbsync.Server
+	applied chan<- answered
 	on      *atomic.Bool
 }
 
 func (o observer) Apply(ctx context.Context, backend string, ops []lbsync.Op) (lbsync.Applied, error) {
 	got, err := o.Balancer.Apply(ctx, backend, ops)
+	at := time.Now()
 	if err == nil && o.on.Load() {
 		for _, s := range got.Servers {
-			o.applied <- s
+			o.applied <- answered{s, at}
 		}
 	}
 	return got, err
 }
 
 func newLab(h *harness, mode lbsync.Mode, checks bool, size int) *lab {
-	l := &lab{h: h, mode: mode, checks: checks, size: size, applied: make(chan lbsync.Server, 1024), heard: make(chan string, 16)}
+	l := &lab{h: h, mode: mode, checks: checks, size: size, applied: make(chan answered, 1024), heard: make(chan string, 16)}
 	srv := redistest.Start(h)
 	l.rdb = srv.Client(h)
 	be := haproxytest.Backend{Name: "be", Balance: "leastconn", Check: checks}
@@ -447,8 +454,8 @@ func (l *lab) until(a netip.AddrPort, do func(), so func(lbsync.Server) bool) ti
 	begun := time.Now()
 	do()
 	for {
-		if s := receive(l.h, l.applied); s.Addr == a && so(s) {
-			return time.Since(begun)
+		if s := receive(l.h, l.applied); s.Addr == a && so(s.Server) {
+			return s.at.Sub(begun)
 		}
 	}
 }
@@ -594,6 +601,7 @@ func (l *lab) hop(write func(), read func() error, lines []string) time.Duration
 		answer = l.runtime(line)
 	}
 	took := time.Since(begun)
+	answer, _, _ = strings.Cut(answer, "\n# ") // what follows is a report
 	for _, wrong := range []string{"No such", "nvalid", "Unknown", "Can't"} {
 		if strings.Contains(answer, wrong) {
 			l.h.Fatalf("%s: %s", lines, answer)
