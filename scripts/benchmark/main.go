@@ -159,15 +159,16 @@ func main() {
 	changes := flag.Int("changes", 60, "changes a run")
 	short := flag.Bool("short", false, "leave out what takes long: 10,000 servers, checks, load")
 	file := flag.String("json", "", "write the table to `FILE` as JSON too")
+	list := flag.Bool("list", false, "only print the names of what would run")
 	flag.Usage = func() {
-		fmt.Fprintf(flag.CommandLine.Output(), "usage: scripts/bench [flags] [NAME…]\nbenchmarks: %s\n", names())
+		fmt.Fprintf(flag.CommandLine.Output(), "usage: scripts/bench [flags] [NAME…]\nbenchmarks: %s\n", names(benches))
 		flag.PrintDefaults()
 	}
 	flag.Parse()
 	redis.SetLogger(quiet{})
 	for _, n := range flag.Args() {
 		if !slices.ContainsFunc(benches, func(b bench) bool { return b.name == n }) {
-			fmt.Fprintf(os.Stderr, "bench: no benchmark %q; there are: %s\n", n, names())
+			fmt.Fprintf(os.Stderr, "bench: no benchmark %q; there are: %s\n", n, names(benches))
 			os.Exit(2)
 		}
 	}
@@ -175,12 +176,16 @@ func main() {
 		fmt.Fprintln(os.Stderr, "bench: want at least 1 run of 10 changes")
 		os.Exit(2)
 	}
+	chosen := slices.DeleteFunc(slices.Clone(benches), func(b bench) bool {
+		return flag.NArg() > 0 && !slices.Contains(flag.Args(), b.name) || flag.NArg() == 0 && *short && b.long
+	})
+	if *list {
+		fmt.Println(names(chosen))
+		return
+	}
 	printVersions()
 	var rows []Row
-	for _, b := range benches {
-		if flag.NArg() > 0 && !slices.Contains(flag.Args(), b.name) || flag.NArg() == 0 && *short && b.long {
-			continue
-		}
+	for _, b := range chosen {
 		h := &harness{runs: *runs, changes: *changes, short: *short, log: zerolog.New(os.Stderr).Level(zerolog.ErrorLevel)}
 		got := b.run(h)
 		h.close()
@@ -202,8 +207,8 @@ func main() {
 // printVersions says between what the figures were measured.
 func printVersions() {
 	fmt.Fprintf(os.Stderr, "%d CPUs, %s\n", runtime.NumCPU(), runtime.Version())
-	for _, c := range [][]string{{"redis-server", "--version"}, {"haproxy", "-v"}, {"etcd", "--version"}} {
-		out, err := exec.Command(c[0], c[1:]...).Output()
+	for _, c := range [][]string{{"redis-server", "--version"}, {"haproxy", "-v"}, {"etcd", "--version"}, {"consul", "version"}, {"consul-template", "-version"}} {
+		out, err := exec.Command(c[0], c[1:]...).CombinedOutput()
 		if err != nil {
 			continue // only some benchmarks need it, and they say so
 		}
@@ -217,7 +222,7 @@ type quiet struct{}
 
 func (quiet) Printf(context.Context, string, ...any) {}
 
-func names() string {
+func names(benches []bench) string {
 	all := make([]string, len(benches))
 	for i, b := range benches {
 		all[i] = b.name

@@ -34,11 +34,13 @@ type registry struct {
 	join, leave   func(netip.AddrPort)
 }
 
-// peers measures what people use today beside rollcall: etcd with a watcher that
-// writes haproxy.cfg anew and reloads HAProxy at once, as confd in its watch mode
-// does. The watcher is made for this comparison and leaves out what would slow
-// it: no lease is asked for, and nothing waits for a second change.
-// consul-template is not here: it needs a Consul, which Debian 12 does not have.
+// peers measures what people use today beside rollcall, each at its fastest: etcd with
+// a watcher that writes haproxy.cfg anew and reloads HAProxy at once, as confd in its
+// watch mode does; and Consul with consul-template, which does the same. The watcher
+// is made for this comparison and leaves out what would slow it: no lease is asked
+// for, and nothing waits for a second change. Nor does consul-template wait (no wait,
+// no dedup; HAProxy is its child, which it signals itself), and Consul is one server
+// that keeps everything in memory.
 //
 // From the call that registers to the first request that the instance answers,
 // and from the call that takes it out to the first of three in a row that go
@@ -48,6 +50,9 @@ func peers(h *harness) []Row {
 	dir := h.dir()
 	resident, newcomer := h.app("127.153.0.1", "resident"), h.app("127.153.0.2", "newcomer")
 	all := []registry{rollcallPeer(h), etcdPeer(h, dir, false), etcdPeer(h, dir, true)}
+	if r, ok := consulPeer(h, dir, resident); ok {
+		all = append(all, r)
+	}
 	for _, r := range all {
 		r.join(resident)
 		h.await(changeTimeout, r.name+" serves", func() error { _, err := ask(r.frontend); return err })
@@ -229,13 +234,7 @@ func etcdPeer(h *harness, parent string, check bool) registry {
 		h.Fatal(err)
 	}
 	ha := h.process(dir, "haproxy", "-W", "-db", "-f", cfg)
-	h.await(changeTimeout, "haproxy answers", func() error {
-		c, err := net.Dial("unix", socket)
-		if err != nil {
-			return err
-		}
-		return c.Close()
-	})
+	h.listens(socket)
 	ctx, cancel := context.WithCancel(context.Background())
 	watching, done := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -280,6 +279,111 @@ func etcdPeer(h *harness, parent string, check bool) registry {
 			}
 		},
 	}
+}
+
+// listens waits for HAProxy.
+func (h *harness) listens(socket string) {
+	h.await(changeTimeout, "haproxy answers", func() error {
+		c, err := net.Dial("unix", socket)
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	})
+}
+
+// consulPeer is not there without a Consul and a consul-template. resident is in
+// HAProxy's first configuration: a reload that is asked for while HAProxy starts is
+// ignored.
+func consulPeer(h *harness, parent string, resident netip.AddrPort) (r registry, ok bool) {
+	for _, name := range []string{"consul", "consul-template"} {
+		if _, err := exec.LookPath(name); err != nil {
+			h.Logf("bench: no consul-template among the peers: %v", err)
+			return registry{}, false
+		}
+	}
+	dir, err := os.MkdirTemp(parent, "c")
+	if err != nil {
+		h.Fatal(err)
+	}
+	const host = "127.154.0.3"
+	write := func(name string, text []byte) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, text, 0o600); err != nil {
+			h.Fatal(err)
+		}
+		return path
+	}
+	settings, err := json.Marshal(map[string]any{
+		"bind_addr": host, "client_addr": host, "advertise_addr": host, "node_name": "bench", "log_level": "warn",
+		"ports":                map[string]int{"dns": -1, "grpc": -1, "https": -1, "serf_wan": -1},
+		"disable_update_check": true, "disable_remote_exec": true, "disable_coordinates": true,
+	})
+	if err != nil {
+		h.Fatal(err)
+	}
+	h.process(dir, "consul", "agent", "-dev", "-config-file", write("consul.json", settings))
+	ctx, cancel := context.WithCancel(context.Background())
+	h.Cleanup(cancel)
+	call := func(method, path string, body any) (string, error) {
+		text, err := json.Marshal(body)
+		if err != nil {
+			return "", err
+		}
+		req, err := http.NewRequestWithContext(ctx, method, "http://"+host+":8500/v1/"+path, bytes.NewReader(text))
+		if err != nil {
+			return "", err
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return "", err
+		}
+		defer resp.Body.Close()
+		answer, err := io.ReadAll(resp.Body)
+		if err == nil && resp.StatusCode != http.StatusOK {
+			err = fmt.Errorf("%s: %s", resp.Status, answer)
+		}
+		return string(answer), err
+	}
+	h.await(changeTimeout, "consul has a leader", func() error {
+		leader, err := call(http.MethodGet, "status/leader", nil)
+		if err == nil && !strings.Contains(leader, host) {
+			err = fmt.Errorf("the leader is %q", leader)
+		}
+		return err
+	})
+	id := func(a netip.AddrPort) string { return strings.ReplaceAll(a.String(), ":", "-") }
+	r = registry{
+		name: "consul-template + reload", meaning: "Consul, and consul-template writes haproxy.cfg and reloads", frontend: host + ":8080",
+		join: func(a netip.AddrPort) {
+			if _, err := call(http.MethodPut, "agent/service/register",
+				map[string]any{"ID": id(a), "Name": "web", "Address": a.Addr().String(), "Port": a.Port()}); err != nil {
+				h.Fatal(err)
+			}
+		},
+		leave: func(a netip.AddrPort) {
+			if _, err := call(http.MethodPut, "agent/service/deregister/"+id(a), nil); err != nil {
+				h.Fatal(err)
+			}
+		},
+	}
+	r.join(resident)
+	cfg, socket := filepath.Join(dir, "haproxy.cfg"), filepath.Join(dir, "s")
+	template := write("haproxy.ctmpl", append(render(r.frontend, socket, nil),
+		"{{ range service \"web\" }}  server {{ .ID }} {{ .Address }}:{{ .Port }}\n{{ end }}"...))
+	h.process(dir, "consul-template", "-config", write("ct.hcl", fmt.Appendf(nil, `
+		consul { address = "%s:8500" }
+		log_level = "warn"
+		template {
+			source = %q
+			destination = %q
+		}
+		exec {
+			command = ["haproxy", "-W", "-db", "-f", %[3]q]
+			reload_signal = "SIGUSR2"
+		}`, host, template, cfg)))
+	h.listens(socket)
+	return r, true
 }
 
 var prefix, prefixEnd = coded("/web/"), coded("/web0")
