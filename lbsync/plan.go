@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -51,7 +52,8 @@ type Inventory struct {
 	byAddr map[netip.AddrPort]*Server // ours, with an address of an instance
 	byName map[string]*Server
 	ids    map[int]bool
-	extra  []*Server // in rotation, with an address that another has too or that is nobody's
+	extra  []*Server       // in rotation, with an address that another has too or that is nobody's
+	took   map[string]bool // templates of which a slot has taken an instance's address
 
 	queue  []freeSlot                 // free slots, longest free first, and some that are free no more
 	free   map[*Server]time.Time      // which of them are, and since when
@@ -79,6 +81,7 @@ func NewInventory(st State, wanted func(netip.AddrPort) bool) *Inventory {
 		byAddr:  make(map[netip.AddrPort]*Server, len(st.Servers)),
 		byName:  make(map[string]*Server, len(st.Servers)),
 		ids:     make(map[int]bool, len(st.Servers)),
+		took:    map[string]bool{},
 		free:    map[*Server]time.Time{},
 		vacant:  map[netip.AddrPort]*Server{},
 	}
@@ -93,9 +96,13 @@ func NewInventory(st State, wanted func(netip.AddrPort) bool) *Inventory {
 		if s.Slot {
 			inv.Slots++
 		}
+		if !s.Addr.IsValid() {
+			continue // not usable: the template lacks a numeric init-addr
+		}
+		if !placeholder(s) {
+			inv.takes(s)
+		}
 		switch {
-		case !s.Addr.IsValid():
-			// Not usable: the template lacks a numeric init-addr.
 		case s.Slot && (placeholder(s) || s.Admin == Maint && s.Weight == 0 && !wanted(s.Addr)):
 			inv.vacate(s, time.Time{})
 			if placeholder(s) && s.Admin != Maint {
@@ -111,6 +118,16 @@ func NewInventory(st State, wanted func(netip.AddrPort) bool) *Inventory {
 	}
 	return inv
 }
+
+// takes notes that a slot has an instance's address.
+func (inv *Inventory) takes(s *Server) {
+	if s.Slot {
+		inv.took[template(s)] = true
+	}
+}
+
+// template names the server-template that a slot is of: HAProxy numbers its slots.
+func template(s *Server) string { return strings.TrimRight(s.Name, "0123456789") }
 
 // index enters s under its address. Of two with one address the one in
 // rotation stays, and the other goes: index returns it if its slot is free.
@@ -226,6 +243,7 @@ func (inv *Inventory) Update(ops []Op, servers []Server) {
 		}
 		inv.count(old, 1)
 		if old.Ours() && old.Addr.IsValid() && !placeholder(old) {
+			inv.takes(old)
 			inv.index(old) // the next whole look finds a slot that is free by it
 		}
 	}
@@ -252,9 +270,9 @@ func (inv *Inventory) Free() int { return len(inv.free) }
 // and an empty plan means that nothing is left to do but to wait. It changes
 // only inv's list of free slots.
 //
-// A slot that never held an instance costs two steps, and so does every slot of
-// a Process that DefersAddr: it must be seen to have the right address before it
-// may be made ready.
+// The first slot of a template that gets an instance costs two steps, and so does
+// every slot of a Process that DefersAddr: it must be seen to have the right address
+// before it may be made ready.
 func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration) (ops []Op, unplaced []netip.AddrPort) {
 	for _, s := range inv.extra {
 		ops = append(ops, inv.weigh(s, 0), op(SetMaint, s))
@@ -295,16 +313,17 @@ func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration)
 			unplaced = append(unplaced, w.Addr)
 			continue
 		}
-		look := placeholder(s) || inv.Process.DefersAddr()
+		look := placeholder(s) && !inv.took[template(s)] || inv.Process.DefersAddr()
 		// The weight 0 is said even where it is: if HAProxy has just been replaced,
 		// the slot has the template's, and would look like a human's maint.
 		ops = append(ops, inv.weigh(s, 0), Op{Kind: SetAddr, Name: s.Name, ID: s.ID, Addr: w.Addr})
 		if !look {
 			// What HAProxy can refuse of an address, it would have refused the
-			// one before: the kind of the slot's address, or a port that is
-			// mapped. A slot that never had one is looked at first, and so is
-			// every slot where the address comes later than its command: made
-			// ready meanwhile, it would send requests to the instance before.
+			// one before, or the one of another slot of the template: the kind of
+			// the slot's address, or a port that is mapped. The first is looked at
+			// first, and so is every slot where the address comes later than its
+			// command: made ready meanwhile, it would send requests to the instance
+			// before.
 			s := *s
 			s.Addr, s.Weight = w.Addr, 0
 			ops = inv.serve(ops, w, &s)

@@ -74,6 +74,12 @@ func TestPlan(t *testing.T) {
 		{name: "keep touches nothing", have: []Server{slot(1, addrA, Ready, 5)}, want: Want{Addr: addrA}},
 		{name: "true already", have: []Server{slot(1, addrA, Ready, 100)}, want: serveA},
 		{name: "a new one in a fresh slot loses its weight first", have: []Server{slot(1, unset, Maint, 1)}, want: serveA, ops: "weight s1 0; addr s1 10.0.0.1:80"},
+		{name: "but not beside a slot that took an address", have: []Server{slot(1, addrB, Ready, 9), slot(2, unset, Maint, 1)}, want: serveA,
+			ops: "weight s2 0; addr s2 10.0.0.1:80; ready s2; weight s2 100"},
+		{name: "unless that is of another template", have: []Server{with(slot(1, addrB, Ready, 9), func(s *Server) { s.Name = "old1" }), slot(2, unset, Maint, 1)}, want: serveA,
+			ops: "weight s2 0; addr s2 10.0.0.1:80"},
+		{name: "or no slot", have: []Server{with(dynamic(addrB, Ready, 9), func(s *Server) { s.Name = "rc_1" }), with(slot(2, unset, Maint, 1), func(s *Server) { s.Name = "rc_2" })}, want: serveA,
+			ops: "weight rc_2 0; addr rc_2 10.0.0.1:80"},
 		{name: "a new one in a used slot", have: []Server{slot(1, addrB, Maint, 0)}, want: serveA, ops: "weight s1 0; addr s1 10.0.0.1:80; ready s1; weight s1 100"},
 		{name: "a new one in a used slot with a check", have: []Server{with(slot(1, addrB, Maint, 0), checked)}, want: serveA, ops: "weight s1 0; addr s1 10.0.0.1:80; ready s1; down s1; weight s1 100"},
 		{name: "killed after the address was set", have: []Server{slot(1, addrA, Maint, 0)}, want: serveA, ops: "ready s1; weight s1 100"},
@@ -128,6 +134,17 @@ func TestPlan(t *testing.T) {
 				t.Errorf("without a slot: %v", unplaced)
 			}
 		})
+	}
+}
+
+// What a look at the first slot that got an address has proven, is true of the next.
+func TestSecondFreshSlot(t *testing.T) {
+	inv := NewInventory(State{debian12, []Server{slot(1, unset, Maint, 1), slot(2, unset, Maint, 1)}}, func(netip.AddrPort) bool { return true })
+	first, _ := Plan([]Want{{Addr: addrA, Goal: Serve, Weight: 1}}, inv, time.Now(), time.Second)
+	inv.Update(first, []Server{slot(1, addrA, Maint, 0)})
+	second, _ := Plan([]Want{{Addr: addrB, Goal: Serve, Weight: 1}}, inv, time.Now(), time.Second)
+	if got, want := words(second), "weight s2 0; addr s2 10.0.0.2:80; ready s2; weight s2 1"; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
 	}
 }
 
