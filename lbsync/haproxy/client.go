@@ -42,6 +42,9 @@ const (
 	maxLine = 8000
 	// maxCommands bounds how long HAProxy works on one line.
 	maxCommands = 50
+	// shortLine bounds the lines of a short batch: it has room for the commands that
+	// one server takes and the look at it.
+	shortLine = 6
 	// maxPeek is the number of servers up to which they are read back one by
 	// one. One costs 2.5 kB in any backend, the whole 130 bytes a server.
 	maxPeek = 16
@@ -376,6 +379,7 @@ func (c *Client) send(ctx context.Context, backend string, todo *batch, servers 
 
 	var applied lbsync.Applied
 	var last reply
+	var stats []string
 	send := func(commands []string) (err error) {
 		if last, err = c.exchange(ctx, commands); err != nil {
 			return err
@@ -389,15 +393,15 @@ func (c *Client) send(ctx context.Context, backend string, todo *batch, servers 
 		return nil
 	}
 
-	limit, many := maxCommands, len(todo.ops) > manyOps
+	limit, many := shortLine, len(todo.ops) > manyOps
 	if many {
 		limit = fewCommands
 	}
 	begun := time.Now()
 	for first := single; first || len(todo.commands) > 0 || len(peeks) > 0; first = false {
 		line := todo.next(limit)
-		if len(todo.commands) == 0 && fits(line, peeks...) {
-			line, peeks = append(line, peeks...), nil
+		for len(todo.commands) == 0 && len(peeks) > 0 && (len(line) == 0 || len(line) < limit && fits(line, peeks[0])) {
+			line, peeks = append(line, peeks[0]), peeks[1:]
 		}
 		if err := send(line); err != nil {
 			return lbsync.Applied{}, err
@@ -406,6 +410,7 @@ func (c *Client) send(ctx context.Context, backend string, todo *batch, servers 
 			limit = paced(len(line), time.Since(begun))
 			begun = time.Now()
 		}
+		stats = append(stats, last.stats...)
 		for _, r := range last.refused {
 			applied.Refused = append(applied.Refused, r)
 			applied.Static = applied.Static || strings.HasPrefix(r, staticAlgorithm)
@@ -416,6 +421,7 @@ func (c *Client) send(ctx context.Context, backend string, todo *batch, servers 
 		if len(applied.Refused) > 0 {
 			states = nil // it may be one of them
 		}
+		last.stats = stats
 		found, active, certain, err := last.peek(backend, servers, states)
 		if err != nil {
 			return lbsync.Applied{}, err

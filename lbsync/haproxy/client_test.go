@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -512,6 +513,51 @@ func TestApplyToADownServerIsOneExchange(t *testing.T) {
 	got, err := c.Apply(t.Context(), "be", []lbsync.Op{op(lbsync.SetDrain), wrong})
 	if n := strings.Count(log.String(), `"exchange"`); err != nil || n != 2 || len(got.Refused) == 0 {
 		t.Errorf("with a refusal: %d exchanges, %+v, %v; want a look at the whole", n, got, err)
+	}
+}
+
+// HAProxy's own traffic waits for a line. All that one server takes is one line, and
+// of several none is longer.
+func TestShortBatch(t *testing.T) {
+	const most = 7
+	h, _ := start(t, haproxytest.Backend{Slots: most, Check: true}, Config{})
+	var log bytes.Buffer
+	c, err := New(Config{Socket: h.Socket}, zerolog.New(&log))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	var ops []lbsync.Op
+	var want []string
+	join := func(n int) {
+		name, addr := fmt.Sprintf("s%d", n), netip.AddrPortFrom(netip.MustParseAddr("127.9.9.9"), uint16(9+n))
+		for _, op := range []lbsync.Op{
+			{Kind: lbsync.SetWeight}, {Kind: lbsync.SetAddr, Addr: addr}, {Kind: lbsync.SetReady}, {Kind: lbsync.HealthDown},
+			{Kind: lbsync.SetWeight, Weight: 7},
+		} {
+			op.Name, op.ID = name, n
+			ops = append(ops, op)
+		}
+		want = append(want, fmt.Sprintf("%s %s ready 7", name, addr))
+	}
+	for n := range most {
+		join(n + 1)
+		log.Reset()
+		var got, lines []string
+		for _, s := range apply(t, c, ops...).Servers {
+			got = append(got, fmt.Sprintf("%s %s %s %d", s.Name, s.Addr, s.Admin, s.Weight))
+		}
+		for _, m := range regexp.MustCompile(`"commands":(\d+)`).FindAllStringSubmatch(log.String(), -1) {
+			lines = append(lines, m[1])
+		}
+		// Five commands and a look at each server.
+		if !slices.Equal(lines, slices.Repeat([]string{"6"}, n+1)) || !slices.Equal(got, want) {
+			t.Errorf("%d servers: lines of %s; read back %q, want %q", n+1, lines, got, want)
+		}
 	}
 }
 
