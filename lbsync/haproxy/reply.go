@@ -158,9 +158,10 @@ func (r *reply) parseBody(body string) error {
 }
 
 // moved are the replies of `set server … addr` that mean success: measured on
-// 2.6.12. They come as a warning, as the refusals of that command do.
-var moved = regexp.MustCompile(`^(no need to change the addr|IP changed from '[^']*' to '[^']*')` +
-	`, (no need to change the port|port changed from '[^']*' to '[^']*') by '`)
+// 2.6.12, 3.0.11 and 3.2.26. They come as a warning, as the refusals of that command
+// do.
+var moved = regexp.MustCompile(`^(nothing changed$|(no need to change the addr|IP changed from '[^']*' to '[^']*')` +
+	`, (no need to change the port|port changed from '[^']*' to '[^']*') by ')`)
 
 // refusal tells whether line says no, and in which words. With "set
 // severity-output number" errors are 0 to 3; an unknown command is only 6, and
