@@ -40,17 +40,18 @@ const (
 	// maxLine keeps a line under the least tune.bufsize in use, as HAProxy 3.2
 	// runs nothing of a longer line.
 	maxLine = 8000
-	// maxCommands bounds how long HAProxy works on one line.
+	// maxCommands bounds how long HAProxy works on one line, whatever it is of.
 	maxCommands = 50
-	// shortLine bounds the lines of a short batch: it has room for the commands that
-	// one server takes and the look at it.
-	shortLine = 6
+	// A line is run in one go, and HAProxy's own traffic waits for it. A batch of up to
+	// manyOps goes in shortLines lines or so, none of them shorter than shortLine,
+	// which is what one server takes and the look at it.
+	shortLine  = 6
+	shortLines = 8
 	// maxPeek is the number of servers up to which they are read back one by
 	// one. One costs 2.5 kB in any backend, the whole 130 bytes a server.
 	maxPeek = 16
-	// fewCommands is maxCommands where there are more than manyOps: a line is
-	// run in one go, and HAProxy's own traffic waits for it. Among 10,000 servers
-	// of 2.6 a command takes 70 µs. Of 25 a line the p99 beside the load was 6
+	// fewCommands is the least that a line takes of a batch of more than manyOps. Among
+	// 10,000 servers of 2.6 a command takes 70 µs. Of 25 a line the p99 beside the load was 6
 	// times idle, with pauses of 1 ms between them up to 4 times and the load half as
 	// long again; of 10 without pauses it is 1.5 to 3 times, and the load takes no
 	// longer (scripts/soak ManyServers). Among 1,000 a command takes a tenth of
@@ -253,7 +254,7 @@ func (c *Client) Apply(ctx context.Context, backend string, ops []lbsync.Op) (lb
 			touched = append(touched, s)
 		}
 	}
-	applied, err := c.apply(ctx, backend, &batch{ops, commands}, touched, moves(ops), states(ops))
+	applied, err := c.apply(ctx, backend, &batch{ops: ops, commands: commands}, touched, moves(ops), states(ops))
 	if err != nil {
 		return lbsync.Applied{}, fmt.Errorf("apply %d ops to backend %s: %w", len(ops), backend, err)
 	}
@@ -369,11 +370,10 @@ func (c *Client) apply(ctx context.Context, backend string, todo *batch, servers
 // that is cheap and certain, else from a reading of the whole backend. Other calls
 // may have their turn between two lines.
 func (c *Client) send(ctx context.Context, backend string, todo *batch, servers []lbsync.Server, states map[target]lbsync.Admin) (lbsync.Applied, error) {
-	var peeks []string
 	single := len(servers) <= maxPeek
 	if single {
 		for _, s := range servers {
-			peeks = append(peeks, peekCommand(backend, s))
+			todo.looks = append(todo.looks, peekCommand(backend, s))
 		}
 	}
 
@@ -393,16 +393,13 @@ func (c *Client) send(ctx context.Context, backend string, todo *batch, servers 
 		return nil
 	}
 
-	limit, many := shortLine, len(todo.ops) > manyOps
+	limit, many := max(shortLine, len(todo.ops)/shortLines), len(todo.ops) > manyOps
 	if many {
 		limit = fewCommands
 	}
 	begun := time.Now()
-	for first := single; first || len(todo.commands) > 0 || len(peeks) > 0; first = false {
+	for first := single; first || !todo.empty(); first = false {
 		line := todo.next(limit)
-		for len(todo.commands) == 0 && len(peeks) > 0 && (len(line) == 0 || len(line) < limit && fits(line, peeks[0])) {
-			line, peeks = append(line, peeks[0]), peeks[1:]
-		}
 		if err := send(line); err != nil {
 			return lbsync.Applied{}, err
 		}
@@ -421,8 +418,7 @@ func (c *Client) send(ctx context.Context, backend string, todo *batch, servers 
 		if len(applied.Refused) > 0 {
 			states = nil // it may be one of them
 		}
-		last.stats = stats
-		found, active, certain, err := last.peek(backend, servers, states)
+		found, active, certain, err := peek(stats, backend, servers, states)
 		if err != nil {
 			return lbsync.Applied{}, err
 		}

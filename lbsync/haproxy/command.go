@@ -84,14 +84,20 @@ func peekCommand(backend string, s lbsync.Server) string {
 	return "show stat " + backend + " 6 " + strconv.Itoa(s.ID)
 }
 
-// batch is ops and the command of each that are to be sent.
+// batch is ops and the command of each that are to be sent, and looks to take when
+// all of them have been.
 type batch struct {
 	ops      []lbsync.Op
 	commands []string
+	looks    []string
 }
 
-// next takes the commands of one line off b: a Delete is alone, of the others as
-// many as fit, and limit at most.
+func (b *batch) empty() bool { return len(b.commands)+len(b.looks) == 0 }
+
+// next takes the commands of one line off b: of a Delete alone, of others as many as
+// fit, and limit at most; then looks likewise. The ops of one server stay in one line
+// if they can: in a process that has taken over between two lines, the second half
+// alone could make another instance's slot ready.
 func (b *batch) next(limit int) []string {
 	n := 0
 	for n < len(b.commands) && n < limit && (n == 0 || b.ops[n].Kind != lbsync.Delete && fits(b.commands[:n], b.commands[n])) {
@@ -100,8 +106,20 @@ func (b *batch) next(limit int) []string {
 			break
 		}
 	}
+	if n < len(b.commands) && b.ops[n].Kind != lbsync.Delete {
+		whole := n
+		for whole > 0 && b.ops[whole].Name == b.ops[whole-1].Name {
+			whole--
+		}
+		if whole > 0 {
+			n = whole
+		}
+	}
 	line := b.commands[:n:n]
 	b.ops, b.commands = b.ops[n:], b.commands[n:]
+	for len(b.commands) == 0 && len(b.looks) > 0 && (len(line) == 0 || len(line) < limit && fits(line, b.looks[0])) {
+		line, b.looks = append(line, b.looks[0]), b.looks[1:]
+	}
 	return line
 }
 

@@ -177,7 +177,7 @@ func TestBatch(t *testing.T) {
 			}
 			var counts, joined []string
 			all := slices.Clone(commands)
-			for todo := (&batch{ops, commands}); len(todo.commands) > 0; {
+			for todo := (&batch{ops: ops, commands: commands}); len(todo.commands) > 0; {
 				line := todo.next(maxCommands)
 				counts = append(counts, fmt.Sprint(len(line)))
 				joined = append(joined, line...)
@@ -195,9 +195,63 @@ func TestBatch(t *testing.T) {
 	}
 }
 
+// A server's ops are not torn apart, and looks come after all of them.
+func TestBatchOfServers(t *testing.T) {
+	const long = 3900
+	for _, tt := range []struct {
+		name  string
+		ops   string // a letter is a server's op, a capital letter its Delete, + makes the one before long
+		looks int
+		limit int
+		want  string // the ops and looks (?) of each line
+	}{
+		{"looks in a line of their own", "aaaaa", 2, 6, "aaaaa? ?"},
+		{"one line", "aaaaa", 1, 6, "aaaaa?"},
+		{"looks alone", "", 8, 6, "?????? ??"},
+		{"nothing", "", 0, 6, ""},
+		{"cut before a server", "aaaabbbb", 2, 6, "aaaa bbbb??"},
+		{"and after as many as there is room for", "abbbbccd", 4, 6, "abbbb ccd??? ?"},
+		{"one that is too long for a line", "abbbbbbbbc", 1, 6, "a bbbbbb bbc?"},
+		{"what goes before a Delete may be left alone", "aaAbb", 2, 6, "aa A bb??"},
+		{"with what goes before that", "bbaaA", 0, 6, "bbaa A"},
+		{"a look waits for what comes after a Delete", "Aa", 1, 6, "A a?"},
+		{"and may share the line of the last", "aA", 1, 6, "a A?"},
+		{"by bytes too", "aab+b+b+", 1, 6, "aa b+b+ b+?"},
+		{"a look that does not fit", "a+a+", 1, 6, "a+a+ ?"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			todo := &batch{}
+			for _, r := range tt.ops {
+				if n := len(todo.ops) - 1; r == '+' {
+					todo.commands[n] += strings.Repeat("+", long)
+					continue
+				}
+				name := strings.ToLower(string(r))
+				op := lbsync.Op{Kind: lbsync.SetReady, Name: name}
+				if string(r) != name {
+					op.Kind = lbsync.Delete
+				}
+				todo.ops, todo.commands = append(todo.ops, op), append(todo.commands, string(r))
+			}
+			todo.looks = slices.Repeat([]string{"?" + strings.Repeat(" ", 200)}, tt.looks)
+			var got []string
+			for !todo.empty() {
+				line := todo.next(tt.limit)
+				if _, err := frame(line, true); err != nil {
+					t.Error(err)
+				}
+				got = append(got, strings.NewReplacer(strings.Repeat("+", long), "+", " ", "").Replace(strings.Join(line, "")))
+			}
+			if s := strings.Join(got, " "); s != tt.want {
+				t.Errorf("got  %s\nwant %s", s, tt.want)
+			}
+		})
+	}
+}
+
 // A line of a long batch grows as far as its time allows.
 func TestPaced(t *testing.T) {
-	todo := &batch{make([]lbsync.Op, 30), slices.Repeat([]string{"x"}, 30)}
+	todo := &batch{ops: make([]lbsync.Op, 30), commands: slices.Repeat([]string{"x"}, 30)}
 	if a, b := len(todo.next(fewCommands)), len(todo.next(maxCommands)); a != 10 || b != 20 {
 		t.Errorf("lines of %d and %d, want 10 and 20", a, b)
 	}

@@ -53,7 +53,7 @@ func FuzzReplies(f *testing.F) {
 		}
 		want := []lbsync.Server{{Name: "s1", ID: 1, Slot: true}, {Name: "rc_10.0.0.1:80", ID: 7}}
 		for _, w := range [][]lbsync.Server{nil, want[:1], want} {
-			found, active, certain, err := r.peek("be", w, nil)
+			found, active, certain, err := peek(r.stats, "be", w, nil)
 			if len(found) > len(w) || err == nil && certain && active < -1 {
 				t.Fatalf("peek: %+v, %d, %v", found, active, err)
 			}

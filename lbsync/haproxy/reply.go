@@ -347,17 +347,17 @@ func (r *reply) busy(backend string) (map[target]int, error) {
 	return busy, nil
 }
 
-// peek returns those of servers that exist, and how many servers of the backend
-// are up; -1 if no server was asked for. It is certain if the reports and states,
-// which is what has just been commanded, tell everything, else only a reading of
-// the whole backend can.
-func (r *reply) peek(backend string, servers []lbsync.Server, states map[target]lbsync.Admin) (found []lbsync.Server, active int, certain bool, err error) {
-	if len(r.stats) != len(servers) { // one was refused
+// peek returns, by stats, a `show stat` for each of servers, those that exist and how
+// many servers of the backend are up; -1 if no server was asked for. It is certain if
+// the reports and states, which is what has just been commanded, tell everything, else
+// only a reading of the whole backend can.
+func peek(stats []string, backend string, servers []lbsync.Server, states map[target]lbsync.Admin) (found []lbsync.Server, active int, certain bool, err error) {
+	if len(stats) != len(servers) { // one was refused
 		return nil, 0, false, nil
 	}
 	active = -1
 	for i, want := range servers {
-		st, err := parseStat(r.stats[i], backend, want)
+		st, err := parseStat(stats[i], backend, want)
 		if err != nil || !st.certain {
 			return nil, 0, false, err
 		}

@@ -222,9 +222,9 @@ type quiet struct{}
 
 func (quiet) Printf(context.Context, string, ...any) {}
 
-func names(benches []bench) string {
-	all := make([]string, len(benches))
-	for i, b := range benches {
+func names(of []bench) string {
+	all := make([]string, len(of))
+	for i, b := range of {
 		all[i] = b.name
 	}
 	return strings.Join(all, ", ")
