@@ -31,7 +31,7 @@ const (
 	// rows.
 	others = 100
 	// warmUp is the number of changes that are not measured: more than there are
-	// spare slots, since the first instance of a slot costs a second look.
+	// spare slots, so that each has held an instance.
 	warmUp = spare + 2
 	spare  = 10
 	// pause lies before each change, rollcall's and the floor's: changes that
