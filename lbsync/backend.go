@@ -440,13 +440,14 @@ func (b *backend) converge(ctx context.Context, addrs []netip.AddrPort, heard ma
 // wait. It tells whether HAProxy took all of it.
 func (b *backend) pursue(ctx context.Context, heard map[netip.AddrPort]time.Time, wants func(now time.Time) []Want) (done bool, err error) {
 	var last []Op
+	late := false
 	for range maxSteps {
 		now := time.Now()
 		ws := wants(now)
 		ops, unplaced := Plan(ws, b.have, now, b.cfg.Quarantine)
 		b.place(ws, unplaced)
 		if len(ops) == 0 {
-			return true, nil
+			return !late, nil
 		}
 		if slices.Equal(ops, last) {
 			return false, nil
@@ -456,6 +457,12 @@ func (b *backend) pursue(ctx context.Context, heard map[netip.AddrPort]time.Time
 				return false, err
 			}
 		}
+		// A slot that has not got its address yet is nobody's: only a whole look finds
+		// what it has then.
+		late = late || slices.ContainsFunc(ops, func(o Op) bool {
+			_, there := b.have.Lookup(o.Addr)
+			return o.Kind == SetAddr && !there
+		})
 		last = ops
 	}
 	return false, nil

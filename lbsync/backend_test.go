@@ -130,6 +130,54 @@ func (s standing) Peek(_ context.Context, _ string, servers []Server) (Applied, 
 	return Applied{Process: s.Process, Servers: servers, Active: len(s.Servers)}, nil
 }
 
+// tardy is a Balancer that gives its only server an address after the read back.
+type tardy struct {
+	standing
+	addr netip.AddrPort
+}
+
+func (l *tardy) Read(context.Context, string) (State, error) {
+	s := l.Servers[0]
+	s.Addr = l.addr
+	return State{Process: l.Process, Servers: []Server{s}}, nil
+}
+
+func (l *tardy) Apply(_ context.Context, _ string, ops []Op) (Applied, error) {
+	*l.ops += len(ops)
+	for _, o := range ops {
+		if o.Kind == SetAddr {
+			l.addr = o.Addr
+		}
+	}
+	return Applied{Process: l.Process, Servers: l.Servers}, nil
+}
+
+// TestLateAddress has a slot that gets its address after HAProxy was read back, as
+// HAProxy 3 may when it is busy. The instance must not wait for it until the next full
+// look.
+func TestLateAddress(t *testing.T) {
+	a, before := netip.MustParseAddrPort("10.0.0.1:80"), netip.MustParseAddrPort("10.0.0.2:80")
+	sent := 0
+	bal := &tardy{standing{State{Process: Process{PID: 1, Version: "3.0.11"},
+		Servers: []Server{{Name: "s1", ID: 1, Slot: true, Admin: Maint, Addr: before}}}, &sent}, before}
+	b := newBackend(Config{Allow: DefaultAllow(), Full: time.Hour}, BackendConfig{Service: "web", Backend: "be", Mode: Slots}, bal,
+		func(registrar.Service) {}, func() {}, func() {}, newClaims(), zerolog.Nop())
+	b.change(notifier.Change{Snapshot: registrar.Snapshot{Service: "web", Full: true, Now: 1, TTL: time.Second, Interval: time.Second / 3,
+		Token:   registrar.Token{ReplID: "r", Epoch: "e", Version: 1},
+		Entries: []registrar.Entry{{Addr: a, Present: true, Instance: registrar.Instance{Addr: a, Beat: 1, Meta: registrar.Meta{Weight: 100}}}}}})
+	next, err := b.Step(t.Context())
+	if err != nil || sent != 2 || next > waitPoll {
+		t.Fatalf("%d ops, next look in %v, %v; want a weight and an address, and a look soon", sent, next, err)
+	}
+	if _, applied := b.state(); applied {
+		t.Error("acknowledged before the slot has the address")
+	}
+	b.readAt = b.readAt.Add(-waitPoll)
+	if _, err := b.Step(t.Context()); err != nil || sent < 4 {
+		t.Errorf("%d ops, %v; want it made ready with the next look", sent, err)
+	}
+}
+
 // TestHeldAnew has an instance that is held come back and go again between two
 // steps. Its hold begins anew: the one before is of another silence.
 func TestHeldAnew(t *testing.T) {

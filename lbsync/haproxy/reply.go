@@ -159,9 +159,10 @@ func (r *reply) parseBody(body string) error {
 
 // moved are the replies of `set server … addr` that mean success: measured on
 // 2.6.12, 3.0.11 and 3.2.26. They come as a warning, as the refusals of that command
-// do.
-var moved = regexp.MustCompile(`^(nothing changed$|(no need to change the addr|IP changed from '[^']*' to '[^']*')` +
-	`, (no need to change the port|port changed from '[^']*' to '[^']*') by ')`)
+// do. 2.6 says something of both halves, 3 only of what changes.
+var moved = regexp.MustCompile(`^(nothing changed$|` + part + `(, ` + part + `)? by ')`)
+
+const part = `(no need to change the (addr|port)|(IP|port) changed from '[^']*' to '[^']*')`
 
 // refusal tells whether line says no, and in which words. With "set
 // severity-output number" errors are 0 to 3; an unknown command is only 6, and

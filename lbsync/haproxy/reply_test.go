@@ -80,6 +80,9 @@ func TestRefusals(t *testing.T) {
 		"[4]: IP changed from '127.0.0.1' to '::1', no need to change the port by 'stats socket command'", "",
 		"[4]: no need to change the addr, port changed from '1' to '2' by 'stats socket command'", "",
 		"[4]: IP changed from '::1' to '::2', port changed from '1' to '2' by 'stats socket command'", "",
+		"[4]: IP changed from '127.0.0.1' to '127.0.0.2' by 'stats socket command'", "",
+		"[4]: port changed from '1' to '2' by 'stats socket command'", "",
+		"[4]: IP changed from '127.0.0.1' to '127.0.0.2', problem converting port 'abc' to an int by 'stats socket command'", "",
 		"[4]: nothing changed", "",
 		"[4]: nothing changed, by refusal", "",
 		"[4]: Invalid addr 'zz' by 'stats socket command'", "",
@@ -92,6 +95,7 @@ func TestRefusals(t *testing.T) {
 	}
 	want := []string{
 		"Only servers in maintenance mode can be deleted.",
+		"IP changed from '127.0.0.1' to '127.0.0.2', problem converting port 'abc' to an int by 'stats socket command'",
 		"nothing changed, by refusal",
 		"Invalid addr 'zz' by 'stats socket command'",
 		"no need to change the addr, problem converting port 'abc' to an int by 'stats socket command'",
