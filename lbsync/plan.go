@@ -313,7 +313,8 @@ func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration)
 			unplaced = append(unplaced, w.Addr)
 			continue
 		}
-		look := placeholder(s) && !inv.took[template(s)] || inv.Process.DefersAddr()
+		// One that is not in maint yet (see extra) is on its way there with these ops.
+		look := placeholder(s) && (s.Admin != Maint || !inv.took[template(s)]) || inv.Process.DefersAddr()
 		// The weight 0 is said even where it is: if HAProxy has just been replaced,
 		// the slot has the template's, and would look like a human's maint.
 		ops = append(ops, inv.weigh(s, 0), Op{Kind: SetAddr, Name: s.Name, ID: s.ID, Addr: w.Addr})

@@ -76,6 +76,8 @@ func TestPlan(t *testing.T) {
 		{name: "a new one in a fresh slot loses its weight first", have: []Server{slot(1, unset, Maint, 1)}, want: serveA, ops: "weight s1 0; addr s1 10.0.0.1:80"},
 		{name: "but not beside a slot that took an address", have: []Server{slot(1, addrB, Ready, 9), slot(2, unset, Maint, 1)}, want: serveA,
 			ops: "weight s2 0; addr s2 10.0.0.1:80; ready s2; weight s2 100"},
+		{name: "nor is one that was made ready by mistake", have: []Server{slot(1, addrB, Ready, 9), slot(2, unset, Drain, 50)}, want: Want{Addr: addrA, Goal: Serve, State: Drain, Weight: 50},
+			ops: "weight s2 0; maint s2; weight s2 0; addr s2 10.0.0.1:80"},
 		{name: "unless that is of another template", have: []Server{with(slot(1, addrB, Ready, 9), func(s *Server) { s.Name = "old1" }), slot(2, unset, Maint, 1)}, want: serveA,
 			ops: "weight s2 0; addr s2 10.0.0.1:80"},
 		{name: "or no slot", have: []Server{with(dynamic(addrB, Ready, 9), func(s *Server) { s.Name = "rc_1" }), with(slot(2, unset, Maint, 1), func(s *Server) { s.Name = "rc_2" })}, want: serveA,
