@@ -43,7 +43,7 @@ const (
 	// maxCommands bounds how long HAProxy works on one line, whatever it is of.
 	maxCommands = 50
 	// A line is run in one go, and HAProxy's own traffic waits for it. A batch of up to
-	// manyOps goes in shortLines lines or so, none of them shorter than shortLine,
+	// manyOps goes in shortLines lines or so, each with room for shortLine commands,
 	// which is what one server takes and the look at it.
 	shortLine  = 6
 	shortLines = 8
@@ -51,12 +51,12 @@ const (
 	// one. One costs 2.5 kB in any backend, the whole 130 bytes a server.
 	maxPeek = 16
 	// fewCommands is the least that a line takes of a batch of more than manyOps. Among
-	// 10,000 servers of 2.6 a command takes 70 µs. Of 25 a line the p99 beside the load was 6
-	// times idle, with pauses of 1 ms between them up to 4 times and the load half as
-	// long again; of 10 without pauses it is 1.5 to 3 times, and the load takes no
-	// longer (scripts/soak ManyServers). Among 1,000 a command takes a tenth of
-	// that, and most of the time of so short a line is the connection's: as many
-	// more go into a line as lineTime, which those 10 take, has room for.
+	// 10,000 servers of 2.6 a command takes 70 µs. Of 25 a line the p99 beside the load
+	// was 6 times idle, with pauses of 1 ms between them up to 4 times and the load half
+	// as long again; of 10 without pauses it is 1.5 to 3 times, and the load takes no
+	// longer (scripts/soak ManyServers). Among 1,000 a command takes a tenth of that, and
+	// most of the time of so short a line is the connection's: as many more go into a
+	// line as lineTime, which those 10 take, has room for.
 	manyOps     = 200
 	fewCommands = 10
 	lineTime    = 800 * time.Microsecond

@@ -34,10 +34,18 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // measure the Timeout get a generous one.
 func newClient(tb testing.TB, cfg Config) *Client {
 	tb.Helper()
+	c, _ := loggedClient(tb, cfg)
+	return c
+}
+
+// loggedClient is newClient, and what the Client logs: each exchange.
+func loggedClient(tb testing.TB, cfg Config) (*Client, *bytes.Buffer) {
+	tb.Helper()
 	if cfg.Timeout == 0 {
 		cfg.Timeout = 5 * time.Second
 	}
-	c, err := New(cfg, zerolog.Nop())
+	var log bytes.Buffer
+	c, err := New(cfg, zerolog.New(&log))
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -48,7 +56,7 @@ func newClient(tb testing.TB, cfg Config) *Client {
 			tb.Error(err)
 		}
 	})
-	return c
+	return c, &log
 }
 
 // start returns a haproxy with the backend be and a Client for it.
@@ -474,16 +482,7 @@ func TestPeekIsSingle(t *testing.T) {
 // first check, so every join would.
 func TestApplyToADownServerIsOneExchange(t *testing.T) {
 	h, _ := start(t, haproxytest.Backend{Slots: 3, Check: true}, Config{})
-	var log bytes.Buffer
-	c, err := New(Config{Socket: h.Socket}, zerolog.New(&log))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := c.Close(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
+	c, log := loggedClient(t, Config{Socket: h.Socket})
 	op := func(k lbsync.Kind) lbsync.Op { return lbsync.Op{Kind: k, Name: "s1", ID: 1} }
 	move := op(lbsync.SetAddr)
 	move.Addr = netip.MustParseAddrPort("127.9.9.9:9") // nobody listens
@@ -522,16 +521,7 @@ func TestApplyToADownServerIsOneExchange(t *testing.T) {
 func TestShortBatch(t *testing.T) {
 	const most = 7
 	h, _ := start(t, haproxytest.Backend{Slots: most, Check: true}, Config{})
-	var log bytes.Buffer
-	c, err := New(Config{Socket: h.Socket}, zerolog.New(&log))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := c.Close(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
+	c, log := loggedClient(t, Config{Socket: h.Socket})
 	var ops []lbsync.Op
 	var want []string
 	for n := range most {
