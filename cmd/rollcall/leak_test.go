@@ -29,16 +29,29 @@ type played struct {
 	name, out, cmdline string
 }
 
-// runFor runs the program with these variables, and ends it after d if it has
-// not ended by itself.
+// timed is what was written, and calls first with the first of it.
+type timed struct {
+	said  bytes.Buffer // not embedded: io.Copy would go past Write
+	first func()
+}
+
+func (b *timed) Write(p []byte) (int, error) {
+	if b.said.Len() == 0 {
+		b.first()
+	}
+	return b.said.Write(p)
+}
+
+// runFor runs the program with these variables, and ends it if it has not ended
+// by itself: d after it first prints, or ten times as long after its start.
 func runFor(t *testing.T, d time.Duration, env []string, args ...string) played {
 	t.Helper()
 	path := binary(t) // which is built once
-	ctx, cancel := context.WithTimeout(t.Context(), d)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*d)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Env = append(os.Environ(), env...)
-	var out bytes.Buffer
+	out := timed{first: func() { time.AfterFunc(d, cancel) }}
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 10 * time.Second
@@ -50,7 +63,7 @@ func runFor(t *testing.T, d time.Duration, env []string, args ...string) played 
 		t.Fatal(err)
 	}
 	_ = cmd.Wait() // how it ends is other tests' matter
-	return played{name: strings.Join(args, " "), out: out.String(), cmdline: string(line)}
+	return played{name: strings.Join(args, " "), out: out.said.String(), cmdline: string(line)}
 }
 
 // TestSecretsStaySecret runs every role with passwords of each source against

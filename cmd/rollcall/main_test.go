@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -60,6 +61,10 @@ func TestMain(m *testing.M) {
 	// These tests wait for servers far more than they compute.
 	flag.Parse()
 	if err := flag.Set("test.parallel", "4"); err != nil {
+		panic(err)
+	}
+	// A program built with -race sleeps for 1 s before it ends with 0.
+	if err := os.Setenv("GORACE", strings.TrimSpace(os.Getenv("GORACE")+" atexit_sleep_ms=0")); err != nil {
 		panic(err)
 	}
 	code := m.Run()
