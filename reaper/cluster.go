@@ -20,7 +20,7 @@ const idleService = 2 * time.Minute
 // Directory is what a Cluster needs of the whole register; *registrar.Store is
 // one.
 type Directory interface {
-	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (time.Duration, time.Duration, error)
+	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (registrar.Times, error)
 	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
 	Unlist(ctx context.Context, svc registrar.Service) error
 }
@@ -124,7 +124,8 @@ func (c *Cluster) Run(parent context.Context) error {
 
 // config is Reaper.config for the whole register.
 func (c *Cluster) config(ctx context.Context) error {
-	return checkTimes(ctx, c.list, c.cfg, c.cfg.SetTTL)
+	_, err := checkTimes(ctx, c.list, c.cfg, c.cfg.SetTTL)
+	return err
 }
 
 func (c *Cluster) services(ctx context.Context) ([]registrar.Service, error) {

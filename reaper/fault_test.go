@@ -239,9 +239,9 @@ func TestFlushIsAHardFault(t *testing.T) {
 		t.Errorf("got %+v, %d resets, want a hard fault", s, r.proof.resets)
 	}
 	mustSweep(t, r)
-	ttl, _, err := g.store.Config(t.Context(), registrar.DefaultTTL, registrar.DefaultInterval, false)
-	if err != nil || ttl != r.cfg.TTL {
-		t.Errorf("after the flush: TTL %v, %v; want the reaper's again", ttl, err)
+	got, err := g.store.Config(t.Context(), registrar.DefaultTTL, registrar.DefaultInterval, false)
+	if err != nil || got.TTL != r.cfg.TTL {
+		t.Errorf("after the flush: TTL %v, %v; want the reaper's again", got.TTL, err)
 	}
 }
 

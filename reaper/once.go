@@ -14,13 +14,16 @@ import (
 const neverArmed = 3
 
 // Once sweeps a single time, as soon as it is armed. It returns an error that
-// wraps ErrNeverArmed if that takes more than three TTL, ErrHeld if the
-// protection kept somebody, and what Sweep returns. force is an operator's
-// word: it takes the last TTL for healthy without proof and skips the
-// protection, but still needs one accepted pulse.
+// wraps ErrNeverArmed if that takes more than three TTL after everybody can know
+// the registry's times, ErrHeld if the protection kept somebody, and what Sweep
+// returns. force is an operator's word: it takes the last TTL for healthy without
+// proof and skips the protection, but still needs one accepted pulse.
 func (r *Reaper) Once(ctx context.Context, force bool) (Report, error) {
 	if err := r.arm(ctx, force); err != nil {
 		return Report{}, err
+	}
+	if err := r.ready(ctx); err != nil {
+		return Report{}, fmt.Errorf("sweep: %w", err)
 	}
 	cutoff, armed := r.proof.cutoff()
 	if force {
@@ -46,11 +49,15 @@ func (r *Reaper) Once(ctx context.Context, force bool) (Report, error) {
 // accepted.
 func (r *Reaper) arm(ctx context.Context, force bool) error {
 	limit := neverArmed * r.cfg.TTL
-	actx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w within %v", ErrNeverArmed, limit))
-	defer cancel()
-	if err := r.connect(actx); err != nil {
+	never := fmt.Errorf("%w within %v", ErrNeverArmed, limit)
+	cctx, cancel := context.WithTimeoutCause(ctx, limit, never)
+	err := r.connect(cctx)
+	cancel()
+	if err != nil {
 		return err
 	}
+	actx, cancel := context.WithTimeoutCause(ctx, limit+r.learn, never)
+	defer cancel()
 	wait := time.NewTimer(0)
 	defer wait.Stop()
 	var last error

@@ -117,8 +117,8 @@ type connected struct {
 	pulses int
 }
 
-func (c *connected) Config(_ context.Context, ttl, interval time.Duration, _ bool) (time.Duration, time.Duration, error) {
-	return ttl, interval, nil
+func (c *connected) Config(_ context.Context, ttl, interval time.Duration, _ bool) (registrar.Times, error) {
+	return registrar.Times{TTL: ttl, Interval: interval}, nil
 }
 
 func (c *connected) Pulse(ctx context.Context, id, token string, expiry time.Duration) (registrar.Pulse, error) {

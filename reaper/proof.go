@@ -32,6 +32,7 @@ const (
 	causeSlow   = "pulse too slow"
 	causeGap    = "too long without a pulse"
 	causeReap   = "removal refused"
+	causeTimes  = "the registry's times are new, and not every instance knows them yet"
 	causeToken  = "the last pulse is not in this data set, or another reaper has this id"
 	causeReplID = "another replication id: a fail-over or other data"
 	causeEpoch  = "another epoch: the registry lost its data"
@@ -69,6 +70,7 @@ type proof struct {
 	segments []segment // newest last
 	open     bool      // the last segment may still grow
 	ok       bool      // the last pulse was accepted, and no removal failed since
+	hold     int64     // unix ms: what is before counts for nothing, see registrar.Times.Known
 	resets   int       // hard faults so far
 
 	// A canary sees what a pulse cannot: that nobody new may connect. Its failure
@@ -209,7 +211,9 @@ func (p *proof) canary(err error) fault {
 
 // credit is what a segment is worth, ms: its first B is not, because an
 // instance may need that long to come back after the fault before it.
-func (p *proof) credit(s segment) int64 { return s.to - s.from - p.beat.Milliseconds() }
+func (p *proof) credit(s segment) int64 {
+	return s.to - max(s.from, p.hold) - p.beat.Milliseconds()
+}
 
 // cutoff returns the point since when the credit adds up to the TTL, unix ms by
 // Redis' clock, and whether there is one: whoever beat last before it had a

@@ -106,6 +106,25 @@ func TestProofArmsAfterTTLAndBeat(t *testing.T) {
 	}
 }
 
+// TestProofHold: what is before counts for nothing, an interval after it neither.
+func TestProofHold(t *testing.T) {
+	w := newWorld(t)
+	w.pulse(nil)
+	w.run(time.Minute)
+	w.p.hold = w.p.now + (10 * time.Second).Milliseconds()
+	w.wantArmed(false)
+	if left := ms(w.p.earliest(w.p.now) - w.p.now); left != 10*time.Second+testBeat+testTTL {
+		t.Errorf("armed in %v at the earliest", left)
+	}
+	w.run(29 * time.Second)
+	w.wantArmed(false)
+	w.run(time.Second)
+	w.wantCutoff(testTTL)
+	w.fail(time.Minute) // an old one changes nothing
+	w.run(testBeat + 10*time.Second)
+	w.wantArmed(true)
+}
+
 func TestProofFirstPulse(t *testing.T) {
 	tests := []struct {
 		name, key, epoch string

@@ -54,7 +54,7 @@ const idLength = 128
 
 // Store is what a reaper needs of the register; *registrar.Store is one.
 type Store interface {
-	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (time.Duration, time.Duration, error)
+	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (registrar.Times, error)
 	Pulse(ctx context.Context, id, token string, expiry time.Duration) (registrar.Pulse, error)
 	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
 	Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error)
@@ -128,6 +128,7 @@ type Reaper struct {
 
 	proof      proof
 	protection protection
+	learn      time.Duration // what was left until proof.hold when that was read
 	armed      bool
 	cause      string // of not being armed
 	said       string // the cause that the log has; empty = armed
@@ -300,27 +301,35 @@ func (r *Reaper) connect(ctx context.Context) error {
 }
 
 // config compares the registry's times with this reaper's, and writes them if
-// there are none.
+// there are none. Since when everybody knows them goes into the proof.
 func (r *Reaper) config(ctx context.Context, overwrite bool) error {
-	return checkTimes(ctx, r.store, r.cfg, overwrite)
+	t, err := checkTimes(ctx, r.store, r.cfg, overwrite)
+	if err != nil || t.Known <= r.proof.hold {
+		return err
+	}
+	r.proof.hold, r.learn = t.Known, max(0, ms(t.Known-t.Now))
+	if r.armed {
+		r.note(fault{cause: causeTimes})
+	}
+	return nil
 }
 
 type times interface {
-	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (time.Duration, time.Duration, error)
+	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (registrar.Times, error)
 }
 
-func checkTimes(ctx context.Context, store times, cfg Config, overwrite bool) error {
+func checkTimes(ctx context.Context, store times, cfg Config, overwrite bool) (registrar.Times, error) {
 	tctx, cancel := registrar.WithTimeout(ctx)
 	defer cancel()
-	ttl, interval, err := store.Config(tctx, cfg.TTL, cfg.Interval, overwrite)
+	t, err := store.Config(tctx, cfg.TTL, cfg.Interval, overwrite)
 	if err != nil {
-		return err
+		return t, err
 	}
-	if ttl != cfg.TTL || interval != cfg.Interval {
-		return fmt.Errorf("%w: the registry has TTL %v and heartbeat interval %v, this reaper has %v and %v; give it the registry's, or change the registry with --set-ttl",
-			ErrConfig, ttl, interval, cfg.TTL, cfg.Interval)
+	if t.TTL != cfg.TTL || t.Interval != cfg.Interval {
+		return t, fmt.Errorf("%w: the registry has TTL %v and heartbeat interval %v, this reaper has %v and %v; give it the registry's, or change the registry with --set-ttl",
+			ErrConfig, t.TTL, t.Interval, cfg.TTL, cfg.Interval)
 	}
-	return nil
+	return t, nil
 }
 
 // Pulse proves by a small write, within a 15th of the TTL, that Redis accepts

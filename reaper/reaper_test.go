@@ -89,7 +89,7 @@ func TestRunConfig(t *testing.T) {
 	t.Parallel()
 	t.Run("others", func(t *testing.T) {
 		g := newRegistry(t)
-		if _, _, err := g.store.Config(t.Context(), 15*time.Second, 5*time.Second, false); err != nil {
+		if _, err := g.store.Config(t.Context(), 15*time.Second, 5*time.Second, false); err != nil {
 			t.Fatal(err)
 		}
 		r := newReaper(t, Config{TTL: 20 * time.Second, Interval: 4 * time.Second}, g.store, zerolog.Nop())
@@ -109,20 +109,20 @@ func TestRunConfig(t *testing.T) {
 	t.Run("set, and changed by another", func(t *testing.T) {
 		g := newRegistry(t)
 		ctx := t.Context()
-		if _, _, err := g.store.Config(ctx, 15*time.Second, 5*time.Second, false); err != nil {
+		if _, err := g.store.Config(ctx, 15*time.Second, 5*time.Second, false); err != nil {
 			t.Fatal(err)
 		}
 		r := newReaper(t, Config{TTL: 3 * time.Second, Interval: time.Second, Sweep: 100 * time.Millisecond, SetTTL: true}, g.store, zerolog.Nop())
 		done := make(chan error, 1)
 		go func() { done <- r.Run(ctx) }()
 		eventually(t, func() error {
-			ttl, interval, err := g.store.Config(ctx, 15*time.Second, 5*time.Second, false)
-			if err != nil || ttl != 3*time.Second || interval != time.Second {
-				return fmt.Errorf("TTL %v, interval %v, %v", ttl, interval, err)
+			got, err := g.store.Config(ctx, 15*time.Second, 5*time.Second, false)
+			if err != nil || got.TTL != 3*time.Second || got.Interval != time.Second {
+				return fmt.Errorf("%+v, %v", got, err)
 			}
 			return nil
 		})
-		if _, _, err := g.store.Config(ctx, 60*time.Second, 20*time.Second, true); err != nil {
+		if _, err := g.store.Config(ctx, 60*time.Second, 20*time.Second, true); err != nil {
 			t.Fatal(err)
 		}
 		select {
@@ -229,4 +229,69 @@ func TestSweepPace(t *testing.T) {
 			t.Errorf("a sweep of %v: the next after %v, want %v", tt.took, got, tt.want)
 		}
 	}
+}
+
+// TestShorterTimes has instances that beat by longer times than a reaper brings:
+// they hear of its times with a later beat, and nobody goes before.
+func TestShorterTimes(t *testing.T) {
+	t.Parallel()
+	const ttl, interval = 900 * time.Millisecond, 300 * time.Millisecond
+	for _, c := range []struct {
+		name   string
+		stored bool          // the registry has 6 s and 2 s; else it has none, and instances beat each 5 s
+		own    time.Duration // the instances' own interval, if they have one
+		set    bool
+	}{
+		{"before the first reaper", false, 0, false},
+		{"set", true, 0, true},
+		{"own interval", true, 2 * time.Second, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			g := newRegistry(t)
+			if c.stored {
+				if _, err := g.store.Config(t.Context(), 6*time.Second, 2*time.Second, false); err != nil {
+					t.Fatal(err)
+				}
+			}
+			g.live(t, "web", 1, c.own)
+			g.live(t, "api", 5, 100*time.Millisecond) // so that one that seems dead is not held
+			g.put(t, "api", "10.0.1.1:80", 1)         // dead
+			for _, id := range []string{"r1", "r2"} { // the second finds what the first wrote
+				run(t, newReaper(t, Config{ID: id, TTL: ttl, Interval: interval, SetTTL: c.set}, newStore(t, g.srv), zerolog.Nop()))
+			}
+			var gone map[string]int64
+			eventually(t, func() error {
+				if gone = g.expired(t, "api"); len(gone) == 0 {
+					return errors.New("the dead one is not out")
+				}
+				return nil
+			})
+			if web := g.expired(t, "web"); len(gone) != 1 || gone["10.0.1.1:80"] == 0 || len(web) > 0 {
+				t.Errorf("the living were taken out: %v, %v", gone, web)
+			}
+		})
+	}
+}
+
+// TestTimesSetMeanwhile has the registry's times come and go while a reaper is
+// armed: what it knows from before is no licence any more.
+func TestTimesSetMeanwhile(t *testing.T) {
+	g := newRegistry(t)
+	r := newReaper(t, Config{}, g.store, zerolog.Nop())
+	g.put(t, "web", "10.0.0.1:80", 1)
+	if err := r.config(t.Context(), false); err != nil {
+		t.Fatal(err)
+	}
+	arm(t, r)
+	for _, set := range []registrar.Times{{TTL: time.Hour, Interval: 20 * time.Minute}, {TTL: r.cfg.TTL, Interval: r.cfg.Interval}} {
+		if _, err := g.store.Config(t.Context(), set.TTL, set.Interval, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	report := mustSweep(t, r)
+	if s := r.Status(); report.Armed || s.Armed || s.Cause != causeTimes || s.Until < r.proof.now+(19*time.Minute+50*time.Second+r.cfg.TTL).Milliseconds() {
+		t.Errorf("got %+v, %+v", report, s)
+	}
+	g.wantMembers(t, "web", "10.0.0.1:80")
 }

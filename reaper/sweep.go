@@ -37,22 +37,28 @@ type Report struct {
 // errors of single services, and ErrConfig if the registry's times were
 // changed meanwhile.
 func (r *Reaper) Sweep(ctx context.Context) (Report, error) {
+	if err := r.ready(ctx); err != nil {
+		return Report{Armed: r.armed, oldest: math.MaxInt64}, fmt.Errorf("sweep: %w", err)
+	}
 	cutoff, armed := r.proof.cutoff()
 	return r.sweep(ctx, cutoff, armed, false)
+}
+
+// ready tells whether a sweep may follow the last pulse. Beats follow the
+// registry's times, and so must the reaper: with an older, shorter TTL it would
+// take out the living. So it must before the cut-off is known, too: new times may
+// be such that not everybody can know them yet.
+func (r *Reaper) ready(ctx context.Context) error {
+	if !r.proof.ok {
+		return errNoPulse
+	}
+	return r.config(ctx, false)
 }
 
 // sweep is Sweep with a given cut-off. force does not feed the protection, so
 // that nothing begins to be held.
 func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Report, error) {
 	report := Report{Armed: armed, oldest: math.MaxInt64}
-	if !r.proof.ok {
-		return report, fmt.Errorf("sweep: %w", errNoPulse)
-	}
-	// Beats follow the registry's times, and so must the reaper: with an older,
-	// shorter TTL it would take out the living.
-	if err := r.config(ctx, false); err != nil {
-		return report, fmt.Errorf("sweep: %w", err)
-	}
 	counts, broken, err := r.survey(ctx, cutoff)
 	if err != nil {
 		return report, fmt.Errorf("sweep: %w", err)

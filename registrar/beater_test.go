@@ -427,7 +427,7 @@ func TestBeatAdoptsInterval(t *testing.T) {
 			s := fresh(t, srv)
 			b, _ := newBeater(t, s, c.own)
 			for _, step := range []struct{ registry, want time.Duration }{{c.registry, c.want}, {c.afterwards, c.wantThen}} {
-				_, _, err := s.Config(t.Context(), DefaultTTL, step.registry, true)
+				_, err := s.Config(t.Context(), DefaultTTL, step.registry, true)
 				must(t, err)
 				if next, err := b.Beat(t.Context()); err != nil || b.interval != step.want || next > step.want || next < step.want*8/10 {
 					t.Errorf("registry %v: next in %v %v, interval %v, want %v", step.registry, next, err, b.interval, step.want)
@@ -566,7 +566,7 @@ func TestBeatSurvivesShorterTTL(t *testing.T) {
 	if _, err := b.Beat(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := s.Config(t.Context(), 3*time.Second, time.Second, true); err != nil {
+	if _, err := s.Config(t.Context(), 3*time.Second, time.Second, true); err != nil {
 		t.Fatal(err)
 	}
 	if next, err := b.Beat(t.Context()); err != nil || next > time.Second {

@@ -161,7 +161,7 @@ func TestClusterStore(t *testing.T) {
 		}
 	}
 	// The whole register's times are older than its services.
-	if _, _, err := s.Config(ctx, 6*time.Second, 2*time.Second, false); err != nil {
+	if _, err := s.Config(ctx, 6*time.Second, 2*time.Second, false); err != nil {
 		t.Fatal(err)
 	}
 	a, b := host(1), host(2)

@@ -54,7 +54,7 @@ var changes = []scriptCall{
 // joined fills every key of s: three instances, a word, a note, a pulse.
 func joined(tb testing.TB, s *Store) {
 	tb.Helper()
-	_, _, err := s.Config(tb.Context(), DefaultTTL, DefaultInterval, false)
+	_, err := s.Config(tb.Context(), DefaultTTL, DefaultInterval, false)
 	must(tb, err)
 	for n := 1; n <= 3; n++ {
 		join(tb, s, host(n), fmt.Sprintf("t%d", n))
@@ -257,7 +257,7 @@ func TestScriptFlush(t *testing.T) {
 		{"survey", func(tb testing.TB, s *Store) error { _, err := s.Survey(ctx, []Service{web}, 1, 1, 1); return err }},
 		{"pulse", func(tb testing.TB, s *Store) error { _, err := s.Pulse(ctx, "r1", "pulse", time.Minute); return err }},
 		{"config", func(tb testing.TB, s *Store) error {
-			_, _, err := s.Config(ctx, DefaultTTL, DefaultInterval, false)
+			_, err := s.Config(ctx, DefaultTTL, DefaultInterval, false)
 			return err
 		}},
 	}...)

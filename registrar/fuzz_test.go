@@ -225,8 +225,8 @@ var storeCalls = []func(*testing.T, *Store){
 		}
 	},
 	func(t *testing.T, s *Store) {
-		if ttl, interval, err := s.Config(context.Background(), 15*time.Second, 5*time.Second, false); err == nil && (ttl <= 0 || interval <= 0) {
-			t.Fatalf("config %v, %v", ttl, interval)
+		if got, err := s.Config(context.Background(), 15*time.Second, 5*time.Second, false); err == nil && (got.TTL <= 0 || got.Interval <= 0) {
+			t.Fatalf("config %+v", got)
 		}
 	},
 }

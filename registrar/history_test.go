@@ -235,11 +235,11 @@ func (p *player) step(rt *rapid.T) {
 		p.letGo = false
 		p.pipe.Del(p.tb.Context(), p.store.keys.Reaper(id), p.store.keys.LetGo())
 	case "config":
-		p.ttl, p.interval = ttlMS, intervalMS
+		ttl, interval := int64(ttlMS), int64(intervalMS)
 		if drawBool.Draw(rt, "short") {
-			p.ttl, p.interval = 9000, 2000
+			ttl, interval = 9000, 2000
 		}
-		p.call(rt, p.store.config, kind, []string{p.store.keys.Config()}, []any{p.ttl, p.interval}, p.ttl, p.interval, "1")
+		p.call(rt, p.store.config, kind, []string{p.store.keys.Config(), p.store.keys.Services()}, p.times(ttl, interval), ttl, interval, "1", p.now)
 	case "save":
 		p.flush(rt)
 		must(p.tb, p.rdb.Save(p.tb.Context()).Err())

@@ -15,6 +15,7 @@ import (
 type model struct {
 	now           int64 // unix ms
 	ttl, interval int64 // ms
+	known         int64 // unix ms: when all know them, less an interval; 0 = ever
 	epoch         string
 	global        int64
 	services      map[Service]*serviceModel
@@ -84,6 +85,19 @@ func (m *model) clone() *model {
 		c.services[svc] = &d
 	}
 	return &c
+}
+
+// times sets those of the registry. Whoever is there may beat as slowly as the old
+// ones allow.
+func (m *model) times(ttl, interval int64) []any {
+	slowest := max(m.ttl/3, m.interval)
+	for _, s := range m.services {
+		if len(s.here) > 0 && slowest > interval && (ttl != m.ttl || interval != m.interval) {
+			m.known = m.now + slowest - interval
+		}
+	}
+	m.ttl, m.interval = ttl, interval
+	return []any{ttl, interval, m.known, m.now}
 }
 
 // bump makes the next versions; every change begins with it.

@@ -25,7 +25,7 @@ func TestReport(t *testing.T) {
 	must(t, s.Report(ctx, "r2", &ReaperStatus{Armed: true}))
 	s.setClock(now - 13_000)
 	must(t, s.Report(ctx, "r3", &ReaperStatus{Armed: true}))
-	_, _, err := s.Config(ctx, 30*time.Second, 6*time.Second, false)
+	_, err := s.Config(ctx, 30*time.Second, 6*time.Second, false)
 	must(t, err)
 	do(t, s, "SET", s.keys.Version(), 7)
 	do(t, s, "SET", s.keys.Epoch(), "e")

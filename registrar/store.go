@@ -581,22 +581,40 @@ func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) 
 	return out, nil
 }
 
+// Times are the registry's TTL and heartbeat interval.
+type Times struct {
+	TTL, Interval time.Duration
+	// Known is, unix ms by Redis' clock, since when whoever is silent for a TTL and
+	// an interval is not just one that beats by longer times from before; 0 = ever.
+	Known int64
+	Now   int64 // when this was read, unix ms by Redis' clock
+}
+
 // Config makes sure that the registry has a TTL and a heartbeat interval, and
 // returns those in force. With overwrite it sets them.
-func (s *Store) Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (time.Duration, time.Duration, error) {
+func (s *Store) Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (Times, error) {
 	// A registry whose own interval is refused by its own TTL would refuse every
 	// instance.
 	if err := CheckInterval(interval.Truncate(time.Millisecond), ttl); err != nil {
-		return 0, 0, fmt.Errorf("write %s: %w", s.keys.Config(), err)
+		return Times{}, fmt.Errorf("write %s: %w", s.keys.Config(), err)
 	}
-	r, err := s.config.Run(ctx, s.rdb, []string{s.keys.Config()}, ttl.Milliseconds(), interval.Milliseconds(), flag(overwrite)).Slice()
+	r, err := s.setTimes(ctx, ttl.Milliseconds(), interval.Milliseconds(), overwrite)
 	if err != nil {
-		return 0, 0, fmt.Errorf("write %s: %w", s.keys.Config(), err)
+		return Times{}, fmt.Errorf("write %s: %w", s.keys.Config(), err)
 	}
-	if len(r) != 2 || integer(r[0]) <= 0 || integer(r[1]) <= 0 {
-		return 0, 0, fmt.Errorf("%s holds no durations: %v; set them with rollcall reap --set-ttl", s.keys.Config(), r)
+	if len(r) != 4 || integer(r[0]) <= 0 || integer(r[1]) <= 0 {
+		return Times{}, fmt.Errorf("%s holds no durations: %v; set them with rollcall reap --set-ttl", s.keys.Config(), r)
 	}
-	return millis(integer(r[0])), millis(integer(r[1])), nil
+	return Times{millis(integer(r[0])), millis(integer(r[1])), integer(r[2]), integer(r[3])}, nil
+}
+
+// setTimes calls config.lua. The times are ms, as numbers or as Redis has them.
+func (s *Store) setTimes(ctx context.Context, ttl, interval any, overwrite bool) ([]any, error) {
+	keys := []string{s.keys.Config()}
+	if !s.keys.cluster || s.keys.scope != "" { // the list of a whole Cluster has another slot
+		keys = append(keys, s.keys.Services())
+	}
+	return s.config.Run(ctx, s.rdb, keys, ttl, interval, flag(overwrite), s.now).Slice()
 }
 
 // Clock returns Redis' time in unix ms and the registry's TTL.

@@ -417,12 +417,58 @@ func TestConfig(t *testing.T) {
 				do(t, s, append([]any{"HSET", s.keys.Config()}, c.stored...)...)
 			}
 			before := dump(t, s)
-			ttl, interval, err := s.Config(t.Context(), c.ttl, c.interval, c.overwrite)
-			if (err != nil) != c.err || ttl != c.want[0] || interval != c.want[1] {
-				t.Errorf("got %v %v %v, want %v, error %v", ttl, interval, err, c.want, c.err)
+			got, err := s.Config(t.Context(), c.ttl, c.interval, c.overwrite)
+			if (err != nil) != c.err || got.TTL != c.want[0] || got.Interval != c.want[1] || got.Known != 0 {
+				t.Errorf("got %+v %v, want %v, error %v", got, err, c.want, c.err)
 			}
 			if wrote := len(diff(before, dump(t, s))) > 0; wrote != c.writes {
 				t.Errorf("wrote: %v, want %v", wrote, c.writes)
+			}
+		})
+	}
+}
+
+// TestConfigKnown has instances when the times come: shorter ones are known to all
+// when the slowest of them has beaten again.
+func TestConfigKnown(t *testing.T) {
+	srv := redistest.Start(t)
+	for _, c := range []struct {
+		name          string
+		stored        []any
+		ttl, interval time.Duration
+		overwrite     bool
+		want          time.Duration // from now to Known; 0: Known is 0
+	}{
+		{"none, and the defaults", nil, 15 * time.Second, 5 * time.Second, false, 0},
+		{"none, and longer ones", nil, 60 * time.Second, 6 * time.Second, false, 0},
+		{"none, and shorter ones", nil, 3 * time.Second, time.Second, false, 4 * time.Second},
+		{"half of them", []any{"ttl_ms", 15000}, 15 * time.Second, time.Second, false, 4 * time.Second},
+		{"kept", []any{"ttl_ms", 30000, "interval_ms", 2000}, 3 * time.Second, time.Second, false, 0},
+		{"set again", []any{"ttl_ms", 30000, "interval_ms", 2000}, 30 * time.Second, 2 * time.Second, true, 0},
+		{"longer", []any{"ttl_ms", 9000, "interval_ms", 3000}, 12 * time.Second, 4 * time.Second, true, 0},
+		{"shorter; own intervals may be a third of the TTL", []any{"ttl_ms", 30000, "interval_ms", 2000}, 3 * time.Second, time.Second, true, 9 * time.Second},
+		{"of an interval that is too long", []any{"ttl_ms", 15000, "interval_ms", 9000}, 15 * time.Second, 5 * time.Second, true, 4 * time.Second},
+		{"no numbers", []any{"ttl_ms", "x", "interval_ms", "y"}, 3 * time.Second, time.Second, true, 4 * time.Second},
+		{"rounded up", []any{"ttl_ms", 10000, "interval_ms", 1000}, 3 * time.Second, time.Second, true, 2334 * time.Millisecond},
+		{"noted before", []any{"ttl_ms", 15000, "interval_ms", 5000, "known_ms", 1234}, 3 * time.Second, time.Second, true, 4 * time.Second},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := fresh(t, srv)
+			s.setClock(1_000_000)
+			do(t, s, "SADD", s.keys.Services(), "web")
+			if c.stored != nil {
+				do(t, s, append([]any{"HSET", s.keys.Config()}, c.stored...)...)
+			}
+			want := int64(0)
+			if c.want > 0 {
+				want = 1_000_000 + c.want.Milliseconds()
+			}
+			got, err := s.Config(t.Context(), c.ttl, c.interval, c.overwrite)
+			if err != nil || got.Known != want || got.Now != 1_000_000 {
+				t.Errorf("got %+v, %v, want %d", got, err, want)
+			}
+			if again, err := s.Config(t.Context(), c.ttl, c.interval, false); err != nil || again.Known != want {
+				t.Errorf("the next reaper finds %+v, %v", again, err)
 			}
 		})
 	}

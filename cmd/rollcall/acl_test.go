@@ -375,7 +375,7 @@ func listeners(t *testing.T, clients map[string]redis.UniversalClient, may ...st
 }
 
 func setConfig(ctx context.Context, s *registrar.Store) error {
-	_, _, err := s.Config(ctx, registrar.DefaultTTL, registrar.DefaultInterval, true)
+	_, err := s.Config(ctx, registrar.DefaultTTL, registrar.DefaultInterval, true)
 	return err
 }
 

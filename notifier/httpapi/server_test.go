@@ -74,7 +74,7 @@ func start(t *testing.T, change func(*httpapi.Config), seed ...func(*world)) *wo
 		t.Fatal(err)
 	}
 	// Looked at often, and nobody is silent before the test is over.
-	if _, _, err := w.store.Config(t.Context(), time.Minute, time.Second, true); err != nil {
+	if _, err := w.store.Config(t.Context(), time.Minute, time.Second, true); err != nil {
 		t.Fatal(err)
 	}
 	for _, f := range seed {
@@ -591,7 +591,7 @@ func TestRedisComesBackEmpty(t *testing.T) {
 func TestAbsentEnds(t *testing.T) {
 	t.Parallel()
 	w := start(t, nil, func(w *world) {
-		if _, _, err := w.store.Config(t.Context(), 300*time.Millisecond, 100*time.Millisecond, true); err != nil {
+		if _, err := w.store.Config(t.Context(), 300*time.Millisecond, 100*time.Millisecond, true); err != nil {
 			t.Fatal(err)
 		}
 		w.beat(t, "web", 1, registrar.Meta{})
@@ -612,7 +612,7 @@ func TestAbsentEnds(t *testing.T) {
 func TestSilent(t *testing.T) {
 	t.Parallel()
 	w := start(t, nil, func(w *world) {
-		if _, _, err := w.store.Config(t.Context(), 300*time.Millisecond, 100*time.Millisecond, true); err != nil {
+		if _, err := w.store.Config(t.Context(), 300*time.Millisecond, 100*time.Millisecond, true); err != nil {
 			t.Fatal(err)
 		}
 		w.beat(t, "web", 1, registrar.Meta{})
