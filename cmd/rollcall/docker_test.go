@@ -148,7 +148,7 @@ func TestEngineRights(t *testing.T) {
 	e := dockertest.Shared(t)
 	srv := startRoles(t)
 	s := &system{redis: srv}
-	c := e.Run(t, dockertest.Spec{Publish: []string{"8080"}, Labels: map[string]string{"SERVICE_NAME": "rights"}})
+	c := e.Run(t, dockertest.Spec{Args: []string{"--linger", "2s"}, Publish: []string{"8080"}, Labels: map[string]string{"SERVICE_NAME": "rights"}})
 	addr := c.Addr(t, "8080").String()
 	p := s.spawn(t, "docker", "--redis", roleURL(srv, "docker"), "--engine", e.URL, "--advertise", e.Host, "--service", "rights")
 	for _, want := range []string{"registered", "drained", "left"} {
