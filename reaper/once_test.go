@@ -46,9 +46,11 @@ func TestOnce(t *testing.T) {
 				t.Error(err)
 			}
 		}}
-		report, err := newReaper(t, short, lossy, zerolog.Nop()).Once(t.Context(), false)
-		if !errors.Is(err, ErrNeverArmed) || !strings.Contains(err.Error(), causeToken) || len(report.Removed) > 0 {
-			t.Errorf("got %+v, %v, want ErrNeverArmed and why", report, err)
+		log := &logBuffer{}
+		report, err := newReaper(t, short, lossy, zerolog.New(log)).Once(t.Context(), false)
+		// On a busy machine its last pulse may have failed for another cause.
+		if !errors.Is(err, ErrNeverArmed) || len(log.lines(causeToken)) == 0 || len(report.Removed) > 0 {
+			t.Errorf("got %+v, %v, want ErrNeverArmed, and why in the log", report, err)
 		}
 	})
 	t.Run("no redis", func(t *testing.T) {

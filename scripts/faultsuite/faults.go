@@ -580,6 +580,16 @@ repeat t = redis.call('TIME') until t[1] * 1000 + t[2] / 1000 >= e`, nil, (w.ttl
 				c.reapAt(4*w.ttl, 4*w.beat, "--set-ttl")
 			}
 		}},
+	{name: "ttl-lowered", follow: true, bound: 5, what: "eight times the TTL and the heartbeat are the registry's, and a reaper sets them back: who still beats by the long ones stays",
+		play: func(w *world) {
+			for _, c := range w.casts() {
+				c.reapAt(8*w.ttl, 8*w.beat, "--set-ttl")
+			}
+			w.sleep(2 * w.beat) // each has beaten since, and knows
+			for _, c := range w.casts() {
+				c.reapAt(w.ttl, w.beat, "--set-ttl")
+			}
+		}},
 	{name: "reaper-killed", bound: 2, what: "the reaper is killed; another comes after two TTL",
 		play: func(w *world) {
 			for _, c := range w.casts() {

@@ -45,7 +45,8 @@ var (
 	noLast       = edit{"lbsync/backend.go", "if state != Drain || serves(&s) == 0 || serving > max(1, floor()) {", "if true {"}
 	noProbe      = edit{"lbsync/lbsync.go", "if last != (Process{}) {", "if false {"}
 	noCold       = edit{"lbsync/backend.go", "\t\tb.cold = &l\n", "\t\t_ = l\n"}
-	noTimes      = edit{"reaper/sweep.go", "if err := r.config(ctx, false); err != nil {", "if err := ctx.Err(); err != nil {"}
+	noTimes      = edit{"reaper/sweep.go", "\treturn r.config(ctx, false)\n", "\treturn ctx.Err()\n"}
+	noLearn      = edit{"reaper/reaper.go", "if err != nil || t.Known <= r.proof.hold {", "if true {"}
 	noFence      = edit{"registrar/lua/reap.lua", "if redis.call('GET', KEYS[13]) ~= token then return {'FENCED', 0, 0} end\n", ""}
 	noFenceID    = edit{"registrar/lua/reap.lua", "if string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') ~= ARGV[11] then return {'FENCED', 0, 0} end\n", ""}
 	noAge        = edit{"registrar/lua/reap.lua", "if now < last or now - last > most then return {'LATE', 0, 0} end\n", ""}
@@ -103,6 +104,8 @@ var mutants = []mutant{
 	{name: "cold", fault: "start-cold", late: true, guard: "the last list serves while Redis is away", edits: []edit{noCold}},
 	{name: "times", fault: "ttl-raised", guard: "a sweep makes sure of the registry's TTL (and protection)", edits: []edit{noProtection, noTimes}},
 	{name: "control-times", fault: "ttl-raised", edits: []edit{noProtection}},
+	{name: "learn", fault: "ttl-lowered", guard: "shorter times count once all can know them (and protection)", edits: []edit{noProtection, noLearn}},
+	{name: "control-learn", fault: "ttl-lowered", edits: []edit{noProtection}},
 	{name: "credit", fault: "stalls", late: true, guard: "credit: a stall takes nothing from the time before", edits: []edit{noCredit}},
 	{name: "dry", fault: "stragglers", guard: "a hold lasts for two heartbeats after its cause", edits: []edit{noDry}},
 	{name: "service", fault: "small-service", guard: "protection of one service by itself", edits: []edit{noService}},
