@@ -13,11 +13,15 @@ import (
 // at most 4/3 of one.
 const neverArmed = 3
 
+// longestWait bounds what Once waits for those who beat by longer times.
+const longestWait = 24 * time.Hour
+
 // Once sweeps a single time, as soon as it is armed. It returns an error that
-// wraps ErrNeverArmed if that takes more than three TTL after everybody can know
-// the registry's times, ErrHeld if the protection kept somebody, and what Sweep
-// returns. force is an operator's word: it takes the last TTL for healthy without
-// proof and skips the protection, but still needs one accepted pulse.
+// wraps ErrNeverArmed if that takes more than three TTL and the time that those
+// have who do not know the registry's times yet, ErrHeld if the protection kept
+// somebody, and what Sweep returns. force is an operator's word: it takes the last
+// TTL, and that time, for healthy without proof and skips the protection, but still
+// needs one accepted pulse.
 func (r *Reaper) Once(ctx context.Context, force bool) (Report, error) {
 	if err := r.arm(ctx, force); err != nil {
 		return Report{}, err
@@ -26,8 +30,11 @@ func (r *Reaper) Once(ctx context.Context, force bool) (Report, error) {
 		return Report{}, fmt.Errorf("sweep: %w", err)
 	}
 	cutoff, armed := r.proof.cutoff()
-	if force {
-		cutoff, armed = r.proof.now-r.cfg.TTL.Milliseconds(), true
+	switch {
+	case force: // who may beat by longer times is not silent for less
+		cutoff, armed = r.proof.now-r.cfg.TTL.Milliseconds()-r.proof.slow, true
+	case !armed: // what was proven is not enough for the times that the registry has now
+		return Report{}, fmt.Errorf("%w: %s", ErrNeverArmed, r.cause)
 	}
 	report, err := r.sweep(ctx, cutoff, armed, force)
 	if !r.unsaid.At.IsZero() {
@@ -49,14 +56,15 @@ func (r *Reaper) Once(ctx context.Context, force bool) (Report, error) {
 // accepted.
 func (r *Reaper) arm(ctx context.Context, force bool) error {
 	limit := neverArmed * r.cfg.TTL
-	never := fmt.Errorf("%w within %v", ErrNeverArmed, limit)
-	cctx, cancel := context.WithTimeoutCause(ctx, limit, never)
+	never := func() error { return fmt.Errorf("%w within %v", ErrNeverArmed, limit) }
+	cctx, cancel := context.WithTimeoutCause(ctx, limit, never())
 	err := r.connect(cctx)
 	cancel()
 	if err != nil {
 		return err
 	}
-	actx, cancel := context.WithTimeoutCause(ctx, limit+r.learn, never)
+	limit += ms(min(r.proof.slow, longestWait.Milliseconds()))
+	actx, cancel := context.WithTimeoutCause(ctx, limit, never())
 	defer cancel()
 	wait := time.NewTimer(0)
 	defer wait.Stop()

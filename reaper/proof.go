@@ -70,8 +70,13 @@ type proof struct {
 	segments []segment // newest last
 	open     bool      // the last segment may still grow
 	ok       bool      // the last pulse was accepted, and no removal failed since
-	hold     int64     // unix ms: what is before counts for nothing, see registrar.Times.Known
-	resets   int       // hard faults so far
+
+	// Somebody may beat as slowly as slow, ms, by times from before; 0 = nobody.
+	// Until all have beaten in healthy time, a fault sets them back that far.
+	// What was before since, unix ms, counts for nothing. See registrar.Times.
+	slow, since int64
+	slowAt      string
+	resets      int // hard faults so far
 
 	// A canary sees what a pulse cannot: that nobody new may connect. Its failure
 	// takes the credit back to the last one that sang, and nothing counts until
@@ -211,8 +216,30 @@ func (p *proof) canary(err error) fault {
 
 // credit is what a segment is worth, ms: its first B is not, because an
 // instance may need that long to come back after the fault before it.
-func (p *proof) credit(s segment) int64 {
-	return s.to - max(s.from, p.hold) - p.beat.Milliseconds()
+func (p *proof) credit(s segment) int64 { return s.to - max(s.from, p.since) - p.back() }
+
+// back is how long, ms, an instance may need to come back after a fault.
+func (p *proof) back() int64 { return max(p.beat.Milliseconds(), p.slow) }
+
+// teach takes in what the registry says of those who do not know its times yet,
+// and tells whether it is news that some do not.
+func (p *proof) teach(slow int64, at string) (news bool) {
+	if slow <= p.beat.Milliseconds() {
+		p.slow = 0
+		return false
+	}
+	if news = at != p.slowAt || slow > p.slow; news {
+		p.since = p.now + p.maxAge().Milliseconds() // it was after the last pulse, or was known
+	}
+	p.slow, p.slowAt = slow, at
+	return news
+}
+
+// taught tells whether everybody has had the time to hear of the registry's
+// times, and a TTL more.
+func (p *proof) taught() bool {
+	n := len(p.segments)
+	return p.slow > 0 && p.ok && p.open && p.credit(p.segments[n-1]) >= p.ttl.Milliseconds()
 }
 
 // cutoff returns the point since when the credit adds up to the TTL, unix ms by
@@ -250,7 +277,7 @@ func (p *proof) earliest(now int64) int64 {
 	if need <= 0 {
 		return now // with the next pulse
 	}
-	return now + need + p.beat.Milliseconds()
+	return max(now, p.since) + need + p.back()
 }
 
 // suspect is the time, unix ms by Redis' clock, before which a last beat makes

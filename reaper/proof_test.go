@@ -106,23 +106,52 @@ func TestProofArmsAfterTTLAndBeat(t *testing.T) {
 	}
 }
 
-// TestProofHold: what is before counts for nothing, an interval after it neither.
-func TestProofHold(t *testing.T) {
+// TestProofSlow: somebody may beat each 12 s, where all others beat each 5 s. That
+// long he may need after it was said, and after each fault, until all has gone well
+// for so long and a TTL.
+func TestProofSlow(t *testing.T) {
+	const slow = 12 * time.Second
 	w := newWorld(t)
 	w.pulse(nil)
 	w.run(time.Minute)
-	w.p.hold = w.p.now + (10 * time.Second).Milliseconds()
-	w.wantArmed(false)
-	if left := ms(w.p.earliest(w.p.now) - w.p.now); left != 10*time.Second+testBeat+testTTL {
-		t.Errorf("armed in %v at the earliest", left)
+	if w.p.teach(testBeat.Milliseconds(), "a") {
+		t.Error("who beats as all do is news")
 	}
-	w.run(29 * time.Second)
+	w.wantArmed(true)
+	if !w.p.teach(slow.Milliseconds(), "b") || w.p.teach(slow.Milliseconds(), "b") {
+		t.Error("it is news once")
+	}
 	w.wantArmed(false)
+	begun := w.p.now + w.p.maxAge().Milliseconds()
+	if at := w.p.earliest(w.p.now); at != begun+(slow+testTTL).Milliseconds() {
+		t.Errorf("armed %v after the change at the earliest", ms(at-begun))
+	}
+	w.run(10 * time.Second) // gives no credit
+	w.fail(30 * time.Second)
+	if at := w.p.earliest(w.p.now); at != w.p.now+(slow+testTTL).Milliseconds() {
+		t.Errorf("after a fault armed in %v at the earliest", ms(at-w.p.now))
+	}
+	w.run(slow + testTTL) // the first pulse opens the segment
+	w.wantArmed(false)
+	if w.p.taught() {
+		t.Error("not proven yet")
+	}
 	w.run(time.Second)
 	w.wantCutoff(testTTL)
-	w.fail(time.Minute) // an old one changes nothing
-	w.run(testBeat + 10*time.Second)
+	if !w.p.taught() {
+		t.Error("all have had the time")
+	}
+	// Another change of the same kind begins anew, one that is proven is over.
+	w.p.teach(slow.Milliseconds(), "c")
+	w.wantArmed(false)
+	w.p.teach(0, "c")
+	w.run(testBeat + testTTL)
+	w.wantArmed(false)
+	w.run(3 * time.Second) // since is 2.5 P after the pulse
 	w.wantArmed(true)
+	if w.p.taught() {
+		t.Error("there is nothing to prove")
+	}
 }
 
 func TestProofFirstPulse(t *testing.T) {

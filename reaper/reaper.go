@@ -55,6 +55,7 @@ const idLength = 128
 // Store is what a reaper needs of the register; *registrar.Store is one.
 type Store interface {
 	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (registrar.Times, error)
+	Learned(ctx context.Context, t registrar.Times) error
 	Pulse(ctx context.Context, id, token string, expiry time.Duration) (registrar.Pulse, error)
 	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
 	Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error)
@@ -128,7 +129,6 @@ type Reaper struct {
 
 	proof      proof
 	protection protection
-	learn      time.Duration // what was left until proof.hold when that was read
 	armed      bool
 	cause      string // of not being armed
 	said       string // the cause that the log has; empty = armed
@@ -200,10 +200,12 @@ func (r *Reaper) Run(ctx context.Context) error {
 			return nil
 		case <-wait.C:
 		}
-		began, was := r.elapsed(), r.armed
+		began, was, resets := r.elapsed(), r.armed, r.proof.resets
 		next := began + registrar.Shorten(r.proof.period)
 		if err := r.Pulse(ctx); err == nil {
-			if began >= due || r.armed && !was {
+			// After a reset the registry may have lost its times, and those who beat
+			// would follow the defaults.
+			if began >= due || r.armed && !was || r.proof.resets != resets {
 				report, err := r.Sweep(ctx)
 				if errors.Is(err, ErrConfig) {
 					return err
@@ -301,15 +303,23 @@ func (r *Reaper) connect(ctx context.Context) error {
 }
 
 // config compares the registry's times with this reaper's, and writes them if
-// there are none. Since when everybody knows them goes into the proof.
+// there are none. That somebody may not know them yet goes into the proof; when
+// the proof covers it, the registry is told.
 func (r *Reaper) config(ctx context.Context, overwrite bool) error {
 	t, err := checkTimes(ctx, r.store, r.cfg, overwrite)
-	if err != nil || t.Known <= r.proof.hold {
+	if err != nil {
 		return err
 	}
-	r.proof.hold, r.learn = t.Known, max(0, ms(t.Known-t.Now))
-	if r.armed {
+	if r.proof.teach(t.Slow, t.SlowAt) {
 		r.note(fault{cause: causeTimes})
+	}
+	if r.proof.taught() {
+		tctx, cancel := registrar.WithTimeout(ctx)
+		defer cancel()
+		if err := r.store.Learned(tctx, t); err != nil {
+			return err // the next sweep tries again
+		}
+		r.proof.slow = 0
 	}
 	return nil
 }

@@ -290,8 +290,54 @@ func TestTimesSetMeanwhile(t *testing.T) {
 		}
 	}
 	report := mustSweep(t, r)
-	if s := r.Status(); report.Armed || s.Armed || s.Cause != causeTimes || s.Until < r.proof.now+(19*time.Minute+50*time.Second+r.cfg.TTL).Milliseconds() {
+	if s := r.Status(); report.Armed || s.Armed || s.Cause != causeTimes || s.Until < r.proof.now+(20*time.Minute+r.cfg.TTL).Milliseconds() {
 		t.Errorf("got %+v, %+v", report, s)
 	}
 	g.wantMembers(t, "web", "10.0.0.1:80")
+}
+
+// TestForceSpares: a forced sweep takes nobody out who may beat by older times.
+func TestForceSpares(t *testing.T) {
+	g := newRegistry(t)
+	now := g.clock(t)
+	g.put(t, "web", "10.0.0.1:80", now-4000)
+	g.put(t, "web", "10.0.0.2:80", now-8000)
+	r := newReaper(t, Config{TTL: 900 * time.Millisecond, Interval: 300 * time.Millisecond, SetTTL: true}, g.store, zerolog.Nop())
+	if _, err := r.Once(t.Context(), true); err != nil {
+		t.Fatal(err)
+	}
+	g.wantMembers(t, "web", "10.0.0.1:80")
+}
+
+// TestOnceTimesGo: the times go after the proof, so it covers nothing any more.
+func TestOnceTimesGo(t *testing.T) {
+	g := newRegistry(t)
+	g.put(t, "web", "10.0.0.1:80", 1)
+	r := newReaper(t, Config{TTL: 900 * time.Millisecond, Interval: 300 * time.Millisecond}, nil, zerolog.Nop())
+	if _, err := g.store.Config(t.Context(), r.cfg.TTL, r.cfg.Interval, false); err != nil {
+		t.Fatal(err)
+	}
+	r.store = &forgetful{Store: g.store, before: func() {
+		if r.armed {
+			if err := g.rdb.Del(t.Context(), g.keys.Config()).Err(); err != nil {
+				t.Error(err)
+			}
+		}
+	}}
+	report, err := r.Once(t.Context(), false)
+	if !errors.Is(err, ErrNeverArmed) || !strings.Contains(err.Error(), causeTimes) || len(report.Removed) > 0 {
+		t.Errorf("got %+v, %v", report, err)
+	}
+	g.wantMembers(t, "web", "10.0.0.1:80")
+}
+
+// forgetful is a Store before whose times something happens.
+type forgetful struct {
+	Store
+	before func()
+}
+
+func (f *forgetful) Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (registrar.Times, error) {
+	f.before()
+	return f.Store.Config(ctx, ttl, interval, overwrite)
 }

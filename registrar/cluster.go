@@ -113,7 +113,7 @@ func (s *Store) enlist(ctx context.Context, svc Service) {
 		return
 	}
 	if cfg[0] != nil && cfg[1] != nil { // else no reaper has ever run
-		if _, err := s.Of(svc).setTimes(ctx, cfg[0], cfg[1], false); err != nil {
+		if _, err := s.Of(svc).setTimes(ctx, cfg[0], cfg[1], false, ""); err != nil {
 			return
 		}
 	}

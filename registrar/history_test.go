@@ -239,7 +239,14 @@ func (p *player) step(rt *rapid.T) {
 		if drawBool.Draw(rt, "short") {
 			ttl, interval = 9000, 2000
 		}
-		p.call(rt, p.store.config, kind, []string{p.store.keys.Config(), p.store.keys.Services()}, p.times(ttl, interval), ttl, interval, "1", p.now)
+		p.call(rt, p.store.config, kind, []string{p.store.keys.Config(), p.store.keys.Services()}, p.times(ttl, interval), ttl, interval, "1", p.now, "")
+		if drawBool.Draw(rt, "learned") {
+			at := p.slowAt
+			if drawBool.Draw(rt, "of before") {
+				at += "0"
+			}
+			p.call(rt, p.store.config, "learned", []string{p.store.keys.Config(), p.store.keys.Services()}, p.learned(at), ttl, interval, "0", p.now, at)
+		}
 	case "save":
 		p.flush(rt)
 		must(p.tb, p.rdb.Save(p.tb.Context()).Err())

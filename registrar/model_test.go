@@ -15,7 +15,8 @@ import (
 type model struct {
 	now           int64 // unix ms
 	ttl, interval int64 // ms
-	known         int64 // unix ms: when all know them, less an interval; 0 = ever
+	slow          int64 // ms: by what somebody may beat who does not know them; 0 = nobody
+	slowAt        string
 	epoch         string
 	global        int64
 	services      map[Service]*serviceModel
@@ -93,11 +94,19 @@ func (m *model) times(ttl, interval int64) []any {
 	slowest := max(m.ttl/3, m.interval)
 	for _, s := range m.services {
 		if len(s.here) > 0 && slowest > interval && (ttl != m.ttl || interval != m.interval) {
-			m.known = m.now + slowest - interval
+			m.slow, m.slowAt = max(m.slow, slowest), strconv.FormatInt(m.now, 10)
 		}
 	}
 	m.ttl, m.interval = ttl, interval
-	return []any{ttl, interval, m.known, m.now}
+	return []any{ttl, interval, m.slow, m.slowAt}
+}
+
+// learned is a reaper's word that all know the times of that change.
+func (m *model) learned(at string) []any {
+	if at != "" && at == m.slowAt {
+		m.slow = 0
+	}
+	return []any{m.ttl, m.interval, m.slow, m.slowAt}
 }
 
 // bump makes the next versions; every change begins with it.

@@ -584,10 +584,10 @@ func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) 
 // Times are the registry's TTL and heartbeat interval.
 type Times struct {
 	TTL, Interval time.Duration
-	// Known is, unix ms by Redis' clock, since when whoever is silent for a TTL and
-	// an interval is not just one that beats by longer times from before; 0 = ever.
-	Known int64
-	Now   int64 // when this was read, unix ms by Redis' clock
+	// Slow is the interval, ms, by which somebody may beat who has not heard of
+	// these times yet; 0 = nobody does. SlowAt names the change that it comes from.
+	Slow   int64
+	SlowAt string
 }
 
 // Config makes sure that the registry has a TTL and a heartbeat interval, and
@@ -598,23 +598,33 @@ func (s *Store) Config(ctx context.Context, ttl, interval time.Duration, overwri
 	if err := CheckInterval(interval.Truncate(time.Millisecond), ttl); err != nil {
 		return Times{}, fmt.Errorf("write %s: %w", s.keys.Config(), err)
 	}
-	r, err := s.setTimes(ctx, ttl.Milliseconds(), interval.Milliseconds(), overwrite)
+	r, err := s.setTimes(ctx, ttl.Milliseconds(), interval.Milliseconds(), overwrite, "")
 	if err != nil {
 		return Times{}, fmt.Errorf("write %s: %w", s.keys.Config(), err)
 	}
 	if len(r) != 4 || integer(r[0]) <= 0 || integer(r[1]) <= 0 {
 		return Times{}, fmt.Errorf("%s holds no durations: %v; set them with rollcall reap --set-ttl", s.keys.Config(), r)
 	}
-	return Times{millis(integer(r[0])), millis(integer(r[1])), integer(r[2]), integer(r[3])}, nil
+	return Times{millis(integer(r[0])), millis(integer(r[1])), integer(r[2]), text(r[3])}, nil
 }
 
-// setTimes calls config.lua. The times are ms, as numbers or as Redis has them.
-func (s *Store) setTimes(ctx context.Context, ttl, interval any, overwrite bool) ([]any, error) {
+// Learned notes that everybody has had the time to hear of t, which Config
+// returned; it does nothing if the times have changed since.
+func (s *Store) Learned(ctx context.Context, t Times) error {
+	if _, err := s.setTimes(ctx, t.TTL.Milliseconds(), t.Interval.Milliseconds(), false, t.SlowAt); err != nil {
+		return fmt.Errorf("write %s: %w", s.keys.Config(), err)
+	}
+	return nil
+}
+
+// setTimes calls config.lua. The times are ms, as numbers or as Redis has them;
+// learned is the SlowAt that is proven, or empty.
+func (s *Store) setTimes(ctx context.Context, ttl, interval any, overwrite bool, learned string) ([]any, error) {
 	keys := []string{s.keys.Config()}
 	if !s.keys.cluster || s.keys.scope != "" { // the list of a whole Cluster has another slot
 		keys = append(keys, s.keys.Services())
 	}
-	return s.config.Run(ctx, s.rdb, keys, ttl, interval, flag(overwrite), s.now).Slice()
+	return s.config.Run(ctx, s.rdb, keys, ttl, interval, flag(overwrite), s.now, learned).Slice()
 }
 
 // Clock returns Redis' time in unix ms and the registry's TTL.

@@ -418,7 +418,7 @@ func TestConfig(t *testing.T) {
 			}
 			before := dump(t, s)
 			got, err := s.Config(t.Context(), c.ttl, c.interval, c.overwrite)
-			if (err != nil) != c.err || got.TTL != c.want[0] || got.Interval != c.want[1] || got.Known != 0 {
+			if (err != nil) != c.err || got.TTL != c.want[0] || got.Interval != c.want[1] || got.Slow != 0 {
 				t.Errorf("got %+v %v, want %v, error %v", got, err, c.want, c.err)
 			}
 			if wrote := len(diff(before, dump(t, s))) > 0; wrote != c.writes {
@@ -428,29 +428,36 @@ func TestConfig(t *testing.T) {
 	}
 }
 
-// TestConfigKnown has instances when the times come: shorter ones are known to all
-// when the slowest of them has beaten again.
-func TestConfigKnown(t *testing.T) {
+// TestConfigSlow has instances when the times come: of shorter ones somebody may
+// not have heard, who beats as slowly as the old ones allow.
+func TestConfigSlow(t *testing.T) {
 	srv := redistest.Start(t)
 	for _, c := range []struct {
 		name          string
 		stored        []any
 		ttl, interval time.Duration
 		overwrite     bool
-		want          time.Duration // from now to Known; 0: Known is 0
+		want          int64 // ms
+		at            string
 	}{
-		{"none, and the defaults", nil, 15 * time.Second, 5 * time.Second, false, 0},
-		{"none, and longer ones", nil, 60 * time.Second, 6 * time.Second, false, 0},
-		{"none, and shorter ones", nil, 3 * time.Second, time.Second, false, 4 * time.Second},
-		{"half of them", []any{"ttl_ms", 15000}, 15 * time.Second, time.Second, false, 4 * time.Second},
-		{"kept", []any{"ttl_ms", 30000, "interval_ms", 2000}, 3 * time.Second, time.Second, false, 0},
-		{"set again", []any{"ttl_ms", 30000, "interval_ms", 2000}, 30 * time.Second, 2 * time.Second, true, 0},
-		{"longer", []any{"ttl_ms", 9000, "interval_ms", 3000}, 12 * time.Second, 4 * time.Second, true, 0},
-		{"shorter; own intervals may be a third of the TTL", []any{"ttl_ms", 30000, "interval_ms", 2000}, 3 * time.Second, time.Second, true, 9 * time.Second},
-		{"of an interval that is too long", []any{"ttl_ms", 15000, "interval_ms", 9000}, 15 * time.Second, 5 * time.Second, true, 4 * time.Second},
-		{"no numbers", []any{"ttl_ms", "x", "interval_ms", "y"}, 3 * time.Second, time.Second, true, 4 * time.Second},
-		{"rounded up", []any{"ttl_ms", 10000, "interval_ms", 1000}, 3 * time.Second, time.Second, true, 2334 * time.Millisecond},
-		{"noted before", []any{"ttl_ms", 15000, "interval_ms", 5000, "known_ms", 1234}, 3 * time.Second, time.Second, true, 4 * time.Second},
+		{"none, and the defaults", nil, 15 * time.Second, 5 * time.Second, false, 0, ""},
+		{"none, and longer ones", nil, 60 * time.Second, 6 * time.Second, false, 0, ""},
+		{"none, and shorter ones", nil, 3 * time.Second, time.Second, false, 5000, "1000000"},
+		{"half of them", []any{"ttl_ms", 15000}, 15 * time.Second, time.Second, false, 5000, "1000000"},
+		{"kept", []any{"ttl_ms", 30000, "interval_ms", 2000}, 3 * time.Second, time.Second, false, 0, ""},
+		{"set again", []any{"ttl_ms", 30000, "interval_ms", 2000}, 30 * time.Second, 2 * time.Second, true, 0, ""},
+		{"longer", []any{"ttl_ms", 9000, "interval_ms", 3000}, 12 * time.Second, 4 * time.Second, true, 0, ""},
+		{"shorter; own intervals may be a third of the TTL", []any{"ttl_ms", 30000, "interval_ms", 2000}, 3 * time.Second, time.Second, true, 10000, "1000000"},
+		{"of an interval that is too long", []any{"ttl_ms", 15000, "interval_ms", 9000}, 15 * time.Second, 5 * time.Second, true, 9000, "1000000"},
+		{"no numbers", []any{"ttl_ms", "x", "interval_ms", "y"}, 3 * time.Second, time.Second, true, 5000, "1000000"},
+		{"rounded up", []any{"ttl_ms", 10000, "interval_ms", 1000}, 3 * time.Second, time.Second, true, 3334, "1000000"},
+		{"shorter for the second time", []any{"ttl_ms", 15000, "interval_ms", 5000, "slow_ms", 20000, "slow_at", 7}, 3 * time.Second, time.Second, true, 20000, "1000000"},
+		{"longer meanwhile", []any{"ttl_ms", 15000, "interval_ms", 5000, "slow_ms", 20000, "slow_at", 7}, 30 * time.Second, 10 * time.Second, true, 20000, "7"},
+		{"proven before", []any{"ttl_ms", 15000, "interval_ms", 5000, "slow_ms", 0, "slow_at", 7}, 3 * time.Second, time.Second, true, 5000, "1000000"},
+		{"deleted but for what was proven", []any{"slow_ms", 0, "slow_at", 7}, 3 * time.Second, time.Second, false, 5000, "1000000"},
+		{"no number", []any{"ttl_ms", 3000, "interval_ms", 1000, "slow_ms", "nan", "slow_at", 7}, 3 * time.Second, time.Second, false, 0, "7"},
+		{"huge", []any{"ttl_ms", 3000, "interval_ms", 1000, "slow_ms", "inf", "slow_at", 7}, 3 * time.Second, time.Second, false, 1 << 53, "7"},
+		{"of no change", []any{"ttl_ms", 3000, "interval_ms", 1000, "slow_ms", 9000}, 3 * time.Second, time.Second, false, 0, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := fresh(t, srv)
@@ -459,16 +466,23 @@ func TestConfigKnown(t *testing.T) {
 			if c.stored != nil {
 				do(t, s, append([]any{"HSET", s.keys.Config()}, c.stored...)...)
 			}
-			want := int64(0)
-			if c.want > 0 {
-				want = 1_000_000 + c.want.Milliseconds()
-			}
 			got, err := s.Config(t.Context(), c.ttl, c.interval, c.overwrite)
-			if err != nil || got.Known != want || got.Now != 1_000_000 {
-				t.Errorf("got %+v, %v, want %d", got, err, want)
+			if err != nil || got.Slow != c.want || got.SlowAt != c.at {
+				t.Errorf("got %+v, %v, want %d of %s", got, err, c.want, c.at)
 			}
-			if again, err := s.Config(t.Context(), c.ttl, c.interval, false); err != nil || again.Known != want {
+			s.setClock(1_000_001)
+			if again, err := s.Config(t.Context(), c.ttl, c.interval, false); err != nil || again != got {
 				t.Errorf("the next reaper finds %+v, %v", again, err)
+			}
+			other := got
+			other.SlowAt += "1"
+			must(t, s.Learned(t.Context(), other))
+			if again, err := s.Config(t.Context(), c.ttl, c.interval, false); err != nil || again != got {
+				t.Errorf("another change was proven, and it is %+v, %v", again, err)
+			}
+			must(t, s.Learned(t.Context(), got))
+			if again, err := s.Config(t.Context(), c.ttl, c.interval, false); err != nil || again.Slow != 0 {
+				t.Errorf("proven, and it is %+v, %v", again, err)
 			}
 		})
 	}

@@ -1,27 +1,37 @@
 #!lua
 -- Writes the registry's TTL and heartbeat interval if missing, or anyway. Who beats
 -- by longer ones learns of shorter ones with its next beat only: as late as the old
--- interval, or a third of the old TTL, allows. Until then its silence says nothing.
--- known_ms notes when that is, less the new interval, which a reaper grants anyway.
+-- interval, or a third of the old TTL, allows. So slow_ms says that somebody may
+-- still beat that slowly, until a reaper has proven that all had the time to learn.
+-- Without slow_ms, or with 0, nobody does; slow_at tells one change from another.
 --
 -- KEYS  1 config HASH   2 services SET, unless it is in another slot
 -- ARGV  1 ttl, ms   2 interval, ms   3 '1' = overwrite   4 now, unix ms, '' = the server's TIME
--- Returns {ttl ms, interval ms, known ms or 0, now ms}: as they stand after the call
-local now = tonumber(ARGV[4])
-if not now then
-  local t = redis.call('TIME')
-  now = t[1] * 1000 + math.floor(t[2] / 1000)
-end
-local old = redis.call('HMGET', KEYS[1], 'ttl_ms', 'interval_ms')
+--       5 the slow_at that is proven, or ''
+-- Returns {ttl ms, interval ms, slow ms, slow at}, as they stand after the call
+local old = redis.call('HMGET', KEYS[1], 'ttl_ms', 'interval_ms', 'slow_ms', 'slow_at')
 local write = ARGV[3] == '1' and 'HSET' or 'HSETNX'
+local slow = tonumber(old[3] or '') or 0
 if not old[1] or not old[2] or write == 'HSET' and (old[1] ~= ARGV[1] or old[2] ~= ARGV[2]) then
   local slowest = math.max((tonumber(old[1] or '') or 15000) / 3, tonumber(old[2] or '') or 5000)
   -- First of all: no reaper may see shorter times without it.
   if slowest > tonumber(ARGV[2]) and KEYS[2] and redis.call('TYPE', KEYS[2]).ok ~= 'none' then
-    redis.call(write, KEYS[1], 'known_ms', string.format('%.0f', math.ceil(now + slowest - ARGV[2])))
+    local now = tonumber(ARGV[4])
+    if not now then
+      local t = redis.call('TIME')
+      now = t[1] * 1000 + math.floor(t[2] / 1000)
+    end
+    if slow > slowest then slowest = slow end -- from a change before this one
+    local put = old[3] and 'HSET' or write
+    redis.call(put, KEYS[1], 'slow_ms', string.format('%.0f', math.ceil(slowest)))
+    redis.call(put, KEYS[1], 'slow_at', string.format('%.0f', now))
   end
   redis.call(write, KEYS[1], 'ttl_ms', ARGV[1])
   redis.call(write, KEYS[1], 'interval_ms', ARGV[2])
+elseif ARGV[5] ~= '' and ARGV[5] == old[4] then
+  redis.call('HSET', KEYS[1], 'slow_ms', '0')
 end
-local cfg = redis.call('HMGET', KEYS[1], 'ttl_ms', 'interval_ms', 'known_ms')
-return {tonumber(cfg[1]), tonumber(cfg[2]), tonumber(cfg[3] or '') or 0, now}
+local cfg = redis.call('HMGET', KEYS[1], 'ttl_ms', 'interval_ms', 'slow_ms', 'slow_at')
+slow = tonumber(cfg[3] or '') or 0
+if not (slow > 0 and cfg[4]) then slow = 0 end
+return {tonumber(cfg[1]), tonumber(cfg[2]), math.min(slow, 2 ^ 53), cfg[4] or ''}

@@ -46,7 +46,7 @@ var (
 	noProbe      = edit{"lbsync/lbsync.go", "if last != (Process{}) {", "if false {"}
 	noCold       = edit{"lbsync/backend.go", "\t\tb.cold = &l\n", "\t\t_ = l\n"}
 	noTimes      = edit{"reaper/sweep.go", "\treturn r.config(ctx, false)\n", "\treturn ctx.Err()\n"}
-	noLearn      = edit{"reaper/reaper.go", "if err != nil || t.Known <= r.proof.hold {", "if true {"}
+	noLearn      = edit{"reaper/reaper.go", "r.proof.teach(t.Slow, t.SlowAt)", "r.proof.teach(0, t.SlowAt)"}
 	noFence      = edit{"registrar/lua/reap.lua", "if redis.call('GET', KEYS[13]) ~= token then return {'FENCED', 0, 0} end\n", ""}
 	noFenceID    = edit{"registrar/lua/reap.lua", "if string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') ~= ARGV[11] then return {'FENCED', 0, 0} end\n", ""}
 	noAge        = edit{"registrar/lua/reap.lua", "if now < last or now - last > most then return {'LATE', 0, 0} end\n", ""}
