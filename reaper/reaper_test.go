@@ -178,33 +178,51 @@ func TestRunIsSilent(t *testing.T) {
 	for _, n := range []int{0, 3} {
 		t.Run(fmt.Sprintf("%d instances", n), func(t *testing.T) {
 			t.Parallel()
-			g := newRegistry(t)
-			const ttl, interval = 3 * time.Second, 800 * time.Millisecond
-			log := &logBuffer{}
-			sweeps := 0
-			r := newReaper(t, Config{TTL: ttl, Interval: interval}, nil, zerolog.New(log))
-			r.store = &counter{g.store, &sweeps}
-			g.live(t, "web", n, interval)
-			end := run(t, r)
-			eventuallyArmed(t, r)
-			<-time.After(2 * ttl) // what is tested is a length of time without events
-			if err := end(); err != nil {
-				t.Fatal(err)
+			const tries = 5
+			for range tries {
+				if runSilent(t, n) {
+					return
+				}
 			}
-			t.Logf("%d sweeps in about %v", sweeps, 4*ttl)
-			if len(log.lines("not armed")) > 0 {
-				t.Skip("this machine is too busy for pulses in time, which is said")
-			}
-			if all := log.lines("\n"); len(all) != 1 {
-				t.Errorf("log of an idle reaper: %q", all)
-			}
-			// The oldest of who beats runs out once in TTL − B at most; two sweeps
-			// are for the start and for being armed.
-			if sweeps > 8 {
-				t.Errorf("%d sweeps in about %v: it spins", sweeps, 4*ttl)
-			}
+			t.Errorf("in each of %d runs a pulse was late", tries)
 		})
 	}
+}
+
+// runSilent looks at one run beside n instances. It returns false if a pulse was
+// too late, as on a busy machine: that is said, so the run shows nothing.
+func runSilent(t *testing.T, n int) (shown bool) {
+	t.Helper()
+	const ttl, interval = 3 * time.Second, 800 * time.Millisecond
+	g := newRegistry(t)
+	if _, err := g.store.Config(t.Context(), ttl, interval, false); err != nil { // or those who beat would have to learn it
+		t.Fatal(err)
+	}
+	log := &logBuffer{}
+	sweeps := 0
+	r := newReaper(t, Config{TTL: ttl, Interval: interval}, nil, zerolog.New(log))
+	r.store = &counter{g.store, &sweeps}
+	defer g.live(t, "web", n, interval)()
+	end := run(t, r)
+	eventuallyArmed(t, r)
+	<-time.After(2 * ttl) // what is tested is a length of time without events
+	if err := end(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d sweeps in about %v", sweeps, 4*ttl)
+	if late := log.lines("not armed"); len(late) > 0 {
+		t.Logf("late: %q", late)
+		return false
+	}
+	if all := log.lines("\n"); len(all) != 1 {
+		t.Errorf("log of an idle reaper: %q", all)
+	}
+	// The oldest of who beats runs out once in TTL − B at most; two sweeps are for
+	// the start and for being armed.
+	if sweeps > 8 {
+		t.Errorf("%d sweeps in about %v: it spins", sweeps, 4*ttl)
+	}
+	return true
 }
 
 // counter counts the surveys.
