@@ -70,13 +70,13 @@ type proof struct {
 	segments []segment // newest last
 	open     bool      // the last segment may still grow
 	ok       bool      // the last pulse was accepted, and no removal failed since
+	resets   int       // hard faults so far
 
 	// Somebody may beat as slowly as slow, ms, by times from before; 0 = nobody.
 	// Until all have beaten in healthy time, a fault sets them back that far.
 	// What was before since, unix ms, counts for nothing. See registrar.Times.
 	slow, since int64
 	slowAt      string
-	resets      int // hard faults so far
 
 	// A canary sees what a pulse cannot: that nobody new may connect. Its failure
 	// takes the credit back to the last one that sang, and nothing counts until

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -314,6 +315,45 @@ func TestTimesSetMeanwhile(t *testing.T) {
 	g.wantMembers(t, "web", "10.0.0.1:80")
 }
 
+// TestTimesBack: a registry that was lost has its times again with the pulse that
+// sees it, not with the next sweep that is due, a TTL later.
+func TestTimesBack(t *testing.T) {
+	t.Parallel()
+	g := newRegistry(t)
+	r := newReaper(t, Config{TTL: 3 * time.Second, Interval: 800 * time.Millisecond}, nil, zerolog.Nop())
+	c := &pulses{Store: g.store}
+	r.store = c
+	run(t, r)
+	eventuallyArmed(t, r)
+	began := c.n.Load()
+	if err := g.rdb.FlushAll(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if n, err := g.rdb.Exists(t.Context(), g.keys.Config()).Result(); err != nil || n == 0 {
+			return fmt.Errorf("no times: %v", err)
+		}
+		return nil
+	})
+	if after := c.n.Load() - began; after > 5 { // of the 15 in a TTL; one may have been under way, and polls are late
+		t.Errorf("the times came back %d pulses after the loss", after)
+	}
+}
+
+// pulses counts the accepted ones.
+type pulses struct {
+	Store
+	n atomic.Int64
+}
+
+func (p *pulses) Pulse(ctx context.Context, id, token string, expiry time.Duration) (registrar.Pulse, error) {
+	got, err := p.Store.Pulse(ctx, id, token, expiry)
+	if err == nil {
+		p.n.Add(1)
+	}
+	return got, err
+}
+
 // TestForceSpares: a forced sweep takes nobody out who may beat by older times.
 func TestForceSpares(t *testing.T) {
 	g := newRegistry(t)
@@ -335,16 +375,18 @@ func TestOnceTimesGo(t *testing.T) {
 	if _, err := g.store.Config(t.Context(), r.cfg.TTL, r.cfg.Interval, false); err != nil {
 		t.Fatal(err)
 	}
+	gone := false
 	r.store = &forgetful{Store: g.store, before: func() {
 		if r.armed {
+			gone = true
 			if err := g.rdb.Del(t.Context(), g.keys.Config()).Err(); err != nil {
 				t.Error(err)
 			}
 		}
 	}}
 	report, err := r.Once(t.Context(), false)
-	if !errors.Is(err, ErrNeverArmed) || !strings.Contains(err.Error(), causeTimes) || len(report.Removed) > 0 {
-		t.Errorf("got %+v, %v", report, err)
+	if !gone || !errors.Is(err, ErrNeverArmed) || !strings.Contains(err.Error(), causeTimes) || len(report.Removed) > 0 {
+		t.Errorf("gone %v, got %+v, %v", gone, report, err)
 	}
 	g.wantMembers(t, "web", "10.0.0.1:80")
 }
