@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"os/signal"
 	"slices"
 	"sync"
@@ -48,13 +49,18 @@ func demoCommand() *cli.Command {
 				return err
 			}
 			// The clean-up is bounded, and another signal must not cut it short.
-			ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
+			ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 			defer stop()
+			// SIGPIPE comes for every broken connection, also one to the HAProxy that
+			// is killed in the story. What a write returns says whose it is.
+			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+			ctx, unread := context.WithCancel(ctx)
+			defer unread()
 			out := c.App.Writer
 			if p.json {
 				out = c.App.ErrWriter // the story; the summary alone is data
 			}
-			d := &demo{view: newDemoView(out), hold: c.Bool("hold"), keep: c.Bool("keep")}
+			d := &demo{view: newDemoView(out, unread), hold: c.Bool("hold"), keep: c.Bool("keep")}
 			return d.run(ctx, func(s demoSummary) error {
 				if p.json {
 					return p.document(s)

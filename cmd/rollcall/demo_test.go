@@ -33,6 +33,7 @@ var demoStory = []string{"start", "join", "leave", "kill", "reload", "restart"}
 type demoRun struct {
 	cmd   *exec.Cmd
 	dir   string
+	out   io.Closer   // the story is read from it
 	lines chan string // of the story; closed at its end
 	story []string    // the lines read so far
 	data  bytes.Buffer
@@ -74,6 +75,7 @@ func startDemo(t *testing.T, data bool, args ...string) *demoRun {
 	if err != nil {
 		t.Fatal(err)
 	}
+	d.out = story
 	if err := d.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -160,6 +162,11 @@ func (d *demoRun) nothingLeft(t *testing.T) {
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	d := startDemo(t, false)
+	d.read(t, "2/6")
+	// As the kernel does when the demo writes to the HAProxy that it has killed.
+	if err := d.cmd.Process.Signal(syscall.SIGPIPE); err != nil {
+		t.Fatal(err)
+	}
 	if code := d.wait(t); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
@@ -229,19 +236,25 @@ func TestDemoHold(t *testing.T) {
 func TestDemoInterrupted(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		at      string // the line after which
-		signals []os.Signal
+		at      string      // the line after which
+		signals []os.Signal // none: nobody reads any more
 	}{
 		{"rollcall demo:", []os.Signal{syscall.SIGINT}},
 		{"1/6", []os.Signal{syscall.SIGTERM}},
 		{"2/6", []os.Signal{syscall.SIGINT, syscall.SIGINT, syscall.SIGTERM}},
 		{"4/6", []os.Signal{syscall.SIGHUP}},
+		{"5/6", nil},
 		{"6/6", []os.Signal{syscall.SIGINT}},
 	} {
 		t.Run(tt.at, func(t *testing.T) {
 			t.Parallel()
 			d := startDemo(t, false)
 			d.read(t, tt.at)
+			if len(tt.signals) == 0 {
+				if err := d.out.Close(); err != nil {
+					t.Fatal(err)
+				}
+			}
 			for _, s := range tt.signals {
 				if err := d.cmd.Process.Signal(s); err != nil {
 					t.Fatal(err)
@@ -465,7 +478,7 @@ func TestDemoTable(t *testing.T) {
 		return s
 	}
 	var out bytes.Buffer
-	v := newDemoView(&out)
+	v := newDemoView(&out, func() { t.Error("the view says that nobody reads") })
 	if v.tty || v.color {
 		t.Fatal("a buffer is no terminal")
 	}

@@ -91,10 +91,11 @@ func (s *demoScene) enter(snap registrar.Snapshot, name func(netip.AddrPort) str
 // demoView prints the story: on a terminal with a table below it that is drawn
 // again and again, else as plain lines. Its methods may be called concurrently.
 type demoView struct {
-	w     io.Writer
-	tty   bool
-	color bool
-	begin time.Time
+	w      io.Writer
+	unread func() // hears that nobody reads any more; may be called again
+	tty    bool
+	color  bool
+	begin  time.Time
 
 	mu      sync.Mutex // guards what follows
 	block   []string   // the lines of the table
@@ -104,8 +105,8 @@ type demoView struct {
 	holding bool
 }
 
-func newDemoView(w io.Writer) *demoView {
-	v := &demoView{w: w, begin: time.Now()}
+func newDemoView(w io.Writer, unread func()) *demoView {
+	v := &demoView{w: w, unread: unread, begin: time.Now()}
 	if f, ok := w.(*os.File); ok && os.Getenv("TERM") != "dumb" {
 		info, err := f.Stat()
 		v.tty = err == nil && info.Mode()&os.ModeCharDevice != 0
@@ -148,7 +149,9 @@ func (v *demoView) draw(text string, block []string) {
 		b.WriteString(wrapOn)
 	}
 	v.block, v.drawn = block, len(block)
-	_, _ = v.w.Write(b.Bytes()) // SIGPIPE ends the demo if nobody reads
+	if _, err := v.w.Write(b.Bytes()); err != nil {
+		v.unread()
+	}
 }
 
 // clear removes the table and gives the cursor back.
