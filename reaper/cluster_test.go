@@ -295,8 +295,18 @@ func TestClusterOnce(t *testing.T) {
 	}
 	s.nodes[down].Kill(t)
 	report, err := c.Once(t.Context(), false)
-	if !errors.Is(err, ErrNeverArmed) || len(report.Removed) != 4 || report.Armed {
-		t.Errorf("%+v, %v, want 4 services of the living shards, and an error", report, err)
+	if !errors.Is(err, ErrNeverArmed) || report.Armed {
+		t.Errorf("%+v, %v, want an error", report, err)
+	}
+	for range 3 { // a busy machine may have been too slow for the proof of some
+		if len(report.Removed) < 4 {
+			more, err := c.Once(t.Context(), false)
+			t.Log(err)
+			report.Removed = append(report.Removed, more.Removed...)
+		}
+	}
+	if len(report.Removed) != 4 {
+		t.Errorf("%+v, want 4 services of the living shards", report)
 	}
 	for _, svc := range s.names[down] {
 		for _, r := range report.Removed {

@@ -11,6 +11,18 @@ import (
 	"github.com/rs/zerolog"
 )
 
+// once is r.Once, and once more when a busy machine was too slow for the proof.
+func once(t *testing.T, r *Reaper) (report Report, err error) {
+	t.Helper()
+	for range 4 {
+		if report, err = r.Once(t.Context(), false); !errors.Is(err, ErrNeverArmed) {
+			break
+		}
+		t.Log(err)
+	}
+	return report, err
+}
+
 func TestOnce(t *testing.T) {
 	t.Parallel()
 	const ttl, interval = 3 * time.Second, 600 * time.Millisecond
@@ -21,7 +33,7 @@ func TestOnce(t *testing.T) {
 		g := newRegistry(t)
 		g.put(t, "web", "10.0.0.1:80", 1)
 		began := time.Now()
-		report, err := newReaper(t, cfg, g.store, zerolog.Nop()).Once(t.Context(), false)
+		report, err := once(t, newReaper(t, cfg, g.store, zerolog.Nop()))
 		if err != nil || fmt.Sprint(report.Removed) != "[{web [10.0.0.1:80]}]" {
 			t.Errorf("got %+v, %v", report, err)
 		}
@@ -69,7 +81,7 @@ func TestOnce(t *testing.T) {
 			g.put(t, "web", fmt.Sprintf("10.0.0.%d:80", i), 1)
 		}
 		g.put(t, "web", "10.0.0.9:80", now+time.Minute.Milliseconds())
-		report, err := newReaper(t, cfg, g.store, zerolog.Nop()).Once(t.Context(), false)
+		report, err := once(t, newReaper(t, cfg, g.store, zerolog.Nop()))
 		if !errors.Is(err, ErrHeld) || len(report.Removed) > 0 {
 			t.Errorf("got %+v, %v, want ErrHeld", report, err)
 		}

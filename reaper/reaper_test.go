@@ -254,22 +254,22 @@ func TestSweepPace(t *testing.T) {
 // they hear of its times with a later beat, and nobody goes before.
 func TestShorterTimes(t *testing.T) {
 	t.Parallel()
-	const ttl, interval = 900 * time.Millisecond, 300 * time.Millisecond
+	const ttl, interval = 3 * time.Second, time.Second
 	for _, c := range []struct {
 		name   string
-		stored bool          // the registry has 6 s and 2 s; else it has none, and instances beat each 5 s
+		stored bool          // the registry has 18 s and 6 s; else it has none, and instances beat each 5 s
 		own    time.Duration // the instances' own interval, if they have one
 		set    bool
 	}{
 		{"before the first reaper", false, 0, false},
 		{"set", true, 0, true},
-		{"own interval", true, 2 * time.Second, true},
+		{"own interval", true, 6 * time.Second, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			g := newRegistry(t)
 			if c.stored {
-				if _, err := g.store.Config(t.Context(), 6*time.Second, 2*time.Second, false); err != nil {
+				if _, err := g.store.Config(t.Context(), 18*time.Second, 6*time.Second, false); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -371,7 +371,7 @@ func TestForceSpares(t *testing.T) {
 func TestOnceTimesGo(t *testing.T) {
 	g := newRegistry(t)
 	g.put(t, "web", "10.0.0.1:80", 1)
-	r := newReaper(t, Config{TTL: 900 * time.Millisecond, Interval: 300 * time.Millisecond}, nil, zerolog.Nop())
+	r := newReaper(t, Config{TTL: 3 * time.Second, Interval: time.Second}, nil, zerolog.Nop())
 	if _, err := g.store.Config(t.Context(), r.cfg.TTL, r.cfg.Interval, false); err != nil {
 		t.Fatal(err)
 	}
