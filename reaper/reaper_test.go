@@ -67,9 +67,10 @@ func TestRunTakesOutTheDead(t *testing.T) {
 		})
 		late := ms(at - score - ttl.Milliseconds())
 		t.Logf("%s was out %v after its TTL", addr, late)
-		// On a machine so busy that pulses fail, it may take longer.
-		if late < 0 || late > time.Second && len(log.lines("not armed")) == 0 {
-			t.Errorf("%s was out %v after its TTL, want 0 to 1 s", addr, late)
+		// How late is for the benchmark and the faults: on a busy machine slow
+		// pulses set the cut-off back.
+		if late < 0 {
+			t.Errorf("%s was out %v before its TTL", addr, -late)
 		}
 	}
 	if gone := g.expired(t, "web"); len(gone) > 0 {
