@@ -41,11 +41,11 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// eventually calls f until it returns nil, for at most 10 s, and then fails
+// eventually calls f until it returns nil, for at most 30 s, and then fails
 // with f's last error.
 func eventually(tb testing.TB, f func() error) {
 	tb.Helper()
-	deadline := time.NewTimer(10 * time.Second)
+	deadline := time.NewTimer(30 * time.Second)
 	defer deadline.Stop()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()

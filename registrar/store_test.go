@@ -321,7 +321,7 @@ func present(tb testing.TB, s *Store, addr netip.AddrPort) bool {
 // does.
 func eventually(tb testing.TB, fn func() error) {
 	tb.Helper()
-	deadline := time.NewTimer(10 * time.Second)
+	deadline := time.NewTimer(30 * time.Second)
 	defer deadline.Stop()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
@@ -332,7 +332,7 @@ func eventually(tb testing.TB, fn func() error) {
 		}
 		select {
 		case <-deadline.C:
-			tb.Fatalf("still after 10 s: %v", err)
+			tb.Fatalf("still after 30 s: %v", err)
 		case <-tick.C:
 		}
 	}

@@ -256,6 +256,9 @@ func TestPage(t *testing.T) {
 
 	t.Run("it opens", func(t *testing.T) {
 		p := openTab(t, browser, url, 1280, 900, "")
+		if n := ask[int](p, "spark([]).childElementCount"); n != 0 {
+			t.Errorf("%d lines for a service whose history has not come yet", n)
+		}
 		for _, i := range []*haproxytest.Instance{a, b, c} {
 			p.shows(row(i.Addr().String()), "ready")
 			p.shows(row(i.Addr().String()), "commit=4f1c")

@@ -388,7 +388,7 @@ func command(socket, line string) (string, error) {
 }
 
 const (
-	pollBound = 10 * time.Second
+	pollBound = 30 * time.Second
 	// startBound: HAProxy compares every server with every other before it
 	// answers, which takes seconds for 10,000 slots.
 	startBound   = time.Minute
@@ -396,7 +396,7 @@ const (
 )
 
 // Poll calls fn until it returns nil, and fails the test with fn's last error
-// after 10 s. what completes "waiting until …".
+// after 30 s. what completes "waiting until …".
 func Poll(tb testing.TB, what string, fn func() error) {
 	tb.Helper()
 	poll(tb, pollBound, what, fn)

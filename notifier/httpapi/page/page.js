@@ -433,7 +433,8 @@ function spark(points) {
   const top = Math.max(1, ...points.map((p) => p[1]));
   const x = (t) => wide * (Math.max(t, from) - from) / (to - from), y = (v) => 1.5 + (high - 3) * (1 - v / top);
   const d = points.map((p, i) => (i ? `H${x(p[0]).toFixed(1)}V` : `M${x(p[0]).toFixed(1)} `) + y(p[1]).toFixed(1)).join("") + `H${wide}`;
-  return svg("svg", { class: "spark", viewBox: `0 0 ${wide} ${high}`, "aria-hidden": "true" }, svg("path", { d }));
+  // A service may come before its history: a line without a beginning is an error.
+  return svg("svg", { class: "spark", viewBox: `0 0 ${wide} ${high}`, "aria-hidden": "true" }, ...(points.length ? [svg("path", { d })] : []));
 }
 
 // ---- Services ----
