@@ -28,7 +28,9 @@ const (
 	lookOn        = time.Second            // after each step
 	checkEvery    = 500 * time.Millisecond // HAProxy's inter
 	restartAfter  = 500 * time.Millisecond // HAProxy's, as a supervisor would
-	reapBound     = demoTTL + time.Second  // of a dead instance in the register
+	// reapBound is that of a dead instance in the register. A pulse that comes late
+	// sets the reaper's cut-off back by up to a heartbeat and half a second.
+	reapBound = demoTTL + demoInterval + time.Second
 )
 
 func demoCommand() *cli.Command {
@@ -391,6 +393,9 @@ func (d *demo) leave(ctx context.Context) (time.Duration, string, error) {
 	}
 	d.stage.end(i.service, i.sidecar)
 	for _, c := range []*demoChild{i.service, i.sidecar} {
+		if err := c.stuck(); err != nil {
+			return 0, "", err
+		}
 		if !c.cmd.ProcessState.Success() {
 			return 0, "", fmt.Errorf("%s: %v%s", c.name, c.cmd.ProcessState, tail(c.log))
 		}

@@ -85,6 +85,14 @@ func (c *demoChild) running() bool {
 	}
 }
 
+// stuck returns an error if c, which was ended, runs.
+func (c *demoChild) stuck() error {
+	if !c.running() {
+		return nil
+	}
+	return fmt.Errorf("%s, process %d, was killed and has not ended", c.name, c.pid())
+}
+
 // demoInstance is one instance of the service: the service and its sidecar.
 type demoInstance struct {
 	name             string
@@ -407,14 +415,20 @@ func (s *demoStage) mean(children ...*demoChild) {
 	}
 }
 
-// kill ends processes at once, all together.
+// kill ends processes at once, all together. One that the kernel does not let go
+// of in endTimeout is left to it; close says so.
 func (s *demoStage) kill(children ...*demoChild) {
 	s.mean(children...)
 	for _, c := range children {
 		_ = c.cmd.Process.Kill() // or it has ended already
 	}
+	bound := time.After(endTimeout)
 	for _, c := range children {
-		<-c.done
+		select {
+		case <-c.done:
+		case <-bound:
+			return
+		}
 	}
 }
 
@@ -468,8 +482,16 @@ func (s *demoStage) close(ctx context.Context, keep bool) (ended int, err error)
 	for _, g := range groups {
 		s.end(g...)
 	}
-	s.ending.Wait()
 	var errs []error
+	for _, c := range children {
+		if err := c.stuck(); err != nil {
+			ended--
+			errs = append(errs, err)
+		}
+	}
+	if len(errs) == 0 {
+		s.ending.Wait()
+	}
 	if s.client != nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 		defer cancel()

@@ -323,6 +323,21 @@ func TestDemoKilled(t *testing.T) {
 	}
 }
 
+// TestDemoStuck has a process that ends and that the kernel does not say so of.
+func TestDemoStuck(t *testing.T) {
+	t.Parallel()
+	c := &demoChild{name: "web-1", cmd: exec.Command("sleep", "300"), done: make(chan struct{})}
+	if err := c.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.cmd.Wait() }() // it was killed
+	s := &demoStage{dir: t.TempDir(), children: []*demoChild{c}}
+	ended, err := s.close(t.Context(), true)
+	if want := fmt.Sprintf("web-1, process %d, was killed and has not ended", c.pid()); ended != 0 || err == nil || err.Error() != want {
+		t.Errorf("%d ended, %v, want %s", ended, err, want)
+	}
+}
+
 func TestDemoWithoutServers(t *testing.T) {
 	cmd := exec.Command(binary(t), "demo")
 	cmd.Env = []string{"PATH=/nonexistent"}
