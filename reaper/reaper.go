@@ -413,6 +413,9 @@ func (r *Reaper) note(f fault) {
 		}
 		r.tellNews()
 	}
+	if !changed && !armed && f.err != nil && f.cause == r.cause {
+		st.Error = f.err.Error() // the newest says best what is wrong; no news
+	}
 	if st.Until = 0; !armed {
 		st.Until = r.proof.earliest(r.redisTime(r.elapsed()))
 	}
