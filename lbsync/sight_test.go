@@ -187,9 +187,12 @@ func TestSaysItAnew(t *testing.T) {
 	steady := func(what string) {
 		t.Helper()
 		w.says(t, what, both, a, b)
-		if st := w.sight(t).Servers[a]["other"]; !both(st) || st.Server != lbsync.DynamicName(a) {
-			t.Errorf("%s: the other backend has %+v", what, st)
-		}
+		haproxytest.Poll(t, what+": the other backend is told", func() error {
+			if st := w.sight(t).Servers[a]["other"]; !both(st) || st.Server != lbsync.DynamicName(a) {
+				return fmt.Errorf("%+v", st)
+			}
+			return nil
+		})
 		if left := rdb.PTTL(ctx, key).Val(); left < 50*time.Minute || left > time.Hour {
 			t.Errorf("%s: it is forgotten in %v", what, left)
 		}

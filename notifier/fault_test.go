@@ -208,8 +208,17 @@ func TestForgedMessages(t *testing.T) {
 			if most := tc.most + int(took/time.Second); reads < tc.least || reads > most {
 				t.Errorf("%d reads, want %d to %d", reads, tc.least, most)
 			}
-			if !tc.paced && took > 500*time.Millisecond {
-				t.Errorf("the true message was followed after %v", took)
+			for n := 3; !tc.paced && took > 500*time.Millisecond; n++ { // on a busy machine, too
+				if n == 10 {
+					t.Fatalf("the true message was followed after %v at the soonest", took)
+				}
+				began := time.Now()
+				for i := range 50 {
+					w.publish(tc.payload(i))
+				}
+				w.join(web, 1, n)
+				f.sees(web, 1, weight(n))
+				took = min(took, time.Since(began))
 			}
 			must(t, f.stop())
 			if h, n := len(f.w.hints), len(f.w.waiting); h > 1 || n > 1 || len(f.w.followed) != 1 {

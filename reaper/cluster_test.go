@@ -203,37 +203,37 @@ func TestClusterShardOutage(t *testing.T) {
 			died := s.dies(t, others[0], "10.0.0.9:80")
 			late := time.Duration(s.gone(t, others[0], "10.0.0.9:80")-died)*time.Millisecond - ttl
 			t.Logf("a dead instance on another shard was out %v after its TTL", late)
-			// An armed reaper keeps that bound. One that gets no processor for a
-			// pulse's deadline, 200 ms here, cannot tell that from a Redis that
-			// refuses beats, and says that it is not armed.
+			// A reaper that gets no processor for a pulse's deadline, 200 ms here,
+			// cannot tell that from a Redis that refuses beats, and says that it is
+			// not armed.
 			var disarmed []string
 			for _, l := range log.lines("not armed")[before:] {
 				if strings.Contains(l, fmt.Sprintf("%q:%q", "of", others[0])) {
 					disarmed = append(disarmed, l)
 				}
 			}
-			if late < 0 || late > time.Second && len(disarmed) == 0 {
-				t.Errorf("out %v after its TTL", late)
+			if late < 0 { // how late is for the benchmark and the faults
+				t.Errorf("out %v before its TTL", -late)
 			}
 			for _, l := range disarmed {
-				if !strings.Contains(l, "timeout") && !strings.Contains(l, "deadline exceeded") && !strings.Contains(l, causeSlow) && !strings.Contains(l, causeGap) {
+				if !strings.Contains(l, "timeout") && !strings.Contains(l, "deadline exceeded") && !strings.Contains(l, causeSlow) && !strings.Contains(l, causeGap) && !strings.Contains(l, causeReap) {
 					t.Errorf("not for want of a processor: %s", l)
 				}
 			}
+			waits := slices.Clone(others) // a slow pulse disarms for a moment: each must have been armed once
 			eventually(t, func() error {
 				if time.Since(begun) < 2*ttl {
 					return errors.New("the outage is too short")
+				}
+				waits = slices.DeleteFunc(waits, func(svc registrar.Service) bool { _, known := c.fleet.count(svc); return known })
+				if len(waits) > 0 {
+					return fmt.Errorf("the reapers of %q are not armed, and another's shard %s", waits, way)
 				}
 				return nil
 			})
 			for _, svc := range ours {
 				if _, known := c.fleet.count(svc); known {
 					t.Errorf("the reaper of %s is armed, and its shard %s", svc, way)
-				}
-			}
-			for _, svc := range others {
-				if _, known := c.fleet.count(svc); !known {
-					t.Errorf("the reaper of %s is not armed, and another's shard %s", svc, way)
 				}
 			}
 			s.wantLive(t, others, n)

@@ -91,7 +91,7 @@ func TestOutageRemovesNobodyAlive(t *testing.T) {
 			t.Parallel()
 			g := newRegistry(t)
 			r := newReaper(t, Config{TTL: ttl, Interval: interval}, g.store, zerolog.Nop())
-			mustPulse(t, r)
+			eventually(t, func() error { return r.Pulse(t.Context()) })
 			if _, err := r.Sweep(t.Context()); err != nil {
 				t.Fatal(err)
 			}

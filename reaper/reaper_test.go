@@ -195,7 +195,7 @@ func TestRunIsSilent(t *testing.T) {
 // too late, as on a busy machine: that is said, so the run shows nothing.
 func runSilent(t *testing.T, n int) (shown bool) {
 	t.Helper()
-	const ttl, interval = 3 * time.Second, 800 * time.Millisecond
+	const ttl, interval = 6 * time.Second, 1600 * time.Millisecond
 	g := newRegistry(t)
 	if _, err := g.store.Config(t.Context(), ttl, interval, false); err != nil { // or those who beat would have to learn it
 		t.Fatal(err)
@@ -359,9 +359,9 @@ func (p *pulses) Pulse(ctx context.Context, id, token string, expiry time.Durati
 func TestForceSpares(t *testing.T) {
 	g := newRegistry(t)
 	now := g.clock(t)
-	g.put(t, "web", "10.0.0.1:80", now-4000)
-	g.put(t, "web", "10.0.0.2:80", now-8000)
-	r := newReaper(t, Config{TTL: 900 * time.Millisecond, Interval: 300 * time.Millisecond, SetTTL: true}, g.store, zerolog.Nop())
+	g.put(t, "web", "10.0.0.1:80", now-5000)
+	g.put(t, "web", "10.0.0.2:80", now-12000)
+	r := newReaper(t, Config{TTL: 3 * time.Second, Interval: time.Second, SetTTL: true}, g.store, zerolog.Nop())
 	if _, err := r.Once(t.Context(), true); err != nil {
 		t.Fatal(err)
 	}

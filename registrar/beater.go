@@ -82,6 +82,8 @@ type Beater struct {
 	full     bool // the register has no room for it, and that was said
 	outage   Outage
 	news     Sparing // its arrivals and changes
+
+	leaveTimeout time.Duration // of the whole of a leave
 }
 
 // NewBeater checks cfg and makes a new registration, with a new token. It does
@@ -109,7 +111,7 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 		return nil, fmt.Errorf("interval %v: want at least 1ms, or 0 for the registry's own", cfg.Interval)
 	}
 	b := &Beater{
-		cfg: cfg, store: store, interval: cfg.Interval,
+		cfg: cfg, store: store, interval: cfg.Interval, leaveTimeout: leaveTimeout,
 		log: log.With().Str("component", "beater").Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Logger(),
 	}
 	if b.interval == 0 {
@@ -314,7 +316,7 @@ func (b *Beater) drain(ctx context.Context) {
 // leave tells the register. It tries again while its deadline lasts: a crash
 // between two connections must not cost the peers a whole TTL.
 func (b *Beater) leave(ctx context.Context, why Reason) {
-	ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
+	ctx, cancel := context.WithTimeout(ctx, b.leaveTimeout)
 	defer cancel()
 	wait := time.NewTimer(0)
 	defer wait.Stop()

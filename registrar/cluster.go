@@ -38,6 +38,8 @@ const (
 
 // listing is when each service may be added to the list again.
 type listing struct {
+	timeout time.Duration // of both calls together
+
 	mu sync.Mutex
 	at map[Service]time.Time // guarded by mu
 }
@@ -103,7 +105,7 @@ func (s *Store) enlist(ctx context.Context, svc Service) {
 	if s.keys.scope != "" || !s.listing.due(svc, listRetry) {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.listing.timeout)
 	defer cancel()
 	if s.rdb.SAdd(ctx, s.keys.Services(), string(svc)).Err() != nil {
 		return

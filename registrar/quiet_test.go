@@ -40,10 +40,10 @@ func TestQuiet(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			s := fresh(t, srv)
 			l := listen(t, s)
+			began := time.Now() // before the pause begins
 			c.before(t, s)
 			ctx, cancel := context.WithTimeout(t.Context(), c.within)
 			defer cancel()
-			began := time.Now()
 			r, err := s.Beat(ctx, web, Beat{Addr: host(1), Token: "t1", Meta: metaOf("t1")})
 			took := time.Since(began)
 			if err != nil || r.Status != BeatNew || r.Version != 1 || r.TTL != DefaultTTL {
@@ -73,6 +73,7 @@ func TestQuietChanges(t *testing.T) {
 			l := listen(t, s)
 			do(t, s, "SET", s.keys.Quiet(), "", "PX", 40)
 			if c.name == "reap" { // which does not wait
+				do(t, s, "SET", s.keys.Quiet(), "", "PX", 450) // it must not be over yet
 				r, err := s.Reap(t.Context(), web, Sweep{ID: "r1", Token: "pulse", ReplID: replid(t, s), Last: t0, MaxAge: time.Second, Cutoff: t0 + 1})
 				must(t, err)
 				if len(r.Addrs) != 2 || r.Unsaid.At.IsZero() || len(l.heard(t)) > 0 {

@@ -108,7 +108,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		seen: script("seen"), entry: script("entry"), announce: script("announce"),
 	}
 	if _, s.keys.cluster = rdb.(*redis.ClusterClient); s.keys.cluster {
-		s.listing = &listing{at: map[Service]time.Time{}}
+		s.listing = &listing{timeout: listTimeout, at: map[Service]time.Time{}}
 	}
 	return s, nil
 }

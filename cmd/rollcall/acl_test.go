@@ -90,8 +90,8 @@ func TestRolesWhole(t *testing.T) {
 		}
 	}
 
-	says(s.spawn(t, as("reaper", "reap", "--ttl", "1500ms", "--canary-redis", roleURL(srv, "canary"))...), "armed")
-	own := s.spawn(t, as("reaper", "reap", "--ttl", "1500ms")...) // its canary is the reaper itself
+	says(s.spawn(t, as("reaper", "reap", "--ttl", "3s", "--canary-redis", roleURL(srv, "canary"))...), "armed")
+	own := s.spawn(t, as("reaper", "reap", "--ttl", "3s")...) // its canary is the reaper itself
 	says(own, "armed")
 	web, all := s.spawn(t, as("watcher", "watch", "web")...), s.spawn(t, as("operator", "watch")...)
 	follow := s.spawn(t, as("watcher", "events", "-f")...)
@@ -153,8 +153,8 @@ func TestRolesWhole(t *testing.T) {
 	says(web, "operator")
 	lb.signal(t, syscall.SIGTERM)
 	own.signal(t, syscall.SIGTERM)
-	done(as("reaper", "reap", "--once", "--ttl", "1500ms"), "REMOVED")
-	done(as("reaper", "reap", "--once", "--force", "--set-ttl", "--ttl", "1500ms"), "REMOVED")
+	done(as("reaper", "reap", "--once", "--ttl", "3s"), "REMOVED")
+	done(as("reaper", "reap", "--once", "--force", "--set-ttl", "--ttl", "3s"), "REMOVED")
 
 	// A note older than 10 min is dropped by whoever comes next.
 	root := srv.Client(t)

@@ -273,7 +273,7 @@ func TestEndToEnd(t *testing.T) {
 			if mode == "slots" {
 				failed("HAProxy reloaded", 0)
 			} else {
-				failed("HAProxy reloaded", 1000) // dynamic servers do not survive: the README says so
+				failed("HAProxy reloaded", many) // dynamic servers do not survive: the README says so
 			}
 
 			s.ha.Kill(t)
@@ -281,7 +281,7 @@ func TestEndToEnd(t *testing.T) {
 			s.ha.Restart(t)
 			answered(t, url, is[2:]...)
 			t.Logf("HAProxy killed: all answer again after %v", time.Since(begun).Round(time.Millisecond))
-			failed("HAProxy killed and started", 1000)
+			failed("HAProxy killed and started", many)
 
 			join()
 			answered(t, url, is[2:]...)

@@ -369,10 +369,10 @@ func TestPage(t *testing.T) {
 		if err := store.Ack(t.Context(), evil, "evil", v.Token("evil")); err != nil {
 			t.Fatal(err)
 		}
-		if err := store.Report(t.Context(), evil, &registrar.ReaperStatus{Cause: evil + long, Error: evil + "\u202e\x07", Held: []registrar.Hold{{Service: "web", Suspects: 2, Members: 3, Since: 1, Until: 2}}}); err != nil {
-			t.Fatal(err)
-		}
 		for _, wide := range []int64{1280, 360} {
+			if err := store.Report(t.Context(), evil, &registrar.ReaperStatus{Cause: evil + long, Error: evil + "\u202e\x07", Held: []registrar.Hold{{Service: "web", Suspects: 2, Members: 3, Since: 1, Until: 2}}}); err != nil {
+				t.Fatal(err)
+			}
 			p := openTab(t, browser, url, wide, 740, "")
 			for _, where := range []string{row(addr.String()) + ` td[data-label="State"]`, row(addr.String()) + ` td[data-label="Zone"]`, row(addr.String()) + ` td[data-label="Tags"]`, "#balancers tbody", "#reapers tbody", "#events"} {
 				p.shows(where, evil[:30])

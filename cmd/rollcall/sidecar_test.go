@@ -212,6 +212,12 @@ func TestStubbornApp(t *testing.T) {
 		p := s.around(t, "--addr", "127.0.0.1:9001", "--stop-timeout", timeout, "--",
 			"sh", "-c", "trap '' TERM; sleep 300 & echo grandchild=$!. ; while :; do sleep 0.02; done")
 		s.comes(t, "127.0.0.1:9001")
+		haproxytest.Poll(t, "the app has set its trap", func() error {
+			if out := p.out.String(); !strings.Contains(out, "grandchild=") {
+				return errors.New(out)
+			}
+			return nil
+		})
 		if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}

@@ -869,7 +869,7 @@ func TestNoSocket(t *testing.T) {
 
 // A hung HAProxy costs a caller its Timeout, and gets no more than one line.
 func TestHung(t *testing.T) {
-	const timeout = 200 * time.Millisecond
+	const timeout = time.Second
 	h, c := start(t, haproxytest.Backend{Slots: 1}, Config{Timeout: timeout})
 	weight := func(w int) lbsync.Op { return lbsync.Op{Kind: lbsync.SetWeight, Name: "s1", ID: 1, Weight: w} }
 	apply(t, c, weight(1))

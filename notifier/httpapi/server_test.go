@@ -418,12 +418,15 @@ func TestEvents(t *testing.T) {
 	if got := r.String(); strings.Contains(got, "api") {
 		t.Errorf("events of another service:\n%s", got)
 	}
-	var h struct {
-		Services map[string][][4]int64
-	}
-	if r := w.get(t, "/v1/history"); json.Unmarshal([]byte(r.body), &h) != nil || len(h.Services["web"]) != 5 || h.Services["web"][2][1] != 2 {
-		t.Errorf("history: %s", r.body)
-	}
+	eventually(t, "the history has five points", func() error { // the log may tell sooner
+		var h struct {
+			Services map[string][][4]int64
+		}
+		if r := w.get(t, "/v1/history"); json.Unmarshal([]byte(r.body), &h) != nil || len(h.Services["web"]) != 5 || h.Services["web"][2][1] != 2 {
+			return errors.New(r.body)
+		}
+		return nil
+	})
 }
 
 // TestStatusCode has /v1/status answer as `rollcall status` exits.

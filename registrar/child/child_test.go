@@ -122,7 +122,7 @@ func TestOrphans(t *testing.T) {
 	defer in.Close()
 	files := null(t)
 	files[1] = out
-	p := start(t, r, "", files, "sh", "-c", "sleep 0.2 >/dev/null & echo $!")
+	p := start(t, r, "", files, "sh", "-c", "sleep 2 >/dev/null & echo $!")
 	out.Close()
 	await(t, p)
 	buf := make([]byte, 32)
