@@ -28,8 +28,8 @@ const (
 	lookOn        = time.Second            // after each step
 	checkEvery    = 500 * time.Millisecond // HAProxy's inter
 	restartAfter  = 500 * time.Millisecond // HAProxy's, as a supervisor would
-	// reapBound is that of a dead instance in the register. A pulse that comes late
-	// sets the reaper's cut-off back by up to a heartbeat and half a second.
+	// reapBound is that of a dead instance in the register: its TTL and a second,
+	// and a heartbeat, by which one pulse that comes late sets the cut-off back.
 	reapBound = demoTTL + demoInterval + time.Second
 )
 
