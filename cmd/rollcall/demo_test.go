@@ -330,7 +330,11 @@ func TestDemoStuck(t *testing.T) {
 	if err := c.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = c.cmd.Wait() }() // it was killed
+	defer func() {
+		if err := c.cmd.Wait(); err == nil || err.Error() != "signal: killed" && err.Error() != "signal: terminated" {
+			t.Errorf("it ended with %v", err)
+		}
+	}()
 	s := &demoStage{dir: t.TempDir(), children: []*demoChild{c}}
 	ended, err := s.close(t.Context(), true)
 	if want := fmt.Sprintf("web-1, process %d, was killed and has not ended", c.pid()); ended != 0 || err == nil || err.Error() != want {
