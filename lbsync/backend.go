@@ -49,6 +49,7 @@ type backend struct {
 	acked    func() // applied has changed; must not block
 	looked   func() // there is something new in sights; must not block
 	claims   *claims
+	private  bool // see BackendConfig
 	log      zerolog.Logger
 
 	wake chan struct{} // of capacity 1: look at what mu guards
@@ -85,12 +86,21 @@ type backend struct {
 	unplaced   map[netip.AddrPort]bool      // no slot for it
 	static     bool                         // HAProxy refused a weight for the balance algorithm
 	process    Process                      // that static and noOverflow are of
-	idle       map[string]time.Time         // free slots that held an instance, since when
+	memory     Known                        // of the inventory that was forgotten
 	noOverflow bool                         // HAProxy refused a server beside the slots
 	postponed  map[netip.AddrPort]bool      // drain would leave nobody
 	undone     bool                         // HAProxy did not take all of it; a whole look shows what
-	said       map[string]time.Time         // what has been reported, and when
+	told       map[netip.AddrPort]order     // what servers with an agent have been told, and had then
+	lookAt     time.Time                    // whether HAProxy has undone a placement; zero: nothing to look for
+	fault      string                       // why the backend is not driven
+	said       said
 	polls      int
+}
+
+// order is what a server with an agent is told.
+type order struct {
+	state Admin
+	none  bool // no weight
 }
 
 // leaving is the progress of one server's end.
@@ -105,12 +115,13 @@ func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registr
 		allow = cfg.Allow
 	}
 	return &backend{
-		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh, acked: acked, looked: looked, claims: claims,
+		cfg: cfg, service: bc.Service, name: bc.Backend, mode: bc.Mode, balancer: bal, refresh: refresh, acked: acked, looked: looked, claims: claims, private: bc.Private,
 		rules: rules{allow: allow, hold: cfg.Hold},
 		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
 		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{}, back: map[netip.AddrPort]bool{},
 		fast: map[netip.AddrPort]time.Time{}, leaving: map[netip.AddrPort]*leaving{}, held: map[netip.AddrPort]time.Time{},
-		unplaced: map[netip.AddrPort]bool{}, said: map[string]time.Time{}, postponed: map[netip.AddrPort]bool{}, doubted: map[netip.AddrPort]bool{},
+		unplaced: map[netip.AddrPort]bool{}, said: said{}, postponed: map[netip.AddrPort]bool{}, doubted: map[netip.AddrPort]bool{},
+		told: map[netip.AddrPort]order{},
 	}
 }
 
@@ -245,16 +256,25 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	if reread {
 		b.forget()
 	}
+	if left := b.nextFull - now.Sub(b.readAt); b.fault != "" && !reread && left > 0 {
+		b.observeFault()
+		return left, nil
+	}
 	var addrs []netip.AddrPort
 	// What waits for other servers to be up, or for its own check to fail, must
 	// see all of them: HAProxy's checks tell nobody. Who rises is looked at when
 	// there is nothing else to do: a change need not wait for a whole read.
 	waits := (len(b.held)+len(b.postponed) > 0 || b.undone) && now.Sub(b.readAt) >= waitPoll ||
-		b.have != nil && b.have.Rising > 0 && len(dirty) == 0 && now.Sub(b.readAt) >= b.riseIn
+		b.have != nil && b.have.Rising > 0 && len(dirty) == 0 && now.Sub(b.readAt) >= b.riseIn ||
+		!b.lookAt.IsZero() && !now.Before(b.lookAt)
 	whole := b.have == nil || waits || now.Sub(b.readAt) >= b.nextFull
 	if whole {
 		if addrs, err = b.readWhole(ctx); err != nil {
 			return 0, err
+		}
+		if b.fault != "" {
+			b.observeFault()
+			return b.nextFull, nil
 		}
 	} else {
 		if addrs, err = b.due(ctx, now, dirty); err != nil {
@@ -290,7 +310,10 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 
 // forget drops what is known of the backend, and remembers who was up.
 func (b *backend) forget() {
+	clear(b.told)
+	b.lookAt = time.Time{}
 	if b.have != nil {
+		b.memory = b.have.remember()
 		b.fast = map[netip.AddrPort]time.Time{}
 		b.have.Each(func(s Server) {
 			if s.Admin == Ready && s.Up {
@@ -314,24 +337,36 @@ func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
 	if !b.process.Same(st.Process) { // perhaps with another configuration
 		b.process, b.static, b.noOverflow = st.Process, false, false
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	inv := NewInventory(st, func(a netip.AddrPort) bool { return b.view.Lookup(a).Present && b.rules.allowed(a.Addr()) })
+	now := time.Now()
+	b.readAt, b.nextFull, b.lookAt = now, registrar.Shorten(b.cfg.Full), time.Time{}
+	b.judge(st)
+	if b.fault != "" {
+		b.forget()
+		return nil, nil
+	}
 	// A slot that was free at the last look has been since then, and one that was
 	// not is from now on. Of what was before the first look nothing is known.
-	now, idle := time.Now(), map[string]time.Time{}
-	inv.freed(func(name string) time.Time {
-		since, known := b.idle[name]
-		if watched && !known {
-			since = now
+	k := b.memory
+	if b.have != nil {
+		k = b.have.remember()
+	}
+	k.Allowed = b.rules.allowed
+	if watched {
+		k.Now = now
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if k.Instance = nil; b.view.Known {
+		k.Instance = func(a netip.AddrPort) bool {
+			e := b.view.Lookup(a)
+			return e.Present || e.Gone != nil || e.Garbage != ""
 		}
-		idle[name] = since
-		return since
-	})
-	b.idle = idle
+	}
+	inv := NewInventory(st, k)
 	inv.Dynamic = b.mode == Dynamic || b.mode == Auto && inv.Slots == 0
 	inv.Overflow = b.mode == Auto && inv.Slots > 0 && !b.noOverflow
 	inv.Checks, inv.Static = b.cfg.Checks, b.static
+	inv.Private = b.private && !st.Process.AtLeast(3, 0)
 	if b.mode == Slots && inv.Slots == 0 {
 		return nil, fmt.Errorf("backend %s has no server-template slots of host %s", b.name, SlotHost)
 	}
@@ -342,11 +377,12 @@ func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
 		b.riseIn = lastPoll
 	}
 	b.rising = inv.Rising
-	b.have, b.readAt, b.seen = inv, now, now
-	b.nextFull = registrar.Shorten(b.cfg.Full)
+	b.have, b.seen = inv, now
 	all := map[netip.AddrPort]bool{}
 	b.view.Each(func(e registrar.Entry) { all[e.Addr] = true })
-	inv.Each(func(s Server) { all[s.Addr] = true })
+	for a := range inv.byAddr {
+		all[a] = true
+	}
 	addrs := make([]netip.AddrPort, 0, len(all))
 	for a := range all {
 		addrs = append(addrs, a)
@@ -354,6 +390,24 @@ func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
 	// The same choice at every balancer when not all of them fit.
 	slices.SortFunc(addrs, netip.AddrPort.Compare)
 	return addrs, nil
+}
+
+// judge says whether the backend can be driven as it is configured.
+func (b *backend) judge(st State) {
+	fault := st.Fault
+	slots := slices.DeleteFunc(slices.Clone(st.Servers), func(s Server) bool { return !s.Slot })
+	if fault == "" && len(slots) > 0 && !slices.ContainsFunc(slots, func(s Server) bool { return !s.Backup }) {
+		fault = "all its slots are `backup`, which get no request while another server is up; give it a server-template without that word"
+	}
+	if fault == b.fault {
+		return
+	}
+	b.fault = fault
+	if fault != "" {
+		b.log.Error().Str("why", fault).Msg("backend is not driven; its servers stay as they are")
+	} else {
+		b.log.Info().Msg("backend is driven again")
+	}
 }
 
 // due returns the addresses that have something to do: those that changed, and
@@ -365,7 +419,7 @@ func (b *backend) due(ctx context.Context, now time.Time, dirty map[netip.AddrPo
 	}
 	var look []Server
 	for a := range b.leaving {
-		if s, ok := b.have.Lookup(a); ok && s.Admin == Drain {
+		if s, ok := b.have.Lookup(a); ok && (s.Admin == Drain || s.Busy > 0) {
 			look = append(look, s)
 		}
 		addrs = append(addrs, a)
@@ -412,7 +466,7 @@ func (b *backend) enter(ops []Op, got Applied) error {
 		return fmt.Errorf("backend %s: %w", b.name, ErrReplaced)
 	}
 	b.seen = time.Now()
-	b.have.Update(ops, got.Servers)
+	b.have.Update(ops, got.Servers, b.seen)
 	if got.Active >= 0 {
 		b.have.Serving = got.Active // HAProxy's checks tell nobody else
 	}
@@ -460,8 +514,8 @@ func (b *backend) pursue(ctx context.Context, heard map[netip.AddrPort]time.Time
 		// A slot that has not got its address yet is nobody's: only a whole look finds
 		// what it has then.
 		late = late || slices.ContainsFunc(ops, func(o Op) bool {
-			_, there := b.have.Lookup(o.Addr)
-			return o.Kind == SetAddr && !there
+			s, there := b.have.byName[o.Name]
+			return o.Kind == SetAddr && (!there || s.Addr != o.Addr)
 		})
 		last = ops
 	}
@@ -484,12 +538,12 @@ func parts(ops []Op) [][]Op {
 
 // apply has the balancer carry out ops and takes in what became of them.
 func (b *backend) apply(ctx context.Context, ops []Op, heard map[netip.AddrPort]time.Time) error {
-	for _, o := range ops {
-		delete(b.idle, o.Name) // whatever becomes of it
-	}
 	got, err := b.balancer.Apply(ctx, b.name, ops)
 	if err != nil {
 		return err
+	}
+	if b.have.Fickle && slices.ContainsFunc(ops, func(o Op) bool { return o.Kind == SetAddr }) {
+		b.lookAt = time.Now().Add(waitPoll)
 	}
 	if err := b.enter(ops, got); err != nil {
 		return err
@@ -512,7 +566,7 @@ func (b *backend) serveCold(ctx context.Context) error {
 	if cold == nil {
 		return nil
 	}
-	if _, err := b.readWhole(ctx); err != nil {
+	if _, err := b.readWhole(ctx); err != nil || b.fault != "" {
 		return err
 	}
 	serves := false
@@ -523,8 +577,8 @@ func (b *backend) serveCold(ctx context.Context) error {
 	}
 	var wants []Want
 	for _, i := range cold.Instances {
-		if b.rules.allowed(i.Addr.Addr()) {
-			wants = append(wants, Want{Addr: i.Addr, Goal: Serve, State: i.State, Weight: i.Weight})
+		if b.rules.allowed(i.Addr.Addr()) && i.State != Maint {
+			wants = append(wants, Want{Insist: true, Addr: i.Addr, Goal: Serve, State: i.State, Weight: i.Weight})
 		}
 	}
 	b.log.Warn().Time("read_at", cold.ReadAt).Int("instances", len(wants)).Msg("redis is away and the backend is empty: serving an old list")
@@ -542,7 +596,7 @@ func (b *backend) state() (registrar.Token, bool) {
 }
 
 func (b *backend) config() BackendConfig {
-	return BackendConfig{b.service, b.name, b.mode, b.rules.allow}
+	return BackendConfig{b.service, b.name, b.mode, b.rules.allow, b.private}
 }
 
 // standing returns how the backend stands. Anybody may call it.
@@ -558,13 +612,40 @@ func (b *backend) standing() BackendStatus {
 	return s
 }
 
+// notes are what is to be logged when mu is free: a log can block.
+type notes []func()
+
+func (n *notes) add(say func()) { *n = append(*n, say) }
+
+func (n notes) say() {
+	for _, f := range n {
+		f()
+	}
+}
+
 // wants turns what the register says of addrs into wants of one goal.
 func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want {
+	var later notes
 	kept := map[verdict][]netip.AddrPort{}
-	defer b.tellKept(kept) // when mu is free: a log can block
+	ws := b.choose(addrs, goal, now, kept, &later)
+	later.say()
+	b.tellKept(kept)
+	return ws
+}
+
+// read is what a decision on addr, which s holds if it is there, needs to know of the
+// last read. The caller has mu.
+func (b *backend) read(addr netip.AddrPort, s Server, there bool) read {
+	return read{
+		ttl: b.view.TTL, interval: b.view.Interval, empty: b.have.Serving == 0, doubted: b.doubted[addr],
+		human: there && b.have.Human(s), parked: there && b.have.parked(&s), blank: b.have.Blank(addr),
+	}
+}
+
+// choose is wants with what it has to say left for later.
+func (b *backend) choose(addrs []netip.AddrPort, goal Goal, now time.Time, kept map[verdict][]netip.AddrPort, later *notes) []Want {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	rd := read{ttl: b.view.TTL, interval: b.view.Interval, empty: b.have.Serving == 0}
 	serving := b.have.Serving
 	// Whose drain HAProxy has not carried out, or no longer knows of, is not
 	// leaving: what holds for everybody holds for it.
@@ -575,38 +656,41 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 	for _, s := range b.have.extra {
 		serving -= serves(s)
 	}
-	if goal == Leave { // who goes by absence must not count on who goes by a word
-		for _, addr := range addrs {
-			s, there := b.have.Lookup(addr)
-			if v := b.rules.decide(b.view.Lookup(addr), s, there, rd); v.goal == Leave && v.word && b.leaving[addr] == nil {
-				serving -= serves(&s)
-			}
+	// Who is drained or goes by absence must not count on who goes by a word.
+	for _, addr := range addrs {
+		s, there := b.have.Lookup(addr)
+		if v := b.rules.decide(b.view.Lookup(addr), s, there, b.read(addr, s, there)); v.goal == Leave && v.word && b.leaving[addr] == nil {
+			serving -= serves(&s)
 		}
 	}
 	floor := sync.OnceValue(b.share)
 	var next netip.AddrPort
 	if goal == Leave {
-		next = b.pace(now)
+		next = b.pace(now, later)
 	}
 	wants := make([]Want, 0, len(addrs))
 	for _, addr := range addrs {
 		e := b.view.Lookup(addr)
 		s, there := b.have.Lookup(addr)
-		rd.doubted = b.doubted[addr]
+		rd := b.read(addr, s, there)
 		v := b.rules.decide(e, s, there, rd)
-		if !v.stale {
+		if v.goal == Serve || there && !rd.parked {
 			delete(b.doubted, addr) // it has a server, or nobody else has
 		}
-		if v.goal != Leave {
+		if v.goal == Serve || v.goal == Keep && there { // of what is gone finish tells
 			delete(b.leaving, addr)
+		}
+		if v.goal != Leave {
 			delete(b.held, addr)
 		}
 		if v.goal != Serve {
 			delete(b.unplaced, addr)
 			delete(b.postponed, addr)
 		}
-		if e.Present && v.goal == Keep {
-			b.once(addr.String()+v.why, func(l *zerolog.Event) { l.Stringer("addr", addr).Str("why", v.why).Msg("not served") })
+		if e.Present && v.goal == Keep && v.why != "" {
+			later.add(func() {
+				b.once("not served", addr.String()+v.why, func(l *zerolog.Event) { l.Stringer("addr", addr).Str("why", v.why).Msg("not served") })
+			})
 		}
 		if v.goal != goal {
 			continue
@@ -615,16 +699,15 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 		if goal == Serve {
 			w.State, w.Weight = admin(e.Instance.State()), e.Instance.Weight()
 			w.Fast = now.Sub(b.fast[addr]) < recent
-			if there && Human(s) && w.State != Maint {
-				b.once(s.Name+" human", func(l *zerolog.Event) {
-					l.Stringer("addr", addr).Str("server", s.Name).Msg("in maint by a human's hand; left alone")
-				})
+			if there && b.have.Human(s) {
+				later.add(func() { b.tellHuman(addr, s) })
 			}
-			if b.isLast(addr, w.State, s, serving, floor) {
+			if b.isLast(addr, w.State, s, serving, floor, later) {
 				w.State = Ready
 			} else if w.State != Ready || w.Weight == 0 {
 				serving -= serves(&s)
 			}
+			w.Insist = b.insist(w, s, there)
 			wants = append(wants, w)
 			continue
 		}
@@ -633,8 +716,10 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 			// of one that is absent because the register lost its data.
 			if other := b.claims.other(addr, b.service); other != "" && v.hold > 0 && e.Gone != nil {
 				v.hold, v.why = 0, fmt.Sprintf("service %s has its address", other)
-				b.once(addr.String()+v.why, func(l *zerolog.Event) {
-					l.Stringer("addr", addr).Str("other", string(other)).Msg("not held: another service has this address")
+				later.add(func() {
+					b.once("other service", addr.String()+v.why, func(l *zerolog.Event) {
+						l.Stringer("addr", addr).Str("other", string(other)).Msg("not held: another service has this address")
+					})
 				})
 			}
 			paced := b.many && e.Gone == nil && serves(&s) == 1
@@ -659,11 +744,37 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 		if s.Admin == Maint && l.maint.IsZero() {
 			l.maint = now
 		}
+		w.Now = v.now
 		w.Overdue = now.Sub(l.since) >= b.cfg.DrainTimeout
 		w.Settled = !l.maint.IsZero() && now.Sub(l.maint) >= b.cfg.Quarantine
 		wants = append(wants, w)
 	}
 	return wants
+}
+
+// tellHuman says that s is left in maint.
+func (b *backend) tellHuman(addr netip.AddrPort, s Server) {
+	msg := "in maint by a human's hand; left alone"
+	if s.Agent {
+		msg = "in maint by its agent or by a human's hand; left alone"
+	}
+	b.once("human", s.Name, func(l *zerolog.Event) { l.Stringer("addr", addr).Str("server", s.Name).Msg(msg) })
+}
+
+// insist tells whether a server must be told what w says. Without an agent always;
+// with one, until it has had it once: what it has after that its agent has made of it.
+func (b *backend) insist(w Want, s Server, there bool) bool {
+	if !there || !s.Agent {
+		delete(b.told, w.Addr)
+		return true
+	}
+	w = w.of(&s)
+	o := order{w.State, w.Weight == 0}
+	if s.Admin == w.State && (o.none || s.Weight > 0) {
+		b.told[w.Addr] = o
+	}
+	got, had := b.told[w.Addr]
+	return !had || got != o
 }
 
 // share is how many servers must be up of those that the register wants ready,
@@ -683,13 +794,16 @@ func (b *backend) share() int {
 
 // isLast tells whether a drain must wait because nobody else is up, or too few
 // of those who shall be. maint does not wait: who says maint means it.
-func (b *backend) isLast(addr netip.AddrPort, state Admin, s Server, serving int, floor func() int) bool {
+func (b *backend) isLast(addr netip.AddrPort, state Admin, s Server, serving int, floor func() int, later *notes) bool {
 	if state != Drain || serves(&s) == 0 || serving > max(1, floor()) {
 		delete(b.postponed, addr)
 		return false
 	}
 	if !b.postponed[addr] {
-		b.log.Warn().Stringer("addr", addr).Int("up", serving).Int("at_least", max(1, floor())).Msg("drain waits: too few other servers are up")
+		least := max(1, floor())
+		later.add(func() {
+			b.log.Warn().Stringer("addr", addr).Int("up", serving).Int("at_least", least).Msg("drain waits: too few other servers are up")
+		})
 	}
 	b.postponed[addr] = true
 	return true
@@ -700,7 +814,7 @@ func (b *backend) isLast(addr netip.AddrPort, state Admin, s Server, serving int
 // living too, when they cannot reach it. Then, until none is left, they go one each
 // registrar.LetGoEvery, and pace returns who may go now, the longest held. The
 // caller has mu.
-func (b *backend) pace(now time.Time) (next netip.AddrPort) {
+func (b *backend) pace(now time.Time, later *notes) (next netip.AddrPort) {
 	if len(b.held) < 2 && !b.many {
 		return next
 	}
@@ -718,8 +832,11 @@ func (b *backend) pace(now time.Time) (next netip.AddrPort) {
 	was := b.many
 	b.many = missing > 0 && (was || missing > 1 && missing*2 >= b.have.Serving)
 	if b.many && !was {
-		b.once("many", func(l *zerolog.Event) {
-			l.Int("absent", missing).Int("up", b.have.Serving).Dur("each", registrar.LetGoEvery).Msg("many are absent, and nobody said how they went; they are kept, and then go one by one")
+		up := b.have.Serving
+		later.add(func() {
+			b.once("many", "", func(l *zerolog.Event) {
+				l.Int("absent", missing).Int("up", up).Dur("each", registrar.LetGoEvery).Msg("many are absent, and nobody said how they went; they are kept, and then go one by one")
+			})
 		})
 	}
 	if b.many && now.Sub(b.letGo) < registrar.LetGoEvery {
@@ -764,13 +881,13 @@ func (b *backend) tellKept(kept map[verdict][]netip.AddrPort) {
 	const few = 5
 	for v, addrs := range kept {
 		if len(addrs) > few {
-			b.once("kept "+v.why, func(l *zerolog.Event) {
+			b.once("kept", v.why, func(l *zerolog.Event) {
 				l.Int("instances", len(addrs)).Stringer("first", addrs[0]).Str("why", v.why).Dur("hold", v.hold).Msg("kept")
 			})
 			continue
 		}
 		for _, a := range addrs {
-			b.once("kept "+a.String()+v.why, func(l *zerolog.Event) {
+			b.once("kept", a.String()+v.why, func(l *zerolog.Event) {
 				l.Stringer("addr", a).Str("why", v.why).Dur("hold", v.hold).Msg("kept")
 			})
 		}
@@ -787,11 +904,15 @@ func (b *backend) overflow(ops []Op) {
 		if o.Kind != Add {
 			continue
 		}
-		if _, there := b.have.Lookup(o.Addr); !there {
+		if _, there := b.have.byName[o.Name]; !there {
 			b.have.Overflow, b.noOverflow = false, true
 			return
 		}
-		b.log.Error().Stringer("addr", o.Addr).Int("slots", b.have.Slots).Msg("no slot is left; served by a server that does not survive a reload; raise the server-template's count")
+		if free := b.have.Free(); free > 0 {
+			b.log.Info().Str("server", o.Name).Int("free", free).Msg("served beside the slots: those that are free may not be used again yet")
+			continue
+		}
+		b.log.Error().Str("server", o.Name).Int("slots", b.have.Slots).Msg("no slot is left; served by a server that does not survive a reload; raise the server-template's count")
 	}
 }
 
@@ -807,7 +928,9 @@ func (b *backend) place(wants []Want, unplaced []netip.AddrPort) {
 	for _, a := range unplaced {
 		b.unplaced[a] = true
 	}
-	if n := len(b.unplaced); n > before {
+	if n := len(b.unplaced); n > before && b.have.Free() > 0 {
+		return // until the quarantine of one ends
+	} else if n > before {
 		b.log.Error().Int("slots", b.have.Slots).Int("without", n).Msg("instances without a slot are not served; raise the server-template's count")
 	} else if n == 0 && before > 0 {
 		b.log.Info().Int("slots", b.have.Slots).Msg("every instance has a slot again")
@@ -816,15 +939,10 @@ func (b *backend) place(wants []Want, unplaced []netip.AddrPort) {
 
 // finish settles what has reached its end.
 func (b *backend) finish(addrs []netip.AddrPort) {
-	now := time.Now()
 	for _, a := range addrs {
 		s, there := b.have.Lookup(a)
 		if b.leaving[a] != nil {
-			freed := b.have.Release(a, now)
-			if freed {
-				b.idle[s.Name] = now
-			}
-			if freed || !there {
+			if !there {
 				delete(b.leaving, a)
 				b.log.Info().Stringer("addr", a).Msg("gone")
 			}
@@ -841,7 +959,7 @@ func (b *backend) finish(addrs []netip.AddrPort) {
 // tell logs what was done: each change of a few, the count of many.
 func (b *backend) tell(ops []Op, got Applied, heard map[netip.AddrPort]time.Time) {
 	for _, r := range got.Refused {
-		b.once("refused "+r, func(l *zerolog.Event) { l.Str("haproxy", r).Msg("refused") })
+		b.once("refused", r, func(l *zerolog.Event) { l.Str("haproxy", r).Msg("refused") })
 	}
 	const few = 20
 	if len(ops) > few {
@@ -851,7 +969,7 @@ func (b *backend) tell(ops []Op, got Applied, heard map[netip.AddrPort]time.Time
 	logged := ""
 	for _, o := range ops {
 		s, ok := b.have.byName[o.Name]
-		if !ok || o.Name == logged || o.Kind != SetReady && o.Kind != SetDrain && o.Kind != SetMaint && o.Kind != SetWeight {
+		if !ok || o.Name == logged || b.have.parked(s) || o.Kind != SetReady && o.Kind != SetDrain && o.Kind != SetMaint && o.Kind != SetWeight {
 			continue
 		}
 		logged = o.Name // a server's ops stand together
@@ -863,23 +981,36 @@ func (b *backend) tell(ops []Op, got Applied, heard map[netip.AddrPort]time.Time
 	}
 }
 
-// once warns of what holds on, and not again for an hour.
-func (b *backend) once(key string, say func(*zerolog.Event)) {
+// said is what has been reported, by kind and detail, and when.
+type said map[string]map[string]time.Time
+
+// once warns of what holds on, and not again for an hour. Of one kind it says a hundred
+// things an hour, and then once that there are more.
+func (b *backend) once(kind, detail string, say func(*zerolog.Event)) {
 	const (
 		again = time.Hour
-		limit = 1000
+		limit = 100
 	)
 	now := time.Now()
-	if t, ok := b.said[key]; ok && now.Sub(t) < again {
+	of := b.said[kind]
+	if of == nil {
+		of = map[string]time.Time{}
+		b.said[kind] = of
+	}
+	if t, ok := of[detail]; ok && now.Sub(t) < again {
 		return
 	}
-	if len(b.said) >= limit {
-		maps.DeleteFunc(b.said, func(_ string, t time.Time) bool { return now.Sub(t) >= again })
+	if len(of) >= limit {
+		maps.DeleteFunc(of, func(_ string, t time.Time) bool { return now.Sub(t) >= again })
 	}
-	if len(b.said) >= limit {
+	if len(of) > limit {
 		return
 	}
-	b.said[key] = now
+	of[detail] = now
+	if len(of) > limit {
+		b.log.Warn().Str("kind", kind).Int("said", limit).Msg("more of this kind; the next are not said before an hour is over")
+		return
+	}
 	say(b.log.Warn())
 }
 
@@ -892,6 +1023,12 @@ func (b *backend) pause(now time.Time) time.Duration {
 	}
 	if len(b.held) > 0 || len(b.unplaced) > 0 || len(b.postponed) > 0 || b.undone {
 		next = min(next, waitPoll)
+	}
+	if len(b.unplaced) > 0 && b.have != nil && b.have.Free() > 0 {
+		next = min(next, max(min(b.cfg.Quarantine, lastPoll), firstPoll))
+	}
+	if !b.lookAt.IsZero() {
+		next = min(next, max(b.lookAt.Sub(now), 0))
 	}
 	if b.have != nil && b.have.Rising > 0 {
 		if b.have.Rising > b.rising { // somebody came

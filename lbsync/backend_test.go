@@ -22,7 +22,7 @@ func TestTheDeadStayOut(t *testing.T) {
 	b := newBackend(Config{Allow: DefaultAllow(), Full: DefaultFull}, BackendConfig{Service: "web", Backend: "be"}, nil,
 		func(registrar.Service) { refreshed++ }, func() {}, func() {}, newClaims(), zerolog.Nop())
 	up, dead := netip.MustParseAddrPort("10.0.0.1:80"), netip.MustParseAddrPort("10.0.0.2:80")
-	b.have = NewInventory(State{Servers: []Server{{Name: DynamicName(up), ID: 1, Addr: up, Admin: Ready, Up: true, Weight: 100}}}, func(netip.AddrPort) bool { return true })
+	b.have = NewInventory(State{Servers: []Server{{Name: DynamicName(up), ID: 1, Addr: up, Admin: Ready, Up: true, Weight: 100}}}, Known{})
 	begun := int64(1_000_000_000)
 	read := func(at time.Duration, beat int64, interrupted bool) {
 		now := begun + at.Milliseconds()
@@ -95,7 +95,7 @@ func TestClaimIsNoWord(t *testing.T) {
 	server := func(id int, a netip.AddrPort) Server {
 		return Server{Name: DynamicName(a), ID: id, Addr: a, Admin: Ready, Up: true, Checked: true, Passed: true, Weight: 100}
 	}
-	be.have = NewInventory(State{Servers: []Server{server(1, a), server(2, b)}}, func(netip.AddrPort) bool { return true })
+	be.have = NewInventory(State{Servers: []Server{server(1, a), server(2, b)}}, Known{})
 	now := int64(1_000_000_000)
 	read := func(svc registrar.Service, interrupted bool, addrs ...netip.AddrPort) notifier.Change {
 		c := notifier.Change{Interrupted: interrupted, Snapshot: registrar.Snapshot{
@@ -138,7 +138,9 @@ type tardy struct {
 
 func (l *tardy) Read(context.Context, string) (State, error) {
 	s := l.Servers[0]
-	s.Addr = l.addr
+	if s.Addr = l.addr; s.Addr != Placeholder {
+		s.Admin = Drain
+	}
 	return State{Process: l.Process, Servers: []Server{s}}, nil
 }
 
@@ -149,14 +151,16 @@ func (l *tardy) Apply(_ context.Context, _ string, ops []Op) (Applied, error) {
 			l.addr = o.Addr
 		}
 	}
-	return Applied{Process: l.Process, Servers: l.Servers}, nil
+	read := l.Servers[0]
+	read.Admin = Drain
+	return Applied{Process: l.Process, Servers: []Server{read}}, nil
 }
 
 // TestLateAddress has a slot that gets its address after HAProxy was read back, as
 // HAProxy 3 may when it is busy. The instance must not wait for it until the next full
 // look.
 func TestLateAddress(t *testing.T) {
-	a, before := netip.MustParseAddrPort("10.0.0.1:80"), netip.MustParseAddrPort("10.0.0.2:80")
+	a, before := netip.MustParseAddrPort("10.0.0.1:80"), Placeholder
 	sent := 0
 	bal := &tardy{standing{State{Process: Process{PID: 1, Version: "3.0.11"},
 		Servers: []Server{{Name: "s1", ID: 1, Slot: true, Admin: Maint, Addr: before}}}, &sent}, before}
@@ -166,14 +170,14 @@ func TestLateAddress(t *testing.T) {
 		Token:   registrar.Token{ReplID: "r", Epoch: "e", Version: 1},
 		Entries: []registrar.Entry{{Addr: a, Present: true, Instance: registrar.Instance{Addr: a, Beat: 1, Meta: registrar.Meta{Weight: 100}}}}}})
 	next, err := b.Step(t.Context())
-	if err != nil || sent != 2 || next > waitPoll {
-		t.Fatalf("%d ops, next look in %v, %v; want a weight and an address, and a look soon", sent, next, err)
+	if err != nil || sent != 3 || next > waitPoll {
+		t.Fatalf("%d ops, next look in %v, %v; want a weight, a drain and an address, and a look soon", sent, next, err)
 	}
 	if _, applied := b.state(); applied {
 		t.Error("acknowledged before the slot has the address")
 	}
 	b.readAt = b.readAt.Add(-waitPoll)
-	if _, err := b.Step(t.Context()); err != nil || sent < 4 {
+	if _, err := b.Step(t.Context()); err != nil || sent < 5 {
 		t.Errorf("%d ops, %v; want it made ready with the next look", sent, err)
 	}
 }
@@ -257,7 +261,7 @@ func TestPace(t *testing.T) {
 					addrs = append(addrs, a)
 					servers = append(servers, Server{Name: DynamicName(a), ID: i + 1, Addr: a, Admin: Ready, Weight: 100, Up: !tt.down || i >= tt.missing})
 				}
-				b.have = NewInventory(State{Servers: servers}, func(netip.AddrPort) bool { return true })
+				b.have = NewInventory(State{Servers: servers}, Known{})
 				read := func(missing int, token registrar.Token) {
 					now := time.Now().UnixMilli()
 					c := notifier.Change{Interrupted: token.Version == 2, Snapshot: registrar.Snapshot{Service: "web", Full: true, Now: now, TTL: ttl, Interval: ttl / 3, Token: token}}

@@ -20,9 +20,14 @@ var (
 	ErrNoBackend = errors.New("no such backend")
 )
 
-// NamePrefix begins the name of every dynamic server that lbsync adds. With
-// Server.Slot it is the whole of ownership: nothing else is ever touched.
+// NamePrefix begins the name of every dynamic server that lbsync adds; its address
+// follows (see DynamicName). With Server.Slot it is the whole of ownership: nothing
+// else is ever touched.
 const NamePrefix = "rc_"
+
+// Placeholder is the address that lbsync gives a server of its own that holds no
+// instance. Port 1 is assigned to tcpmux, which nothing serves any more.
+var Placeholder = netip.MustParseAddrPort("127.0.0.1:1")
 
 // Process identifies one running HAProxy worker. Two exchanges with equal
 // Process spoke to the same worker; a PID alone repeats in containers.
@@ -85,27 +90,49 @@ type Server struct {
 	Passed  bool // its last health check succeeded
 	Weight  int  // the user weight, 0 to 256
 	Busy    int  // connections in use; -1 where the report does not tell
+
+	// What the configuration says of it. Only Read tells; it is the same as long as
+	// the process is.
+	Configured int  // the initial weight, 0 to 256; an agent's percentages are of it
+	Backup     bool // it gets requests only while no other server does
+	Agent      bool // an agent-check may change its weight and its state
+
+	Resolver bool // in maint by HAProxy's own resolver (only Read tells)
+	// Untouched says that its state has not changed since the process began, or
+	// before that, by a state file. Only Read tells, and not of every balancer.
+	Untouched bool
 }
 
 // Ours tells whether lbsync may touch s at all.
 func (s Server) Ours() bool {
-	return s.Slot || len(s.Name) > len(NamePrefix) && s.Name[:len(NamePrefix)] == NamePrefix
+	_, named := dynamicAddr(s.Name)
+	return s.Slot || named
 }
 
-// Serving tells whether HAProxy sends new requests to s.
-func (s Server) Serving() bool { return s.Admin == Ready && s.Up && s.Weight > 0 }
+// Serving tells whether HAProxy sends new requests to s. A backup is not meant: it
+// gets them only when nobody else can.
+func (s Server) Serving() bool { return s.Admin == Ready && s.Up && s.Weight > 0 && !s.Backup }
 
 // State is a backend read whole.
 type State struct {
 	Process Process
 	Servers []Server // in the balancer's order, ours and others'
+	// Fault is why the backend cannot be driven as it is configured, and the line
+	// to change, for people; empty if it can.
+	Fault string
+	// Fickle says that HAProxy may undo what it was told, by an agent for instance,
+	// or that this balancer cannot tell whether it may.
+	Fickle bool
+	// Lacks has the kinds of Op that this balancer has no way to carry out.
+	Lacks []Kind
 }
 
 // Kind is what an Op does.
 type Kind int
 
 // The kinds of Op. Add takes Addr too and creates the server in maint with
-// weight 0; SetAddr takes Addr, SetWeight takes Weight.
+// weight 0, with a health check if Check says so; SetAddr takes Addr, SetWeight takes
+// Weight.
 const (
 	Add Kind = iota
 	SetAddr
@@ -117,6 +144,8 @@ const (
 	SetWeight
 	Shutdown // cuts the sessions of the server
 	Delete
+	EnableAgent
+	DisableAgent
 )
 
 // Op is one change of one server, named by both its name and its id.
@@ -129,6 +158,7 @@ type Op struct {
 	// Percent says that Weight is a share of the configured weight, 0 or 100:
 	// all that a backend with a static balance algorithm takes.
 	Percent bool
+	Check   bool // with Add: a health check, also if the operator's options name none
 }
 
 // Applied is what one Apply came to.
@@ -140,7 +170,7 @@ type Applied struct {
 	// Refused holds the balancer's own words for what it refused, in order.
 	Refused []string
 	// Active is how many servers of the backend, ours and others', were Serving
-	// after the last Op; -1 if that was not asked.
+	// after the last Op, backups not counted; -1 if that was not asked.
 	Active int
 	// Static says that a weight was refused because the balance algorithm is a
 	// static one.

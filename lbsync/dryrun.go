@@ -37,7 +37,9 @@ func (d *DryRun) Read(ctx context.Context, backend string) (State, error) {
 	if d.states == nil {
 		d.states = map[string]State{}
 	}
-	d.states[backend] = State{st.Process, slices.Clone(st.Servers)}
+	kept := st
+	kept.Servers = slices.Clone(st.Servers)
+	d.states[backend] = kept
 	return st, nil
 }
 

@@ -87,7 +87,10 @@ var (
 		netip.MustParseAddrPort("10.0.0.1:80"), netip.MustParseAddrPort("10.0.0.2:80"), netip.MustParseAddrPort("10.0.0.3:80"),
 		netip.MustParseAddrPort("10.0.0.4:80"), netip.MustParseAddrPort("[fc00::5]:80"), netip.MustParseAddrPort("8.8.8.8:80"),
 	}
-	modelKinds = kinds(
+	// modelBlanks are what templates give their unused slots: the usual one, one that
+	// no instance may have, and one that an instance might have.
+	modelBlanks = []netip.AddrPort{Placeholder, netip.MustParseAddrPort("192.0.2.1:8080"), netip.MustParseAddrPort("10.9.9.1:80")}
+	modelKinds  = kinds(
 		"step", 60, "time", 40, "poll", 60, "full", 6, "join", 40, "app", 8, "silent", 8, "leave", 10, "expire", 20, "deregister", 4,
 		"admin", 20, "meta", 10, "takeover", 3, "save", 3, "restore", 2, "renamed", 2, "redis down", 3, "redis up", 12, "garbage", 3, "prune", 2, "again", 3,
 		"old answer", 2, "clock", 2, "boot", 4, "sick", 8, "human", 6, "unhuman", 3, "busy", 6, "trouble", 16, "lbsync", 4, "cold", 6, "twin", 3, "step", 10)
@@ -172,10 +175,11 @@ func newPlayer(rt *rapid.T, did *counts) *player {
 		p.mode = Auto
 	}
 	checked := drawBool.Draw(rt, "slots have checks")
+	blank := rapid.SampledFrom(modelBlanks).Draw(rt, "placeholder")
 	for i := range n {
 		m.template = append(m.template, Server{
 			Name: "s" + strconv.Itoa(i+1), ID: i + 1, Slot: true, Admin: Maint, Weight: 1, Checked: checked,
-			Addr: netip.MustParseAddrPort("127.0.0.1:1"),
+			Addr: blank, Configured: 1, Untouched: true,
 		})
 	}
 	if drawBool.Draw(rt, "a server of others") {
@@ -429,6 +433,7 @@ func (p *player) restart() {
 	}
 	p.cfg.Allow = p.cfg.Allow[:1+drawSmall.Draw(p.rt, "allowed too")%2]
 	p.start()
+	p.ha.restarted = true
 	for _, s := range p.ha.servers {
 		s.idle = time.Unix(1, 0) // nobody knows any more since when
 	}
@@ -466,14 +471,14 @@ func (p *player) stepOf(kind string, a netip.AddrPort) {
 		p.sick[a] = !p.sick[a]
 	case kind == "busy" && s != nil:
 		s.busy = drawSmall.Draw(rt, "busy") % 3
-	case kind == "human" && s != nil && p.ha.holders(a) == 1 && s.Admin != Maint && s.Weight > 0:
-		s.Admin, s.Up, s.Passed, s.human = Maint, false, false, true
+	case kind == "human" && s != nil && p.ha.holders(a) == 1 && s.Admin != Maint:
+		s.Admin, s.Up, s.Passed, s.human, s.Untouched = Maint, false, false, true, false
 		p.did.count("human")
-	case kind == "unhuman" && s != nil && s.human && s.Admin == Maint && s.Weight > 0:
+	case kind == "unhuman" && s != nil && s.human && s.Admin == Maint:
 		s.Admin, s.Up, s.human = Ready, true, false
 	case kind == "twin" && s != nil && s.Slot && !s.human:
 		for _, t := range p.ha.servers {
-			if t.Slot && t.Admin == Maint && t.Weight == 0 {
+			if t.Slot && t.Admin == Maint && t.nobody() {
 				t.Addr, t.Admin, t.Up, t.Weight, t.idle = a, Ready, true, 1, time.Time{}
 				p.backend.replaced() // nobody changes the addresses of slots behind lbsync's back
 				break
@@ -573,7 +578,10 @@ func (p *player) once() time.Duration {
 			continue
 		}
 		switch b := p.get(s.Addr); {
-		case placeholder(&s.Server):
+		case s.nobody() && m.restarted && p.allowed(s.Addr):
+			// An lbsync that has never seen this placeholder takes it for an instance
+			// of which the register says nothing: it goes when its grace is over.
+		case s.nobody():
 			p.rt.Fatalf("%s serves and holds nobody", s.Name)
 		case b.word():
 			p.rt.Fatalf("%s still serves %v, which is gone: %s", s.Name, s.Addr, b.Gone.Reason)
@@ -623,18 +631,22 @@ func (p *player) converged() {
 	free, twins := 0, map[netip.AddrPort]bool{}
 	for _, s := range m.servers {
 		b := p.belief(s.Addr)
-		idle := s.Admin == Maint && s.Weight == 0
 		switch {
-		case !s.Ours() || s.human && b.wanted():
-		case placeholder(&s.Server) || !b.wanted() && s.Slot && idle:
+		case !s.Ours() || s.human && s.Admin == Maint && !s.nobody():
+		case s.nobody() && m.restarted && p.allowed(s.Addr):
+			// As said in once; in maint it looks like a human's.
+		case s.nobody():
+			if !s.Slot {
+				rt.Fatalf("%s holds nobody, and is still there", s.Name)
+			}
 			free++
 			if s.Admin != Maint {
 				rt.Fatalf("%s is %v and holds nobody", s.Name, s.Admin)
 			}
-		case b.wanted() && !idle && twins[s.Addr]:
+		case b.wanted() && twins[s.Addr]:
 			rt.Fatalf("%v has two servers", s.Addr)
 		case b.wanted():
-			twins[s.Addr] = !idle
+			twins[s.Addr] = true
 		default:
 			if b.Present || b.word() || !s.Serving() || m.serving() > max(p.cfg.MinServers, m.share()) {
 				rt.Fatalf("%s still holds %v (%v, weight %d, up %v)", s.Name, s.Addr, s.Admin, s.Weight, s.Up)
@@ -654,6 +666,12 @@ func (p *player) converged() {
 		if !b.wanted() {
 			continue
 		}
+		if b.Instance.State() == registrar.AdminMaint {
+			if s != nil && !s.human {
+				rt.Fatalf("%v is to be in maint, and %s has it", a, s.Name)
+			}
+			continue
+		}
 		if s == nil {
 			if free > 0 && p.mode != Dynamic || m.template == nil && !m.noAdd {
 				rt.Fatalf("%v has no server, and %d slots are free", a, free)
@@ -661,17 +679,14 @@ func (p *player) converged() {
 			continue
 		}
 		want, weight := admin(b.Instance.State()), b.Instance.Weight()
-		if s.human && want != Maint {
+		if s.human {
 			continue
 		}
 		if m.static && weight > 0 {
 			weight = 1
 		}
-		if want == Maint {
-			weight = 0
-		}
 		last := want == Drain && s.Serving() && m.serving() <= max(1, m.share())
-		if s.Admin != want && !last || s.Weight != weight || want != Maint && !s.Slot && p.cfg.Checks != s.Checked {
+		if s.Admin != want && !last || s.Weight != weight || !s.Slot && p.backend.have.checks() != s.Checked {
 			rt.Fatalf("%s of %v is %v with weight %d, checked %v, want %v with weight %d", s.Name, a, s.Admin, s.Weight, s.Checked, want, weight)
 		}
 	}

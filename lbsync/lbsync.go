@@ -44,6 +44,10 @@ type BackendConfig struct {
 	Backend string
 	Mode    Mode
 	Allow   []netip.Prefix // in the place of Config.Allow; none = that
+	// Private says that HAProxy ties connections to servers to one client's
+	// connection each (http-reuse never), so that before 3.0 a slot that is used again
+	// may go on serving the instance before.
+	Private bool
 }
 
 // Config says what to keep true, and how carefully. The zero value of a
@@ -222,6 +226,8 @@ type BackendStatus struct {
 	Held      int   // due to leave by absence, but kept
 	Postponed int   // drains that wait, because nobody else is up
 	Unplaced  int   // instances without a slot
+	// Fault is why the backend is not driven, for people; empty if it is.
+	Fault string
 }
 
 // Status returns how the syncer stands. Any goroutine may call it.
@@ -236,7 +242,8 @@ func (s *Syncer) Status() Status {
 }
 
 // Once reads every service and brings every backend as near to it as can be
-// without waiting.
+// without waiting. It returns an error if a backend is not driven, or an instance is
+// refused or has no server.
 func (s *Syncer) Once(ctx context.Context) error {
 	var errs []error
 	for svc, bs := range s.backends {
@@ -247,9 +254,8 @@ func (s *Syncer) Once(ctx context.Context) error {
 		}
 		for _, b := range bs {
 			b.change(notifier.Change{Snapshot: snap, Heard: time.Now()})
-			if _, err := b.Step(ctx); err != nil {
-				errs = append(errs, err)
-			}
+			_, err := b.Step(ctx)
+			errs = append(errs, err, b.unserved())
 		}
 	}
 	return errors.Join(errs...)

@@ -182,16 +182,19 @@ type machine struct {
 	failed   bool // an exchange of this step
 	asked    int  // ops of this step
 	refused  int  // of them
-	read     bool // the whole was read in this step
+
+	restarted bool // another lbsync has been started
+	read      bool // the whole was read in this step
 }
 
 type machineServer struct {
 	Server
 	// later is an address that is not in force yet.
 	later netip.AddrPort
-	idle  time.Time // free since; zero: it is not, or was from the beginning
-	human bool      // the last to say maint
-	drain time.Time // it has not been ready since; zero: it is, or was not from the beginning
+	idle  time.Time      // free since; zero: it is not, or was from the beginning
+	last  netip.AddrPort // the instance before
+	human bool           // the last to say maint
+	drain time.Time      // it has not been ready since; zero: it is, or was not from the beginning
 	busy  int
 	// told is the server as it was last reported.
 	told    Server
@@ -223,6 +226,7 @@ func (m *machine) boot(keep bool) {
 			for _, o := range old {
 				if o.Name == s.Name {
 					n.Addr, n.Admin, n.Weight, n.Up, n.human = o.Addr, o.Admin, o.Weight, o.Up, o.human
+					n.land()
 				}
 			}
 		}
@@ -255,8 +259,11 @@ func (m *machine) tick() {
 }
 
 // free tells whether s holds an instance no longer.
-func (s *machineServer) free() bool {
-	return s.Admin == Maint || s.Admin == Drain && s.Weight == 0 || placeholder(&s.Server)
+func (s *machineServer) free() bool { return s.nobody() || s.later.IsValid() && placeholder(s.later) }
+
+// nobody tells whether s has an address that no instance has.
+func (s *machineServer) nobody() bool {
+	return placeholder(s.Addr) || slices.Contains(modelBlanks, s.Addr)
 }
 
 func (s *machineServer) land() {
@@ -320,7 +327,7 @@ func (m *machine) report(s *machineServer, busy bool) Server {
 
 // trustServed ends the doubt of who has a server: it is no matter of taking it in.
 func (m *machine) trustServed(s Server) {
-	if b, ok := m.of[s.Addr]; ok && s.Ours() && (s.Admin != Maint || s.Weight != 0) {
+	if b, ok := m.of[s.Addr]; ok && s.Ours() {
 		b.stale = false
 		m.of[s.Addr] = b
 	}
@@ -423,6 +430,7 @@ func (m *machine) carryOut(o Op, judged bool) (refused string) {
 	}
 	before := *s
 	now := time.Now()
+	s.Untouched = false
 	switch o.Kind {
 	case SetAddr:
 		if m.process.DefersAddr() {
@@ -468,7 +476,7 @@ func (m *machine) carryOut(o Op, judged bool) (refused string) {
 	if !s.free() {
 		s.idle = time.Time{}
 	} else if !before.free() {
-		s.idle = now
+		s.idle, s.last = now, before.Addr
 	}
 	if s.Admin == Ready {
 		s.drain = time.Time{}
@@ -493,8 +501,9 @@ func (m *machine) add(o Op, judged bool) string {
 			return "already exists"
 		}
 	}
-	if b := m.belief(o.Addr); judged && (!b.wanted() || m.old(b) || o.Name != DynamicName(o.Addr)) {
-		m.rt.Fatalf("added %s for %v, which nobody wants, or which is from before an interruption", o.Name, o.Addr)
+	a, named := dynamicAddr(o.Name)
+	if b := m.belief(a); judged && (!b.wanted() || m.old(b) || !named || !placeholder(o.Addr)) {
+		m.rt.Fatalf("added %s with %v, which nobody wants, or which is from before an interruption", o.Name, o.Addr)
 	}
 	m.servers = append(m.servers, &machineServer{Server: Server{Name: o.Name, ID: o.ID, Addr: o.Addr, Admin: Maint}, idle: time.Now()})
 	return ""
@@ -508,19 +517,27 @@ func (m *machine) judge(o Op, before, after machineServer) {
 	if !before.Ours() {
 		rt.Fatalf("%s is not ours: %s", before.Name, words([]Op{o}))
 	}
-	if told := before.told; Human(told) && before.tellAny && before.human && b.wanted() && b.Instance.State() != registrar.AdminMaint {
-		rt.Fatalf("%s is in a human's maint: %s", before.Name, words([]Op{o}))
+	if told := before.told; before.human && before.tellAny && told.Admin == Maint && told.Addr == a && !before.nobody() && !m.forgotten(told) {
+		rt.Fatalf("%s is in a human's maint: %s; it was told %+v, and is believed %+v", before.Name, words([]Op{o}), told, b)
 	}
-	if b.Garbage != "" && m.holders(a) == 1 && (before.Admin != Maint || before.Weight != 0) && before.told.Addr == a {
+	if after.Admin == Maint && !after.human && !after.nobody() {
+		rt.Fatalf("%s is in maint with %v, as if a human had put it there: %s", before.Name, after.Addr, words([]Op{o}))
+	}
+	holders := m.holders(a)
+	if after.Addr != a {
+		holders++ // it was one
+	}
+	if b.Garbage != "" && holders == 1 && before.told.Addr == a {
 		rt.Fatalf("%s holds %v, of which nothing is known: %s", before.Name, a, words([]Op{o}))
 	}
 	if o.Kind == SetAddr {
 		switch to := m.belief(o.Addr); {
-		case before.Admin != Maint && before.Weight != 0:
+		case before.Admin != Drain || before.Weight != 0:
 			rt.Fatalf("%s gets the address %v in %v with weight %d", before.Name, o.Addr, before.Admin, before.Weight)
+		case placeholder(o.Addr):
 		case !to.wanted() || m.old(to):
 			rt.Fatalf("%s gets the address %v, which nobody wants, or which is from before an interruption", before.Name, o.Addr)
-		case !before.idle.IsZero() && now.Sub(before.idle) < modelQuarantine:
+		case before.Slot && o.Addr != before.last && !before.idle.IsZero() && now.Sub(before.idle) < modelQuarantine:
 			rt.Fatalf("%s is used again %v after it was freed", before.Name, now.Sub(before.idle))
 		}
 	}
@@ -530,8 +547,8 @@ func (m *machine) judge(o Op, before, after machineServer) {
 	if o.Kind == SetMaint && before.Weight != 0 {
 		rt.Fatalf("%s is put into maint with weight %d, as a human would", before.Name, before.Weight)
 	}
-	if busy := before.told.Admin == Drain && before.told.Busy > 0 && before.told.Addr == a; busy && (o.Kind == SetMaint || o.Kind == Shutdown) &&
-		m.holders(a) == 1 && now.Sub(before.drain) < modelDrain && !(b.wanted() && b.Instance.State() == registrar.AdminMaint) {
+	if busy := before.told.Admin == Drain && before.told.Busy > 0 && before.told.Addr == a; busy && (o.Kind == SetAddr || o.Kind == SetMaint || o.Kind == Shutdown) &&
+		holders == 1 && !before.nobody() && now.Sub(before.drain) < modelDrain && !(b.wanted() && b.Instance.State() == registrar.AdminMaint) {
 		rt.Fatalf("%s has %d connections in use, and drains for %v: %s", before.Name, before.told.Busy, now.Sub(before.drain), words([]Op{o}))
 	}
 	if was, is := before.Serving(), after.Serving(); is && !was {
@@ -543,6 +560,14 @@ func (m *machine) judge(o Op, before, after machineServer) {
 	}
 }
 
+// forgotten tells whether s may be taken for a slot that was never used: its address may
+// not be served any more, or lbsync and HAProxy have both been started since, and nobody
+// knows its instance.
+func (m *machine) forgotten(s Server) bool {
+	b := m.belief(s.Addr)
+	return m.restarted && (!m.allowed(s.Addr) || s.Untouched && s.Weight == s.Configured && !b.Present && b.Gone == nil && b.Garbage == "")
+}
+
 // judgeArrival: s has begun to get requests.
 func (m *machine) judgeArrival(o Op, s machineServer) {
 	now := time.Now()
@@ -550,7 +575,7 @@ func (m *machine) judgeArrival(o Op, s machineServer) {
 	m.did.count("arrived")
 	m.reported++
 	switch {
-	case s.later.IsValid() && s.later != s.Addr:
+	case s.later.IsValid() && s.later != s.Addr && !s.Checked:
 		m.rt.Fatalf("%s serves %v, and shall have %v: %s", s.Name, s.Addr, s.later, words([]Op{o}))
 	case !b.wanted() || b.Instance.State() == registrar.AdminMaint:
 		m.rt.Fatalf("%s serves %v, which nobody wants: %s", s.Name, s.Addr, words([]Op{o}))
@@ -575,7 +600,7 @@ func (m *machine) judgeDeparture(o Op, s machineServer) {
 	}
 	floor := max(m.cfg.MinServers, m.share())
 	switch {
-	case placeholder(&s.Server):
+	case s.nobody():
 		m.did.count("nobody gone") // what was meant for another process
 	case m.holders(s.Addr) > 1:
 		m.did.count("twin gone")

@@ -1,6 +1,7 @@
 package lbsync
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -78,6 +79,9 @@ func (b *backend) observeOne(addr netip.AddrPort) bool {
 		return b.sights.set(addr, registrar.ServerState{}, false)
 	}
 	st := registrar.ServerState{}
+	if e.Present && admin(e.Instance.State()) == Maint {
+		st.State = Maint.String() // it needs no server for that
+	}
 	if there {
 		st.Server, st.State, st.Weight = s.Name, s.Admin.String(), s.Weight
 		if s.Checked {
@@ -87,8 +91,7 @@ func (b *backend) observeOne(addr netip.AddrPort) bool {
 			}
 		}
 	}
-	rd := read{ttl: b.view.TTL, interval: b.view.Interval, doubted: b.doubted[addr], empty: b.have.Serving == 0}
-	v := b.rules.decide(e, s, there, rd)
+	v := b.rules.decide(e, s, there, b.read(addr, s, there))
 	since, held := b.held[addr]
 	switch l := b.leaving[addr]; {
 	case l != nil:
@@ -107,12 +110,81 @@ func (b *backend) observeOne(addr netip.AddrPort) bool {
 		st.Note, st.Why = registrar.NoteWaits, "too few other servers are up to drain it"
 	case b.unplaced[addr]:
 		st.Note = registrar.NoteUnplaced
-	case e.Present && v.goal != Serve:
+	case e.Present && v.goal == Keep && v.why != "":
 		st.Note, st.Why = registrar.NoteRefused, v.why
-	case e.Present && there && Human(s) && admin(e.Instance.State()) != Maint:
+	case there && s.Resolver:
+		st.Note, st.Why = registrar.NoteUndone, "HAProxy's own resolver put it into maint: it must have no `resolvers`"
+	case e.Present && v.goal == Serve && there && s.Agent && b.undid(addr, s):
+		st.Note, st.Why = registrar.NoteUndone, "its agent keeps it out"
+		if b.have.Human(s) {
+			st.Why = "its agent, or a human, put it into maint"
+		}
+	case there && b.have.Human(s):
 		st.Note = registrar.NoteHuman
 	}
 	return b.sights.set(addr, st, true)
+}
+
+// undid tells whether a server with an agent had what the register asks, and has it no
+// more.
+func (b *backend) undid(addr netip.AddrPort, s Server) bool {
+	o, had := b.told[addr]
+	return had && (s.Admin != o.state || s.Weight == 0 && !o.none)
+}
+
+// observeFault says of every instance that the backend is not driven.
+func (b *backend) observeFault() {
+	b.mu.Lock()
+	b.applied = registrar.Token{}
+	b.status = BackendStatus{Fault: b.fault}
+	b.sights.wholeAt, b.sights.fresh = b.readAt, true
+	present := map[netip.AddrPort]bool{}
+	b.view.Each(func(e registrar.Entry) {
+		if e.Present {
+			present[e.Addr] = true
+		}
+	})
+	for a := range present {
+		b.sights.set(a, registrar.ServerState{Note: registrar.NoteRefused, Why: b.fault}, true)
+	}
+	for a := range b.sights.states {
+		if !present[a] {
+			b.sights.set(a, registrar.ServerState{}, false)
+		}
+	}
+	b.mu.Unlock()
+	b.looked()
+}
+
+// unserved says which instances have no server as they should, after a step; nil if all
+// have. One that waits for its check, or for its drain, has its server.
+func (b *backend) unserved() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.fault != "" {
+		return fmt.Errorf("backend %s is not driven: %s", b.name, b.fault)
+	}
+	present, without := 0, 0
+	var first netip.AddrPort
+	why, refused := "", "HAProxy refused its server; the log has HAProxy's words"
+	b.view.Each(func(e registrar.Entry) {
+		if !e.Present {
+			return
+		}
+		present++
+		st := b.sights.states[e.Addr]
+		if st.Server != "" && st.Note != registrar.NoteRefused || st.State == Maint.String() {
+			return
+		}
+		if without++; !first.IsValid() || e.Addr.Compare(first) < 0 {
+			first = e.Addr
+			why = cmp.Or(st.Why, map[string]string{registrar.NoteUnplaced: "no slot is left"}[st.Note], refused)
+		}
+	})
+	if without == 0 {
+		return nil
+	}
+	return fmt.Errorf("backend %s: %d of %d instances are not served; %s: %s", b.name, without, present, first, why)
 }
 
 // redisTime is the time, unix ms by Redis' clock, at t. The caller has mu.

@@ -45,9 +45,9 @@ type verdict struct {
 	hold time.Duration
 	// word says that somebody said so: the floor does not apply.
 	word bool
-	// stale says that the heartbeat is too old to be believed.
-	stale bool
-	why   string // for a hold or a refusal
+	// now says that a Leave does not wait for requests under way.
+	now bool
+	why string // for a hold or a refusal
 }
 
 // read is what a decision needs to know of the read that its entry came from.
@@ -58,31 +58,43 @@ type read struct {
 	doubted bool
 	// empty says that the backend has no other server that is up.
 	empty bool
+	// human says that the server was put into maint by somebody else, and parked
+	// that it is an added one that holds its instance no longer.
+	human, parked bool
+	// blank says that the address is that of slots without an instance.
+	blank bool
 }
 
 // decide says what shall become of one address: e is what the register says of
 // it, s the server that holds it, if there is one. It is the one place that
 // turns absence into a removal.
 func (r rules) decide(e registrar.Entry, s Server, there bool, rd read) verdict {
+	maint := e.Present && admin(e.Instance.State()) == Maint
 	switch {
 	case e.Garbage != "":
 		return verdict{goal: Keep}
+	case there && rd.human && (maint || !e.Present || !r.allowed(e.Addr.Addr())):
+		return verdict{goal: Keep} // until a human says ready
 	case e.Present && !r.allowed(e.Addr.Addr()):
 		why := fmt.Sprintf("%s is in none of the allowed networks", e.Addr.Addr())
 		if there {
 			return verdict{goal: Leave, word: true, why: why}
 		}
 		return verdict{goal: Keep, why: why}
+	case e.Present && rd.blank:
+		return verdict{goal: Keep, why: "slots without an instance have this address; give the server-template another one: slot.invalid:1 … init-addr last,127.0.0.1"}
+	case maint && there:
+		return verdict{goal: Leave, word: true, now: true}
+	case maint:
+		return verdict{goal: Keep}
 	case e.Present:
-		// A slot keeps the address of who has left it.
-		out := !there || s.Admin == Maint && s.Weight == 0
-		if out && rd.doubted && !rd.empty {
-			return verdict{goal: Keep, stale: true, why: "its heartbeat is older than the TTL, and the register has been interrupted"}
+		if out := !there || rd.parked; out && rd.doubted && !rd.empty {
+			return verdict{goal: Keep, why: "its heartbeat is older than the TTL, and the register has been interrupted"}
 		}
 		return verdict{goal: Serve}
 	case !there:
 		return verdict{goal: Keep}
-	case e.Gone != nil && e.Gone.Reason != registrar.Expired:
+	case rd.parked, e.Gone != nil && e.Gone.Reason != registrar.Expired, !r.allowed(e.Addr.Addr()):
 		return verdict{goal: Leave, word: true}
 	}
 	vouched := s.Checked && s.Up && s.Passed

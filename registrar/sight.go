@@ -37,8 +37,9 @@ const (
 	NoteLeaving  = "leaving"  // on its way out of HAProxy
 	NoteWaits    = "waits"    // its drain, until others are up
 	NoteUnplaced = "unplaced" // no slot is left
-	NoteRefused  = "refused"  // it may not be served
+	NoteRefused  = "refused"  // it may not be served, or the backend cannot be driven
 	NoteHuman    = "human"    // in maint by a human's hand, and left alone
+	NoteUndone   = "undone"   // it was as the register asks, and HAProxy, its agent say, has made it otherwise
 )
 
 // Serving tells whether HAProxy sends new requests to it.

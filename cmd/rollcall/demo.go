@@ -376,8 +376,8 @@ func (d *demo) leave(ctx context.Context) (time.Duration, string, error) {
 	d.stage.ask(i.sidecar)
 	if err := d.until(ctx, stepBound, "HAProxy has let go of "+i.name, func(ctx context.Context) error {
 		_, servers, err := d.stage.servers(ctx)
-		if err == nil && servers[i.addr].Admin != lbsync.Maint {
-			err = fmt.Errorf("its server is in state %v", servers[i.addr].Admin)
+		if server, there := servers[i.addr]; err == nil && there {
+			err = fmt.Errorf("its server is in state %v", server.Admin)
 		}
 		return err
 	}); err != nil {

@@ -522,8 +522,7 @@ func (s *demoStage) entry(ctx context.Context, addr netip.AddrPort) (registrar.E
 	return registrar.Entry{Addr: addr}, nil
 }
 
-// servers returns what HAProxy says of each address. A slot that is free still
-// has the address that it held last, so of two the one in use counts.
+// servers returns what HAProxy says of each address.
 func (s *demoStage) servers(ctx context.Context) (pid int, servers map[netip.AddrPort]lbsync.Server, err error) {
 	st, err := s.client.Read(ctx, demoName)
 	if err != nil {
@@ -531,9 +530,7 @@ func (s *demoStage) servers(ctx context.Context) (pid int, servers map[netip.Add
 	}
 	servers = map[netip.AddrPort]lbsync.Server{}
 	for _, srv := range st.Servers {
-		if other, ok := servers[srv.Addr]; !ok || srv.Admin < other.Admin {
-			servers[srv.Addr] = srv
-		}
+		servers[srv.Addr] = srv
 	}
 	return st.Process.PID, servers, nil
 }

@@ -312,7 +312,12 @@ func advice(backend string, st registrar.ServerState) string {
 	case registrar.NoteUnplaced:
 		return "no slot is left: raise the count of the server-template of backend " + backend
 	case registrar.NoteRefused:
-		return "not served: " + st.Why + "; see lbsync --allow"
+		if strings.Contains(st.Why, "allowed networks") {
+			return "not served: " + st.Why + "; see lbsync --allow"
+		}
+		return "not served: " + st.Why
+	case registrar.NoteUndone:
+		return "it was as asked, and HAProxy has it otherwise: " + st.Why
 	case registrar.NoteHuman:
 		cmd := "set server " + backend + "/" + st.Server + " state ready"
 		if !shellSafe.MatchString(backend + st.Server) {
@@ -469,6 +474,9 @@ func (d *explanation) removal(row func(string, int64, string, ...any)) {
 // server says what HAProxy has of it.
 func (d *explanation) server(st registrar.ServerState) string {
 	says := "no server"
+	if st.State == "maint" {
+		says = "maint, no server"
+	}
 	if st.Server != "" {
 		says = fmt.Sprintf("%s %s, weight %d", st.Server, st.State, st.Weight)
 		if st.Check != "" {

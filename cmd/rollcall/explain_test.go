@@ -143,7 +143,7 @@ func TestExplain(t *testing.T) {
 	}{
 		{registrar.ServerState{Server: "x", State: "ready", Check: "down", Weight: 1}, []string{"check down", "HAProxy's own check of it fails"}},
 		{registrar.ServerState{Note: registrar.NoteUnplaced}, []string{"no server; unplaced", "raise the count of the server-template of backend be"}},
-		{registrar.ServerState{Note: registrar.NoteRefused, Why: "it is odd"}, []string{"refused: it is odd", "--allow"}},
+		{registrar.ServerState{Note: registrar.NoteRefused, Why: "it is in none of the allowed networks"}, []string{"refused: it is in none of the allowed networks", "--allow"}},
 		{registrar.ServerState{Server: "x", State: "ready", Check: "up", Weight: 1, Note: registrar.NoteHeld, Since: now, Until: now + 600_000}, []string{"held since", "out in", "kept in HAProxy"}},
 		{registrar.ServerState{Server: "x\x1b", State: "maint\x1b", Note: registrar.NoteHuman}, []string{"x? maint?", "set server … state ready"}},
 	} {

@@ -144,6 +144,7 @@ func (w *world) one(a lbsync.Applied, want lbsync.Server) {
 	}
 	for where, got := range map[string]lbsync.Server{"applied": a.Servers[0], "peeked": peeked.Servers[0], "read": w.read()[want.Name]} {
 		got.Busy = 0
+		got.Configured, got.Agent, got.Untouched, got.Resolver = 0, false, false, false // only Read tells
 		if got != want {
 			w.Errorf("%s: got  %+v\nwant %+v", where, got, want)
 		}
@@ -780,7 +781,7 @@ func testPlan(t *testing.T, im Implementation) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					inv := lbsync.NewInventory(st, func(netip.AddrPort) bool { return want.Goal == lbsync.Serve })
+					inv := lbsync.NewInventory(st, lbsync.Known{})
 					inv.Dynamic = be.Slots == 0
 					s, there := inv.Lookup(want.Addr)
 					ops, unplaced := lbsync.Plan([]lbsync.Want{want}, inv, time.Now(), 0)
@@ -795,12 +796,14 @@ func testPlan(t *testing.T, im Implementation) {
 			w.served(i.Addr().String())
 			want.State = lbsync.Drain
 			converge(func(s lbsync.Server, _ bool) bool { return s.Admin == lbsync.Drain })
-			want.State = lbsync.Maint
-			converge(func(s lbsync.Server, _ bool) bool { return s.Admin == lbsync.Maint && s.Weight == 0 })
-			want.State, want.Weight = lbsync.Ready, 5
+			gone := func(_ lbsync.Server, there bool) bool { return !there }
+			want = lbsync.Want{Addr: i.Addr(), Goal: lbsync.Leave, Now: true, Settled: true}
+			converge(gone)
+			w.served("")
+			want = lbsync.Want{Addr: i.Addr(), Goal: lbsync.Serve, State: lbsync.Ready, Weight: 5}
 			converge(func(s lbsync.Server, _ bool) bool { return s.Serving() && s.Weight == 5 })
 			want = lbsync.Want{Addr: i.Addr(), Goal: lbsync.Leave, Overdue: true, Settled: true}
-			converge(func(_ lbsync.Server, there bool) bool { return !there })
+			converge(gone)
 			w.served("")
 		})
 	}

@@ -159,8 +159,11 @@ func (c *Client) Read(ctx context.Context, backend string) (lbsync.State, error)
 	if err != nil {
 		return lbsync.State{}, fmt.Errorf("read backend %s: %w", backend, err)
 	}
-	return lbsync.State{Process: p, Servers: servers}, nil
+	return lbsync.State{Process: p, Servers: servers, Fickle: true, Lacks: lacks}, nil
 }
+
+// lacks has what the API has no endpoint for.
+var lacks = []lbsync.Kind{lbsync.EnableHealth, lbsync.Shutdown, lbsync.EnableAgent, lbsync.DisableAgent}
 
 // Apply sends ops in order, one by one, and reads back every server they name.
 // Other calls may have their turn after each 100 ops.

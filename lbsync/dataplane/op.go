@@ -26,6 +26,7 @@ func (r refusal) Error() string { return string(r) }
 const (
 	errCheck   = refusal("the Data Plane API cannot enable a health check; declare server-template slots with check instead")
 	errCut     = refusal("the Data Plane API cannot cut the sessions of a server")
+	errAgent   = refusal("the Data Plane API cannot start or stop an agent-check")
 	errEarlier = refusal("not put into service, as an earlier step was refused")
 )
 
@@ -87,6 +88,8 @@ func (c *Client) change(backend string, op lbsync.Op, answer *runtimeServer) (re
 		return request{method: http.MethodDelete, path: serverPath(backend, op.Name), status: http.StatusNoContent}, nil
 	case lbsync.EnableHealth:
 		return request{}, errCheck
+	case lbsync.EnableAgent, lbsync.DisableAgent:
+		return request{}, errAgent
 	}
 	return request{}, errCut
 }

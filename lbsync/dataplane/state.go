@@ -269,9 +269,14 @@ func combine(t target, r *runtimeServer, stats *models.NativeStatStats) (lbsync.
 		Slot:   r.Fqdn == lbsync.SlotHost,
 		Weight: int(*r.Weight),
 		Busy:   int(*stats.Scur),
+		Backup: stats.Bck != nil && *stats.Bck > 0,
+		Agent:  stats.AgentStatus != "",
 		// Failures are counted just where a check is enabled, paused or not.
 		Checked: stats.Chkfail != nil,
 		Passed:  passed[strings.TrimPrefix(stats.CheckStatus, "* ")], // the star: one is under way
+	}
+	if r.Iweight != nil && *r.Iweight >= 0 && *r.Iweight <= 256 {
+		s.Configured = int(*r.Iweight)
 	}
 	if ip, err := netip.ParseAddr(r.Address); err == nil && r.Port != nil && *r.Port >= 0 && *r.Port <= 65535 {
 		s.Addr = netip.AddrPortFrom(ip, uint16(*r.Port))

@@ -24,6 +24,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/haproxytech/client-native/v5/runtime"
@@ -45,7 +46,7 @@ const (
 	// A line is run in one go, and HAProxy's own traffic waits for it. A batch of up to
 	// manyOps goes in shortLines lines or so, each with room for shortLine commands,
 	// which is what one server takes and the look at it.
-	shortLine  = 6
+	shortLine  = 8
 	shortLines = 8
 	// maxPeek is the number of servers up to which they are read back one by
 	// one. One costs 2.5 kB in any backend, the whole 130 bytes a server.
@@ -77,7 +78,8 @@ type Config struct {
 	// not be negative; 0 means DefaultTimeout.
 	Timeout time.Duration
 	// ServerOptions are keywords for every `add server`, as "check inter 2s".
-	// At most 40 words, none of them enabled, disabled, id or weight.
+	// At most 40 words, none of them enabled, disabled, id, weight, backup or
+	// agent-check.
 	ServerOptions string
 }
 
@@ -109,6 +111,8 @@ func (c Config) validate() ([]string, error) {
 		switch w {
 		case "enabled", "disabled", "id", "weight":
 			return nil, fmt.Errorf("server option %q is not the operator's to give", w)
+		case "backup", "agent-check":
+			return nil, fmt.Errorf("server option %q is not for added servers: a backup serves nobody while others do, and an agent's shares are of a weight that they lack; declare a server-template with slots", w)
 		}
 	}
 	return words, nil
@@ -128,6 +132,9 @@ type Client struct {
 	stuck bool           // a call was given up on, and its answer has not been taken; guarded by turn
 	last  lbsync.Process // that answered; guarded by turn
 	form  *form          // of its reports, nil if it is to be learned; guarded by turn
+
+	mu        sync.Mutex
+	inspected map[string]inspection // by backend; guarded by mu
 }
 
 var _ lbsync.Balancer = (*Client)(nil)
@@ -153,6 +160,8 @@ func New(cfg Config, log zerolog.Logger) (*Client, error) {
 		native: &runtime.SingleRuntime{},
 		turn:   make(chan struct{}, 1),
 		calls:  make(chan answer, 1),
+
+		inspected: map[string]inspection{},
 	}
 	for _, w := range words {
 		c.options += " " + w
@@ -212,7 +221,9 @@ func (c *Client) Probe(ctx context.Context) (lbsync.Process, error) {
 	return r.process, err
 }
 
-// Read returns a backend whole, or lbsync.ErrNoBackend. Busy is -1 in it.
+// Read returns a backend whole, or lbsync.ErrNoBackend. Busy is -1 in it. The first
+// time in a process, and when an operator has added a server, it asks for what the list
+// of servers does not tell (see inspect).
 func (c *Client) Read(ctx context.Context, backend string) (lbsync.State, error) {
 	if err := checkName("backend", backend); err != nil {
 		return lbsync.State{}, err
@@ -225,7 +236,15 @@ func (c *Client) Read(ctx context.Context, backend string) (lbsync.State, error)
 	if err != nil {
 		return lbsync.State{}, fmt.Errorf("read backend %s: %w", backend, err)
 	}
-	return lbsync.State{Process: r.process, Servers: servers}, nil
+	kept := c.kept(backend)
+	if !kept.process.Same(r.process) || !kept.has(servers) {
+		if kept, err = c.inspect(ctx, backend, r, servers); err != nil {
+			return lbsync.State{}, fmt.Errorf("inspect backend %s: %w", backend, err)
+		}
+	}
+	kept.mark(servers)
+	agent := slices.ContainsFunc(servers, func(s lbsync.Server) bool { return s.Ours() && s.Agent })
+	return lbsync.State{Process: r.process, Servers: servers, Fault: kept.fault, Fickle: agent}, nil
 }
 
 // Apply sends ops in order and reads back every server they name. If one op
@@ -250,7 +269,7 @@ func (c *Client) Apply(ctx context.Context, backend string, ops []lbsync.Op) (lb
 		if t := (target{op.Name, op.ID}); !seen[t] {
 			seen[t] = true
 			s := lbsync.Server{Name: op.Name, ID: op.ID}
-			s.Slot = !s.Ours()
+			s.Slot = !strings.HasPrefix(s.Name, lbsync.NamePrefix)
 			touched = append(touched, s)
 		}
 	}
@@ -435,6 +454,7 @@ func (c *Client) send(ctx context.Context, backend string, todo *batch, servers 
 	if err != nil {
 		return lbsync.Applied{}, err
 	}
+	c.kept(backend).mark(whole)
 	busy, err := last.busy(backend)
 	if err != nil {
 		return lbsync.Applied{}, err

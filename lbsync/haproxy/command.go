@@ -45,6 +45,9 @@ func (c *Client) Render(backend string, op lbsync.Op) (string, error) {
 		// their connections.
 		command = fmt.Sprintf("add server %s %s id %d weight 0 pool-purge-delay 1s pool-max-conn -1%s",
 			server, op.Addr, op.ID, c.options)
+		if op.Check && !c.checks {
+			command += " check"
+		}
 	case lbsync.SetAddr:
 		if err := checkAddr(op.Addr); err != nil {
 			return "", fmt.Errorf("server %s: %w", op.Name, err)
@@ -72,6 +75,10 @@ func (c *Client) Render(backend string, op lbsync.Op) (string, error) {
 		command = "shutdown sessions server " + server
 	case lbsync.Delete:
 		command = "del server " + server
+	case lbsync.EnableAgent:
+		command = "enable agent " + server
+	case lbsync.DisableAgent:
+		command = "disable agent " + server
 	default:
 		return "", fmt.Errorf("server %s: unknown kind of op %d", op.Name, op.Kind)
 	}

@@ -42,6 +42,12 @@ func TestRender(t *testing.T) {
 		{"share of the configured weight", plain, lbsync.Op{Kind: lbsync.SetWeight, Name: "s1", ID: 1, Weight: 100, Percent: true}, "set server be/s1 weight 100%"},
 		{"shutdown", plain, lbsync.Op{Kind: lbsync.Shutdown, Name: "s1", ID: 1}, "shutdown sessions server be/s1"},
 		{"delete", plain, lbsync.Op{Kind: lbsync.Delete, Name: "s1", ID: 1}, "del server be/s1"},
+		{"enable agent", plain, lbsync.Op{Kind: lbsync.EnableAgent, Name: "s1", ID: 1}, "enable agent be/s1"},
+		{"disable agent", plain, lbsync.Op{Kind: lbsync.DisableAgent, Name: "s1", ID: 1}, "disable agent be/s1"},
+		{"add with a check", plain, lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 7, Addr: addrPort("127.0.0.1:1"), Check: true},
+			"add server be/rc_a 127.0.0.1:1 id 7 weight 0 pool-purge-delay 1s pool-max-conn -1 check"},
+		{"add with the operator's check", checked, lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 7, Addr: addrPort("127.0.0.1:1"), Check: true},
+			"add server be/rc_a 127.0.0.1:1 id 7 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s fall 2"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -96,7 +102,7 @@ var injections = []struct {
 	{"multicast IPv6", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1, Addr: addrPort("[ff02::1]:80")}, "multicast"},
 	{"broadcast", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1, Addr: addrPort("255.255.255.255:80")}, "broadcast"},
 	{"mapped", "be", lbsync.Op{Kind: lbsync.Add, Name: "rc_a", ID: 1, Addr: addrPort("[::ffff:10.0.0.1]:80")}, "mapped"},
-	{"unknown kind", "be", lbsync.Op{Kind: lbsync.Delete + 1, Name: "s1", ID: 1}, "unknown kind"},
+	{"unknown kind", "be", lbsync.Op{Kind: lbsync.DisableAgent + 1, Name: "s1", ID: 1}, "unknown kind"},
 }
 
 func TestRenderRefuses(t *testing.T) {
@@ -276,7 +282,9 @@ func TestNew(t *testing.T) {
 		want string // part of the error; "" for none
 	}{
 		{"plain", Config{Socket: "s"}, ""},
-		{"options", Config{Socket: "s", ServerOptions: "check inter 2s backup ssl verify none ca-file /a/b@c=d(e)"}, ""},
+		{"backup", Config{Socket: "s", ServerOptions: "check backup"}, "not for added servers"},
+		{"agent", Config{Socket: "s", ServerOptions: "agent-check agent-port 9"}, "not for added servers"},
+		{"options", Config{Socket: "s", ServerOptions: "check inter 2s ssl verify none ca-file /a/b@c=d(e)"}, ""},
 		{"40 words", Config{Socket: "s", ServerOptions: strings.Repeat("check ", 40)}, ""},
 		{"41 words", Config{Socket: "s", ServerOptions: strings.Repeat("check ", 41)}, "41 words"},
 		{"long", Config{Socket: "s", ServerOptions: "sni " + strings.Repeat("x", maxOptionBytes)}, "bytes"},

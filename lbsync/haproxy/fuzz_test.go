@@ -147,21 +147,22 @@ func (g grammar) server(s string) bool {
 func (g grammar) accepts(command string) bool {
 	if w, ok := strings.CutSuffix(command, g.options); ok && strings.HasPrefix(command, "add server ") {
 		f := strings.Split(w, " ")
-		if len(f) != 11 || !g.server(f[2]) || strings.Join(f[6:], " ") != "weight 0 pool-purge-delay 1s pool-max-conn" {
-			return false
-		}
-		a, err := netip.ParseAddrPort(f[3])
-		return err == nil && a.String() == f[3] && g.address(a.Addr().String()) && a.Port() > 0 && f[4] == "id" && g.number(f[5], 1, 1<<31-1)
+		return len(f) == 11 && g.server(f[2]) && strings.HasPrefix(f[2], g.backend+"/rc_") && f[3] == "127.0.0.1:1" &&
+			f[4] == "id" && g.number(f[5], 1, 1<<31-1) && strings.Join(f[6:], " ") == "weight 0 pool-purge-delay 1s pool-max-conn"
 	}
 	f := strings.Split(command, " ")
 	switch {
-	case command == "show info":
+	case command == "show info", command == "set server "+g.backend+"/rollcall-doctor.nobody state ready":
 		return true
+	case len(f) == 5 && f[0] == "set" && f[1] == "server" && f[3] == "fqdn":
+		return g.server(f[2]) && f[4] == "slot.invalid"
+	case len(f) == 5 && strings.HasPrefix(command, "show stat ") && strings.HasSuffix(command, " 4 -1"):
+		return g.number(f[2], 1, 1000)
 	case len(f) == 4 && f[0] == "show" && f[1] == "servers" && (f[2] == "state" || f[2] == "conn"):
 		return f[3] == g.backend
 	case len(f) == 5 && f[0] == "show" && f[1] == "stat":
 		return f[2] == g.backend && f[3] == "6" && g.number(f[4], 1, 1<<31-1)
-	case len(f) == 3 && (f[0] == "enable" && f[1] == "health" || f[0] == "del" && f[1] == "server"):
+	case len(f) == 3 && (f[0] == "enable" && f[1] == "health" || f[0] == "del" && f[1] == "server" || (f[0] == "enable" || f[0] == "disable") && f[1] == "agent"):
 		return g.server(f[2])
 	case len(f) == 4 && strings.HasPrefix(command, "shutdown sessions server "):
 		return g.server(f[3])
@@ -172,7 +173,7 @@ func (g grammar) accepts(command string) bool {
 	case len(f) == 5 && f[0] == "set" && f[1] == "server" && f[3] == "weight":
 		return g.server(f[2]) && (g.number(f[4], 0, 256) || f[4] == "0%" || f[4] == "100%")
 	case len(f) == 7 && f[0] == "set" && f[1] == "server" && f[3] == "addr" && f[5] == "port":
-		return g.server(f[2]) && g.address(f[4]) && g.number(f[6], 1, 65535)
+		return g.server(f[2]) && (g.address(f[4]) && g.number(f[6], 1, 65535) || f[4] == "127.0.0.1" && f[6] == "1")
 	}
 	return false
 }
@@ -198,16 +199,19 @@ func (g grammar) line(line string) bool {
 func TestGrammar(t *testing.T) {
 	g := grammar{backend: "be", slots: map[string]bool{"s1": true}, options: " -1 check inter 2s"}
 	good := []string{
-		"add server be/rc_10.0.0.1:80 10.0.0.1:80 id 5 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s",
-		"add server be/rc_2001:db8::1:80 [2001:db8::1]:80 id 5 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s",
+		"add server be/rc_10.0.0.1:80 127.0.0.1:1 id 5 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s",
+		"set server be/s1 fqdn slot.invalid", "show stat 3 4 -1", "enable agent be/s1", "disable agent be/s1", "set server be/s1 addr 127.0.0.1 port 1",
+		"add server be/rc_2001:db8::1:80 127.0.0.1:1 id 5 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s",
 		"set server be/s1 addr 10.0.0.1 port 80", "set server be/s1 weight 256", "set server be/s1 weight 0%", "set server be/s1 state maint",
 		"set server be/s1 health down", "enable health be/s1", "del server be/s1", "shutdown sessions server be/s1", "show stat be 6 1", "show servers state be",
 	}
 	bad := []string{
 		"", "show env", "set server other/s1 state maint", "set server be/s2 state maint", "set server be/s1 state maint ", "set server be/s1 weight 257",
 		"set server be/s1 weight 07", "set server be/s1 addr 010.0.0.1 port 80", "set server be/s1 addr 10.0.0.1 port 0", "set server be/s1 addr a.b port 80",
-		"set server be/s1 addr 127.0.0.1 port 80", "add server be/rc_10.0.0.1:80 10.0.0.1:80 id 5 weight 9 pool-purge-delay 1s pool-max-conn -1 check inter 2s",
-		"add server be/rc_10.0.0.1:80 10.0.0.1:80 id 5 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s enabled", "set\tserver be/s1 state maint",
+		"set server be/s1 addr 127.0.0.1 port 80", "add server be/rc_10.0.0.1:80 10.0.0.1:80 id 5 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s",
+		"set server be/s1 fqdn a.b", "show stat be 4 -1", "show stat -1 4 -1", "add server be/s1 127.0.0.1:1 id 5 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s",
+		"add server be/rc_10.0.0.1:80 127.0.0.1:1 id 5 weight 9 pool-purge-delay 1s pool-max-conn -1 check inter 2s",
+		"add server be/rc_10.0.0.1:80 127.0.0.1:1 id 5 weight 0 pool-purge-delay 1s pool-max-conn -1 check inter 2s enabled", "set\tserver be/s1 state maint",
 	}
 	for _, c := range good {
 		if !g.accepts(c) || !g.line("set severity-output number;show info;"+c+";show info") || !g.line("set severity-output number;"+c+";show info") {

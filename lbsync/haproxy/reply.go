@@ -16,6 +16,7 @@ import (
 // reply is one complete answer to one line.
 type reply struct {
 	process lbsync.Process
+	uptime  int      // of the process, in s
 	form    *form    // of the report at its end
 	refused []string // in HAProxy's words, without the severity
 	stats   []string // the blocks that `show stat` printed, in order
@@ -85,13 +86,14 @@ func parseReply(text string, known *form) (reply, error) {
 	case want.stopping || got.stopping:
 		return reply{}, fmt.Errorf("%w: pid %d is stopping", lbsync.ErrReplaced, got.process.PID)
 	}
-	r := reply{process: got.process, form: known}
+	r := reply{process: got.process, uptime: got.uptime, form: known}
 	return r, r.parseBody(body[:at])
 }
 
 // info is what matters of a `show info`.
 type info struct {
 	process  lbsync.Process
+	uptime   int // in s; -1 if it is not told
 	stopping bool
 	fields   []string // the names, in order
 	last     string   // the value of the last one
@@ -107,7 +109,7 @@ func parseInfo(text string) (info, error) {
 		}
 		i.fields, i.last = append(i.fields, key), strings.TrimSpace(value)
 		switch key {
-		case "Pid", "Start_time_sec", "Stopping", "Version":
+		case "Pid", "Start_time_sec", "Stopping", "Version", "Uptime_sec":
 			values[key] = i.last
 		}
 	}
@@ -117,7 +119,11 @@ func parseInfo(text string) (info, error) {
 	i.process.Started, errs[1] = strconv.ParseInt(values["Start_time_sec"], 10, 64)
 	_, errs[2] = strconv.Atoi(values["Stopping"])
 	i.stopping = values["Stopping"] != "0"
-	if err := errors.Join(errs[:]...); err != nil || i.process.Version == "" {
+	var err error
+	if i.uptime, err = strconv.Atoi(values["Uptime_sec"]); err != nil {
+		i.uptime = -1
+	}
+	if err = errors.Join(errs[:]...); err != nil || i.process.Version == "" {
 		return info{}, fmt.Errorf("%w: report lacks one of Pid, Start_time_sec, Stopping, Version", lbsync.ErrUnknown)
 	}
 	return i, nil
@@ -196,12 +202,13 @@ func (r *reply) servers(backend string) ([]lbsync.Server, error) {
 	if len(r.states) != 1 {
 		return nil, fmt.Errorf("%w: reply has %d lists of servers", lbsync.ErrUnknown, len(r.states))
 	}
-	return parseState(r.states[0], backend)
+	return parseState(r.states[0], backend, r.uptime)
 }
 
 // Columns of `show servers state`, from 0 (management.txt, "show servers
 // state").
 const (
+	colProxyID     = 0
 	colBackend     = 1
 	colID          = 2
 	colName        = 3
@@ -209,8 +216,11 @@ const (
 	colOpState     = 5
 	colAdmin       = 6
 	colWeight      = 7
+	colConfigured  = 8
+	colUnchanged   = 9 // for so many s
 	colCheckStatus = 10
 	colCheckState  = 13
+	colAgentState  = 14
 	colFQDN        = 17
 	colPort        = 18
 	stateColumns   = 19
@@ -220,11 +230,13 @@ const (
 const (
 	opStopped, opStarting, opRunning, opStopping = 0, 1, 2, 3
 
-	adminMaint = 1 | 2 | 32
-	adminDrain = 8 | 16
+	adminMaint    = 1 | 2 | 32
+	adminResolver = 32
+	adminDrain    = 8 | 16
 
-	checkEnabled = 4
-	checkPaused  = 8
+	checkConfigured = 2 // of agent-checks too
+	checkEnabled    = 4
+	checkPaused     = 8
 )
 
 // checkPassed has the check states of `show servers state` and of `show stat`
@@ -234,11 +246,11 @@ var (
 	statPassed  = map[string]bool{"L4OK": true, "L6OK": true, "L7OK": true, "L7OKC": true, "PROCOK": true}
 )
 
-func parseState(block, backend string) ([]lbsync.Server, error) {
+func parseState(block, backend string, uptime int) ([]lbsync.Server, error) {
 	_, rows, _ := strings.Cut(block, "\n")
 	servers := make([]lbsync.Server, 0, strings.Count(rows, "\n")+1)
 	for row := range strings.Lines(rows) {
-		s, err := parseRow(strings.TrimSuffix(row, "\n"), backend)
+		s, err := parseRow(strings.TrimSuffix(row, "\n"), backend, uptime)
 		if err != nil {
 			return nil, err
 		}
@@ -247,7 +259,7 @@ func parseState(block, backend string) ([]lbsync.Server, error) {
 	return servers, nil
 }
 
-func parseRow(row, backend string) (lbsync.Server, error) {
+func parseRow(row, backend string, uptime int) (lbsync.Server, error) {
 	malformed := func(what string) (lbsync.Server, error) {
 		return lbsync.Server{}, fmt.Errorf("%w: malformed row (%s): %q", lbsync.ErrUnknown, what, row)
 	}
@@ -265,7 +277,7 @@ func parseRow(row, backend string) (lbsync.Server, error) {
 	if !validName(col[colName]) {
 		return malformed("name")
 	}
-	numbers := [...]int{colID, colOpState, colAdmin, colWeight, colCheckStatus, colCheckState, colPort}
+	numbers := [...]int{colID, colOpState, colAdmin, colWeight, colConfigured, colUnchanged, colCheckStatus, colCheckState, colAgentState, colPort}
 	var num [stateColumns]int
 	for _, i := range numbers {
 		v, err := strconv.ParseUint(col[i], 10, 32)
@@ -290,6 +302,11 @@ func parseRow(row, backend string) (lbsync.Server, error) {
 		Checked: num[colCheckState]&checkEnabled != 0,
 		Weight:  num[colWeight],
 		Busy:    -1,
+
+		Configured: num[colConfigured],
+		Agent:      num[colAgentState]&checkConfigured != 0,
+		Resolver:   num[colAdmin]&adminResolver != 0,
+		Untouched:  uptime >= 0 && num[colUnchanged] >= uptime,
 	}
 	switch {
 	case num[colAdmin]&adminMaint != 0:
@@ -381,7 +398,7 @@ func peek(stats []string, backend string, servers []lbsync.Server, states map[ta
 type stat struct {
 	server  lbsync.Server
 	exists  bool
-	active  int // servers of the backend that are up with a weight, backups too
+	active  int // servers of the backend that are up with a weight, without backups
 	certain bool
 	hidden  bool // but for server.Admin, which is ready or drain
 }
@@ -403,11 +420,9 @@ func parseStat(block, backend string, want lbsync.Server) (stat, error) {
 	if err != nil {
 		return stat{}, fmt.Errorf("%w: malformed statistics: %w", lbsync.ErrUnknown, err)
 	}
-	var column [len(statColumns)]int
-	for i, name := range statColumns {
-		if column[i] = slices.Index(rows[0], name); column[i] < 0 {
-			return stat{}, fmt.Errorf("%w: statistics lack the column %s", lbsync.ErrUnknown, name)
-		}
+	column, err := columns(rows[0])
+	if err != nil {
+		return stat{}, err
 	}
 	var st stat
 	proven, located := false, true
@@ -417,12 +432,11 @@ func parseStat(block, backend string, want lbsync.Server) (stat, error) {
 		case get(pxname) != backend:
 			return stat{}, nil
 		case get(rowType) == statBackend:
-			active, err1 := strconv.Atoi(get(act))
-			backups, err2 := strconv.Atoi(get(bck))
-			if err := errors.Join(err1, err2); err != nil {
+			active, err := strconv.Atoi(get(act))
+			if err != nil {
 				return stat{}, fmt.Errorf("%w: malformed statistics of backend %s: %w", lbsync.ErrUnknown, backend, err)
 			}
-			proven, st.active = true, active+backups
+			proven, st.active = true, active
 		case get(rowType) == statServer && get(svname) == want.Name && get(sid) == strconv.Itoa(want.ID):
 			st.exists = true
 			if st.server, err = parseStatRow(get, want); err != nil {
@@ -481,8 +495,18 @@ var statColumns = [...]string{
 	"pxname", "svname", "type", "sid", "status", "act", "bck", "uweight", "addr", "scur", "used_conn_cur", "chkfail", "check_status",
 }
 
+// columns finds statColumns in the header of a report.
+func columns(header []string) (column [len(statColumns)]int, err error) {
+	for i, name := range statColumns {
+		if column[i] = slices.Index(header, name); column[i] < 0 {
+			return column, fmt.Errorf("%w: statistics lack the column %s", lbsync.ErrUnknown, name)
+		}
+	}
+	return column, nil
+}
+
 func parseStatRow(get func(statColumn) string, want lbsync.Server) (lbsync.Server, error) {
-	s := lbsync.Server{Name: want.Name, ID: want.ID, Slot: want.Slot}
+	s := lbsync.Server{Name: want.Name, ID: want.ID, Slot: want.Slot, Backup: get(bck) == "1"}
 	word, _, _ := strings.Cut(get(status), " ")
 	switch word {
 	case "UP", "no":

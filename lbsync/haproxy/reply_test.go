@@ -115,7 +115,7 @@ func TestParseRow(t *testing.T) {
 	row := func(name, addr string, op, admin, status, check int, fqdn, port string) string {
 		return fmt.Sprintf(format, name, addr, op, admin, status, check, fqdn, port)
 	}
-	base := lbsync.Server{Name: "a", ID: 7, Addr: addrPort("10.0.0.1:80"), Weight: 9, Busy: -1, Up: true}
+	base := lbsync.Server{Name: "a", ID: 7, Addr: addrPort("10.0.0.1:80"), Weight: 9, Busy: -1, Up: true, Configured: 1}
 	but := func(change func(*lbsync.Server)) lbsync.Server { s := base; change(&s); return s }
 	none := func(*lbsync.Server) {}
 	tests := []struct {
@@ -130,7 +130,7 @@ func TestParseRow(t *testing.T) {
 		{"config maint is history", row("a", "10.0.0.1", 2, 4, 1, 0, "-", "80"), but(none)},
 		{"forced maint", row("a", "10.0.0.1", 2, 1, 1, 0, "-", "80"), but(func(s *lbsync.Server) { s.Admin, s.Up = lbsync.Maint, false })},
 		{"inherited maint", row("a", "10.0.0.1", 0, 2, 1, 0, "-", "80"), but(func(s *lbsync.Server) { s.Admin, s.Up = lbsync.Maint, false })},
-		{"maint by resolution", row("a", "10.0.0.1", 0, 32, 1, 0, "-", "80"), but(func(s *lbsync.Server) { s.Admin, s.Up = lbsync.Maint, false })},
+		{"maint by resolution", row("a", "10.0.0.1", 0, 32, 1, 0, "-", "80"), but(func(s *lbsync.Server) { s.Admin, s.Up, s.Resolver = lbsync.Maint, false, true })},
 		{"drain is decimal", row("a", "10.0.0.1", 2, 12, 1, 0, "-", "80"), but(func(s *lbsync.Server) { s.Admin = lbsync.Drain })},
 		{"inherited drain", row("a", "10.0.0.1", 2, 16, 1, 0, "-", "80"), but(func(s *lbsync.Server) { s.Admin = lbsync.Drain })},
 		{"maint wins", row("a", "10.0.0.1", 0, 9, 1, 0, "-", "80"), but(func(s *lbsync.Server) { s.Admin, s.Up = lbsync.Maint, false })},
@@ -149,7 +149,7 @@ func TestParseRow(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			got, err := parseRow(tt.row, "be")
+			got, err := parseRow(tt.row, "be", -1)
 			if err != nil || got != tt.want {
 				t.Errorf("got  %+v, %v\nwant %+v", got, err, tt.want)
 			}
@@ -171,7 +171,7 @@ func TestParseRow(t *testing.T) {
 		"status no number": strings.Replace(good, " 56 1 ", " 56 L4OK ", 1),
 	} {
 		t.Run(name, func(t *testing.T) {
-			if s, err := parseRow(bad, "be"); !errors.Is(err, lbsync.ErrUnknown) {
+			if s, err := parseRow(bad, "be", 0); !errors.Is(err, lbsync.ErrUnknown) {
 				t.Errorf("got %+v, %v; want %v", s, err, lbsync.ErrUnknown)
 			}
 		})
@@ -256,6 +256,7 @@ func TestParseStat(t *testing.T) {
 		{"passed, one under way", row{"chkfail": "0", "check_status": "* L7OK"}, but(func(s *lbsync.Server) { s.Checked, s.Passed = true, true }), true},
 		{"failed", row{"chkfail": "4", "check_status": "L4CON"}, but(func(s *lbsync.Server) { s.Checked = true }), true},
 		{"paused", row{"chkfail": "4"}, but(func(s *lbsync.Server) { s.Checked = true }), true},
+		{"backup", row{"act": "0", "bck": "1"}, but(func(s *lbsync.Server) { s.Backup = true }), true},
 		{"other name", row{"svname": "rc_b"}, lbsync.Server{}, true},
 		{"other id", row{"sid": "51"}, lbsync.Server{}, true},
 		{"other backend", row{"pxname": "bf"}, lbsync.Server{}, false},
@@ -263,7 +264,7 @@ func TestParseStat(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := parseStat(block(tt.change, true), "be", base)
-			if err != nil || got.server != tt.want || got.exists != (tt.want.Name != "") || (got.certain && !got.hidden) != tt.certain || tt.certain && got.active != 4 {
+			if err != nil || got.server != tt.want || got.exists != (tt.want.Name != "") || (got.certain && !got.hidden) != tt.certain || tt.certain && got.active != 3 {
 				t.Errorf("got  %+v, %v\nwant %+v, certain %t", got, err, tt.want, tt.certain)
 			}
 			quoted := strings.ReplaceAll(block(tt.change, true), ",\n", ",\"a, b\"\n")
@@ -302,7 +303,7 @@ func BenchmarkParseState(b *testing.B) {
 	b.ReportAllocs()
 	b.SetBytes(int64(body.Len()))
 	for b.Loop() {
-		if servers, err := parseState(body.String(), "be"); err != nil || len(servers) != 1000 {
+		if servers, err := parseState(body.String(), "be", 1); err != nil || len(servers) != 1000 {
 			b.Fatal(len(servers), err)
 		}
 	}
