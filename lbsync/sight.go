@@ -12,8 +12,9 @@ import (
 	"rollcall/registrar"
 )
 
-// This file tells the register what HAProxy has, for those who ask why. Nothing
-// waits for it, and nothing is decided by it.
+// This file tells the register what HAProxy has, for those who ask why, and for the
+// guard of the last server (registrar.ErrLast). Nothing of lbsync waits for it or is
+// decided by it.
 
 const (
 	// publishAfter is how long after a look the register is told of it: first goes
@@ -33,8 +34,9 @@ const (
 type sights struct {
 	states  map[netip.AddrPort]registrar.ServerState
 	changed map[netip.AddrPort]bool // since they were taken last
+	up      int                     // servers of the backend that are Serving, ours and others'
 	wholeAt time.Time               // the last look at all; zero: there was none
-	fresh   bool                    // it was after they were taken last
+	fresh   bool                    // one of these two is of after they were taken last
 }
 
 // told is what the register has been told of one service.
@@ -50,6 +52,11 @@ func (b *backend) observe(addrs []netip.AddrPort, whole bool) {
 	for _, a := range addrs {
 		news = b.observeOne(a) || news // each by itself: a change must not wait for all
 	}
+	b.mu.Lock()
+	if up := b.have.Serving; up != b.sights.up {
+		b.sights.up, b.sights.fresh, news = up, true, true
+	}
+	b.mu.Unlock()
 	if whole {
 		all := make(map[netip.AddrPort]bool, len(addrs))
 		for _, a := range addrs {
@@ -250,16 +257,20 @@ func (b *backend) take(all bool) []netip.AddrPort {
 	return addrs
 }
 
-// seenOf adds to servers what this backend has of each of its addresses.
-func (b *backend) seenOf(servers map[netip.AddrPort]map[string]registrar.ServerState) {
+// seenOf adds to seen what this backend has of each address there, and how many of
+// its servers are up.
+func (b *backend) seenOf(seen registrar.Seen) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for a := range servers {
+	if !b.sights.wholeAt.IsZero() {
+		seen.Up[b.name] = b.sights.up
+	}
+	for a := range seen.Servers {
 		if st, ok := b.sights.states[a]; ok {
-			if servers[a] == nil {
-				servers[a] = map[string]registrar.ServerState{}
+			if seen.Servers[a] == nil {
+				seen.Servers[a] = map[string]registrar.ServerState{}
 			}
-			servers[a][b.name] = st
+			seen.Servers[a][b.name] = st
 		}
 	}
 }
@@ -336,7 +347,7 @@ func (s *Syncer) Publish(ctx context.Context) error {
 
 func (s *Syncer) publishOne(ctx context.Context, svc registrar.Service) error {
 	bs, t := s.backends[svc], s.told[svc]
-	seen := registrar.Seen{Servers: map[netip.AddrPort]map[string]registrar.ServerState{}}
+	seen := registrar.Seen{Up: map[string]int{}, Servers: map[netip.AddrPort]map[string]registrar.ServerState{}}
 	history := bs[0].history()
 	seen.Anew = t.addrs == nil || t.history != history // it may have none of it, or what was told long ago
 	known, due := false, seen.Anew
@@ -354,7 +365,7 @@ func (s *Syncer) publishOne(ctx context.Context, svc registrar.Service) error {
 		}
 	}
 	for _, b := range bs {
-		b.seenOf(seen.Servers)
+		b.seenOf(seen)
 	}
 	if seen.Anew {
 		t.addrs, t.history = map[netip.AddrPort]bool{}, history

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"sync"
 	"testing"
@@ -149,6 +150,82 @@ func TestSaysWhatHAProxyHas(t *testing.T) {
 	w.says(t, "gone", up, a.Addr())
 }
 
+// TestCountsWhatServes follows the count of servers that serve, ours and the
+// operator's own, by backend, through what changes it.
+func TestCountsWhatServes(t *testing.T) {
+	t.Parallel()
+	own := haproxytest.NewInstance(t)
+	w := newWorld(t, haproxytest.Backend{Name: "be", Slots: 3, Check: true, Extra: []string{"server own " + own.Addr().String() + " check inter 100ms"}}, "")
+	w.cfg.Full = 300 * time.Millisecond
+	w.cfg.Backends = append(w.cfg.Backends, lbsync.BackendConfig{Service: "web", Backend: "other", Mode: lbsync.Dynamic},
+		lbsync.BackendConfig{Service: "web", Backend: "missing", Mode: lbsync.Auto})
+	w.run(t, w.client(t))
+	counts := func(what string, be, other int) {
+		t.Helper()
+		want := map[string]int{"be": be, "other": other} // and nothing of one that was never seen
+		haproxytest.Poll(t, what, func() error {
+			if got := w.sight(t).Up; !maps.Equal(got, want) {
+				return fmt.Errorf("%v, want %v", got, want)
+			}
+			return nil
+		})
+	}
+	counts("the operator's own", 1, 0)
+	a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+	w.beat(t, a.Addr(), 70)
+	w.beat(t, b.Addr(), 0)
+	counts("one with a weight", 2, 1)
+	own.SetHealthy(false)
+	counts("the check of the operator's own fails", 1, 1)
+	own.SetHealthy(true)
+	counts("it succeeds", 2, 1)
+	a.SetHealthy(false)
+	counts("an instance's check fails", 1, 1)
+	a.SetHealthy(true)
+	w.word(t, b.Addr(), registrar.Word{Verb: "weight", Weight: new(int)})
+	w.beat(t, b.Addr(), 70)
+	counts("weight 0 by an operator's word", 2, 1)
+	w.word(t, b.Addr(), registrar.Word{Verb: "weight"})
+	counts("its own weight", 3, 2)
+	w.word(t, a.Addr(), registrar.Word{Verb: "drain"})
+	counts("a drain", 2, 1)
+	w.leave(t, b.Addr())
+	counts("the other leaves", 1, 0)
+	w.word(t, a.Addr(), registrar.Word{Verb: "ready"})
+	counts("ready", 2, 1)
+
+	if err := w.redis.Client(t).HDel(t.Context(), w.store.Keys().Seen("web", "test"), "up").Err(); err != nil {
+		t.Fatal(err)
+	}
+	counts("after somebody has deleted it", 2, 1)
+}
+
+// TestCountsBetweenLooks says a count that has changed at once, also where nothing has
+// changed of an instance.
+func TestCountsBetweenLooks(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, haproxytest.Backend{Name: "be", Slots: 3, Extra: []string{"server own 127.0.0.1:9"}}, "")
+	w.cfg.Full = time.Hour
+	w.run(t, w.client(t))
+	a := haproxytest.NewInstance(t).Addr()
+	w.beat(t, a, 70)
+	counts := func(want int) {
+		t.Helper()
+		haproxytest.Poll(t, fmt.Sprint("it counts ", want), func() error {
+			if got := w.sight(t).Up["be"]; got != want {
+				return fmt.Errorf("%d", got)
+			}
+			return nil
+		})
+	}
+	counts(2)
+	w.word(t, a, registrar.Word{Verb: "drain"})
+	counts(1)
+	w.ha.Command(t, "set server be/own state maint")
+	w.word(t, a, registrar.Word{Verb: "drain", Reason: "another"}) // HAProxy is asked of it, and told nothing
+	counts(0)
+}
+
 // looksAgain waits until the balancer has looked at all servers n times more.
 func (w *world) looksAgain(t *testing.T, n int) {
 	t.Helper()
@@ -220,7 +297,7 @@ func TestSaysItAnew(t *testing.T) {
 	w.redis.Kill(t)
 	w.redis.Launch(t)
 	old := `{"be":{"server":"x","state":"maint","weight":0}}`
-	do("HSET", key, "at", 1, a.String(), old, b.String(), old) // as many as there were
+	do("HSET", key, "at", 1, "up", "{}", a.String(), old, b.String(), old) // as many as there were
 	w.beat(t, a, 70)
 	w.beat(t, b, 70)
 	steady("after a restart with old data")

@@ -58,8 +58,9 @@ func (k Keys) GoneAt(s Service) string    { return k.of(s, "gone-at") }   // ZSE
 func (k Keys) Changed(s Service) string   { return k.of(s, "changed") }   // ZSET: addr, score = service version
 func (k Keys) Applied(s Service) string   { return k.of(s, "applied") }   // HASH: balancer id → service version it has applied
 
-// Seen is a HASH of one balancer: addr → JSON, backend → ServerState; at → the time of
-// its last look at all servers, unix ms. It expires.
+// Seen is a HASH of one balancer: addr → JSON, backend → ServerState; up → JSON, backend →
+// how many servers, ours and others', are Serving; at → the time of its last look at all
+// servers, unix ms. It expires.
 func (k Keys) Seen(s Service, balancer string) string { return k.of(s, "seen:"+balancer) }
 
 func (k Keys) ServiceVersion(s Service) string {

@@ -13,8 +13,8 @@ import (
 )
 
 // What HAProxy has, each balancer says itself: checks that fail, servers that
-// are kept, a human's maint are in no key of the register. It is for people, and
-// as old as Sight.At says.
+// are kept, a human's maint are in no key of the register. It is for people and for
+// ErrLast, and as old as Sight.At says.
 
 // sightChunk is how many addresses one call of seen.lua writes.
 const sightChunk = 500
@@ -49,8 +49,9 @@ func (s ServerState) Serving() bool {
 
 // Seen is what Publish says.
 type Seen struct {
-	Anew bool          // forget what was said before
-	Age  time.Duration // of the last look at all servers
+	Anew bool           // forget what was said before
+	Age  time.Duration  // of the last look at all servers
+	Up   map[string]int // by backend: servers, ours and others', that HAProxy sends new requests to, backups not counted
 	// Servers holds the states of the addresses that have changed, by backend; of
 	// an address without any there is nothing to say any more.
 	Servers map[netip.AddrPort]map[string]ServerState
@@ -60,6 +61,10 @@ type Seen struct {
 // many addresses the register has something after that: another number than the
 // balancer counts is a reason to begin anew. After an error some may be missing.
 func (s *Store) Publish(ctx context.Context, id string, svc Service, seen Seen) (addrs int, err error) {
+	up, err := json.Marshal(seen.Up)
+	if err != nil {
+		return 0, fmt.Errorf("say what HAProxy has of %s: %w", svc, err)
+	}
 	var pairs []any
 	for addr, states := range seen.Servers {
 		value := ""
@@ -76,12 +81,12 @@ func (s *Store) Publish(ctx context.Context, id string, svc Service, seen Seen) 
 	for first := true; first || len(pairs) > 0; first, anew = false, false {
 		part := pairs[:min(len(pairs), 2*sightChunk)]
 		pairs = pairs[len(part):]
-		argv := append([]any{flag(anew), seen.Age.Milliseconds(), balancerForget.Milliseconds(), s.now}, part...)
+		argv := append([]any{flag(anew), seen.Age.Milliseconds(), balancerForget.Milliseconds(), s.now, up}, part...)
 		fields, err := s.seen.Run(ctx, s.rdb, keys, argv...).Int()
 		if err != nil {
 			return 0, fmt.Errorf("say what HAProxy has of %s: %w", svc, err)
 		}
-		addrs = fields - 1 // one is the time
+		addrs = fields - 2 // these are at and up
 	}
 	return addrs, nil
 }
@@ -90,6 +95,9 @@ func (s *Store) Publish(ctx context.Context, id string, svc Service, seen Seen) 
 type Sight struct {
 	Balancer string
 	At       int64 // its last look at all of them, unix ms by Redis' clock; 0: it has said nothing
+	// Up counts the servers of each backend, ours and others', that HAProxy sends new
+	// requests to, backups not counted.
+	Up map[string]int
 	// Servers is by address and backend. What is no address or cannot be read is
 	// not in it.
 	Servers map[netip.AddrPort]map[string]ServerState
@@ -99,7 +107,7 @@ type Sight struct {
 // address if there are none: one a balancer, in their order. Acks knows the ids.
 func (s *Store) Sights(ctx context.Context, svc Service, ids []string, addrs ...netip.AddrPort) ([]Sight, error) {
 	k := s.keys.Of(svc)
-	fields := []string{"at"}
+	fields := []string{"at", "up"}
 	for _, a := range addrs {
 		fields = append(fields, a.String())
 	}
@@ -139,6 +147,9 @@ func parseSight(id string, values map[string]string) Sight {
 	sight := Sight{Balancer: id, Servers: map[netip.AddrPort]map[string]ServerState{}}
 	if at, err := strconv.ParseInt(values["at"], 10, 64); err == nil && at > 0 && at < 1e15 {
 		sight.At = at
+	}
+	if err := json.Unmarshal([]byte(values["up"]), &sight.Up); err != nil {
+		sight.Up = nil // a part of it is not to be believed either
 	}
 	for member, value := range values {
 		addr, err := ParseAddr(member)

@@ -35,7 +35,7 @@ func TestPublish(t *testing.T) {
 			if some != nil {
 				maps.DeleteFunc(expect, func(a netip.AddrPort, _ map[string]ServerState) bool { return a != some[0] && a != some[1] })
 			}
-			one := Sight{"lb1", s.clock() - seen.Age.Milliseconds(), expect}
+			one := Sight{"lb1", s.clock() - seen.Age.Milliseconds(), seen.Up, expect}
 			if other := (Sight{Balancer: "lb2", Servers: map[netip.AddrPort]map[string]ServerState{}}); !reflect.DeepEqual(sights, []Sight{one, other}) {
 				t.Errorf("read %d addresses at %d, and %+v; want %d at %d", len(sights[0].Servers), sights[0].At, sights[1], len(one.Servers), one.At)
 			}
@@ -45,7 +45,7 @@ func TestPublish(t *testing.T) {
 	for n := range 2 * sightChunk * 2 { // whole chunks
 		many[host(n)] = map[string]ServerState{"be": {Server: fmt.Sprint("web", n), State: "ready", Check: "up", Weight: n % 257, Note: NoteHeld, Why: `"x"`, Since: t0, Until: t0 + 1}, "be2": {}}
 	}
-	publish(Seen{Servers: many}, 2000)
+	publish(Seen{Up: map[string]int{"be": 7, "be2": 0}, Servers: many}, 2000)
 	s.setClock(t0 + 1000)
 	publish(Seen{Age: 300 * time.Millisecond}, 2000)
 	publish(Seen{Servers: map[netip.AddrPort]map[string]ServerState{host(1): nil, host(2): {"be": {State: "maint"}}, host(5001): nil}}, 1999)
@@ -55,9 +55,9 @@ func TestPublish(t *testing.T) {
 
 	// What others write there is not believed.
 	key := s.keys.Seen(web, "lb1")
-	do(t, s, "HSET", key, "at", "x", "10.0.0.1:80", "x", "10.0.0.2:80", `{"be":{"weight":"x"}}`, "10.0.0.3:80", "{}", "010.0.0.1:80", `{"be":{}}`, "", "1")
+	do(t, s, "HSET", key, "at", "x", "up", `{"be":1,"be2":"x"}`, "10.0.0.1:80", "x", "10.0.0.2:80", `{"be":{"weight":"x"}}`, "10.0.0.3:80", "{}", "010.0.0.1:80", `{"be":{}}`, "", "1")
 	sights, err := s.Sights(ctx, web, []string{"lb1"})
-	if err != nil || sights[0].At != 0 || !reflect.DeepEqual(sights[0].Servers, want) {
+	if err != nil || sights[0].At != 0 || sights[0].Up != nil || !reflect.DeepEqual(sights[0].Servers, want) {
 		t.Errorf("%+v, %v", sights, err)
 	}
 	if left := s.rdb.PTTL(ctx, key).Val(); left <= 59*time.Minute || left > time.Hour {
