@@ -606,7 +606,7 @@ func TestDrainOfTheLastWaits(t *testing.T) {
 			w.want(t, "be", ready(100, a))
 			w.beat(t, b.Addr(), 100)
 			w.want(t, "be", map[string]string{a.Addr().String(): "drain 100", b.Addr().String(): "ready 100"})
-			w.word(t, b.Addr(), registrar.Word{Verb: "maint"}) // a word that does not wait
+			w.word(t, b.Addr(), registrar.Word{Verb: "maint", Force: true}) // a word that does not wait
 			haproxytest.Poll(t, "b is in maint", func() error {
 				if got := w.servers(t, "be"); strings.HasPrefix(got[b.Addr().String()], "ready") {
 					return fmt.Errorf("%v", got)

@@ -64,6 +64,17 @@ func (a Acks) Behind(version int64) (behind, live int) {
 	return behind, live
 }
 
+// Live returns the ids of the live balancers.
+func (a Acks) Live() []string {
+	var ids []string
+	for _, b := range a.Balancers {
+		if b.Live {
+			ids = append(ids, b.ID)
+		}
+	}
+	return ids
+}
+
 // Acks reads who has applied what of svc, by id.
 func (s *Store) Acks(ctx context.Context, svc Service) (Acks, error) {
 	k := s.keys.Of(svc)

@@ -51,8 +51,8 @@ func TestEventsOfEachChange(t *testing.T) {
 	beat("t1", `no JSON`, false)
 	beat("t2", `{"id":"t2","weight":{}}`, true)
 	word(Word{Verb: "drain", Reason: "disk"})
-	word(Word{Verb: "drain", Reason: "disk"})                                                // it stood already
-	_, err := s.change(ctx, s.admin, web, a.String(), "maint", "", strings.Repeat("é", 200)) // more than SetAdmin takes
+	word(Word{Verb: "drain", Reason: "disk"})                                                    // it stood already
+	_, err := s.change(ctx, s.admin, web, a.String(), "maint", "", strings.Repeat("é", 200), "") // more than SetAdmin takes
 	must(t, err)
 	word(Word{Verb: "ready"})
 	word(Word{Verb: "weight", Weight: &twenty})
@@ -165,7 +165,7 @@ func TestEventsCap(t *testing.T) {
 	pipe := s.rdb.Pipeline()
 	must(t, s.admin.Load(t.Context(), s.rdb).Err())
 	for i := range 11_000 {
-		s.admin.EvalSha(t.Context(), pipe, s.keys.change(web), s.keys.Changes(), string(web), "", "e", host(1).String(), "weight", i%200, "")
+		s.admin.EvalSha(t.Context(), pipe, s.keys.change(web), s.keys.Changes(), string(web), "", "e", host(1).String(), "weight", i%200, "", "")
 	}
 	_, err := pipe.Exec(t.Context())
 	must(t, err)

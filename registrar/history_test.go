@@ -52,7 +52,7 @@ func TestHistories(t *testing.T) {
 	for _, a := range []string{
 		"beat OK", "beat NEW", "beat CHANGED", "beat TAKEN", "beat LEFT", "beat NOTOWNER", "beat INTERVAL",
 		"leave OK", "leave SAME", "leave NOTOWNER", "deregister OK", "deregister ABSENT", "deregister BEATS",
-		"admin OK", "admin SAME", "reap OK", "reap FENCED", "reap LATE", "reaped", "let go", "read delta", "read full", "restart old", "restart empty",
+		"admin OK", "admin SAME", "admin STALE", "reap OK", "reap FENCED", "reap LATE", "reaped", "let go", "read delta", "read full", "restart old", "restart empty",
 	} {
 		if whole && did.answers[a] < 10 {
 			t.Errorf("%d times %q, want 10 or more: the histories miss it", did.answers[a], a)
@@ -335,8 +335,12 @@ func (p *player) stepOf(rt *rapid.T, kind string, svc Service) {
 		if n := drawSmall.Draw(rt, "weight"); n < 5 {
 			weight, text = n, strconv.Itoa(n)
 		}
-		want := p.admin(svc, a, verb, weight, reason, epoch)
-		p.change(rt, p.store.admin, kind, svc, nil, epoch, want, a.String(), verb, text, reason)
+		of := ""
+		if off := drawSmall.Draw(rt, "version"); off < 2 {
+			of = strconv.FormatInt(p.services[svc].version+int64(off), 10)
+		}
+		want := p.admin(svc, a, verb, weight, reason, of, epoch)
+		p.change(rt, p.store.admin, kind, svc, nil, epoch, want, a.String(), verb, text, reason, of)
 	}
 	p.audit(rt, svc, before, version, logged, func() bool { return word != p.services[svc].word(a) })
 }

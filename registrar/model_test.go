@@ -228,11 +228,14 @@ func (m *model) deregister(svc Service, addr netip.AddrPort, force bool, epoch s
 	return []any{"OK", v, m.now - i.beat}
 }
 
-func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int, reason, epoch string) []any {
+func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int, reason, of, epoch string) []any {
 	s := m.services[svc]
 	here := int64(0)
 	if s.here[addr] != nil {
 		here = 1
+	}
+	if of != "" && of != strconv.FormatInt(s.version, 10) {
+		return []any{"STALE", s.version, here}
 	}
 	was := s.word(addr)
 	w := was

@@ -30,6 +30,9 @@ var (
 	ErrAbsent = errors.New("no such instance")
 	// ErrBeats says that the instance is alive and would come back.
 	ErrBeats = errors.New("the instance still beats")
+	// ErrLast says that nothing else serves: in a backend of a live balancer this
+	// instance is the only server that gets new requests.
+	ErrLast = errors.New("it is the last that serves")
 	// ErrOtherHistory says that a token is of another data set than Redis holds.
 	ErrOtherHistory = errors.New("redis holds another history")
 	// ErrFenced says that Redis does not hold a reaper's last pulse, or that it is
@@ -369,10 +372,13 @@ type Word struct {
 	Verb   string // drain, maint, ready or weight
 	Weight *int   // with weight; nil = the instance's own again
 	Reason string // with drain and maint; at most MaxText bytes
+	Force  bool   // also of the last that serves
 }
 
 // SetAdmin writes an operator's word. It returns the service's version after
-// that and whether the instance is there; the word holds either way.
+// that and whether the instance is there; the word holds either way. maint and
+// weight 0 take at once, so without Force they return ErrLast, and write nothing, if
+// addr is the last that serves, as far as live balancers have said.
 func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, w Word) (version int64, present bool, err error) {
 	what := fmt.Sprintf("%s %s %s", w.Verb, svc, addr)
 	switch w.Verb {
@@ -390,14 +396,26 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 		}
 		weight = strconv.Itoa(*w.Weight)
 	}
-	r, err := s.change(ctx, s.admin, svc, addr.String(), w.Verb, weight, w.Reason)
-	if err != nil {
-		return 0, false, fmt.Errorf("%s: %w", what, err)
+	for tries := lastTries; ; tries-- {
+		weighed, err := s.weigh(ctx, svc, addr, w)
+		if err != nil {
+			return 0, false, fmt.Errorf("%s: %w", what, err)
+		}
+		if tries == 1 {
+			weighed = ""
+		}
+		r, err := s.change(ctx, s.admin, svc, addr.String(), w.Verb, weight, w.Reason, weighed)
+		if err != nil {
+			return 0, false, fmt.Errorf("%s: %w", what, err)
+		}
+		status, err := word(r, 3)
+		if err != nil {
+			return 0, false, fmt.Errorf("%s: %w", what, err)
+		}
+		if status != "STALE" {
+			return integer(r[1]), integer(r[2]) == 1, nil
+		}
 	}
-	if _, err := word(r, 3); err != nil {
-		return 0, false, fmt.Errorf("%s: %w", what, err)
-	}
-	return integer(r[1]), integer(r[2]) == 1, nil
 }
 
 // Services returns the names of the services that have instances, in no order.

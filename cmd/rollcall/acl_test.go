@@ -186,7 +186,7 @@ func TestRolesWhole(t *testing.T) {
 		})
 	}
 	prunes("operator", func(s *registrar.Store) error {
-		_, _, err := s.SetAdmin(t.Context(), "web", a.Addr(), registrar.Word{Verb: "maint"})
+		_, _, err := s.SetAdmin(t.Context(), "web", a.Addr(), registrar.Word{Verb: "maint", Force: true})
 		return err
 	})
 

@@ -23,16 +23,23 @@ type outcome struct {
 	Present bool              `json:"present"`
 	// Balancers is how many live ones have applied it; with --wait.
 	Balancers *int `json:"balancers,omitempty"`
+	// Waits is why a drain waits.
+	Waits string `json:"waits,omitempty"`
 }
 
 func adminCommand(verb, help string) *cli.Command {
 	names, want := "SERVICE ADDR", 2
 	flags := redisFlags(append(waitFlags(), outputFlag())...)
+	reason := &cli.StringFlag{Name: "reason", EnvVars: env("reason"), Usage: "`TEXT` for whoever wonders, at most 255 bytes"}
+	force := &cli.BoolFlag{Name: "force", Usage: "also the last instance that serves; then none is left to answer"}
 	switch verb {
+	case "drain":
+		flags = append(flags, reason)
+	case "maint":
+		flags = append(flags, reason, force)
 	case "weight":
 		names, want = "SERVICE ADDR N|own", 3
-	case "drain", "maint":
-		flags = append(flags, &cli.StringFlag{Name: "reason", EnvVars: env("reason"), Usage: "`TEXT` for whoever wonders, at most 255 bytes"})
+		flags = append(flags, force)
 	}
 	return &cli.Command{
 		Name: verb, Usage: help, ArgsUsage: names, Flags: flags,
@@ -41,7 +48,7 @@ func adminCommand(verb, help string) *cli.Command {
 			if err != nil {
 				return err
 			}
-			w := registrar.Word{Verb: verb, Reason: c.String("reason")}
+			w := registrar.Word{Verb: verb, Reason: c.String("reason"), Force: c.Bool("force")}
 			if n := len(w.Reason); n > registrar.MaxText {
 				return usage("--reason of %d bytes: want at most %d", n, registrar.MaxText)
 			}
@@ -56,10 +63,14 @@ func adminCommand(verb, help string) *cli.Command {
 				w.Weight = &n
 			}
 			return onInstance(c, a[0], a[1], func(s *session, svc registrar.Service, addr netip.AddrPort) (outcome, error) {
-				return registrar.Try(c.Context, func(ctx context.Context) (outcome, error) {
+				o, err := registrar.Try(c.Context, func(ctx context.Context) (outcome, error) {
 					version, present, err := s.store.SetAdmin(ctx, svc, addr, w)
 					return outcome{Done: verb, Version: version, Present: present}, err
 				})
+				if errors.Is(err, registrar.ErrLast) {
+					err = fmt.Errorf("%w; start another first, or drain it, which waits for one, or say --force", err)
+				}
+				return o, err
 			})
 		},
 	}
@@ -131,5 +142,25 @@ func onInstance(c *cli.Context, service, address string, do func(*session, regis
 			text = fmt.Sprintf("%s, applied by %d balancers", text, live)
 		}
 	}
+	if o.Done == "drain" && o.Balancers == nil {
+		if o.Waits = s.drainWaits(c.Context, svc, addr); o.Waits != "" {
+			text += "; it waits: " + o.Waits
+		}
+		if errors.Is(waited, errTimedOut) && o.Waits != "" {
+			waited = fmt.Errorf("%w; the drain waits: %s", waited, o.Waits)
+		}
+	}
 	return errors.Join(s.line(o, "%s", text), waited)
+}
+
+// drainWaits returns why a drain that has been written waits; empty if it does not.
+// That this cannot be told does not make the drain a failure.
+func (s *session) drainWaits(ctx context.Context, svc registrar.Service, addr netip.AddrPort) string {
+	ctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	why, err := s.store.DrainWaits(ctx, svc, addr)
+	if err != nil {
+		s.log.Warn().Err(err).Msg("cannot tell whether the drain waits for another instance")
+	}
+	return why
 }

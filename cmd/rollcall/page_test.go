@@ -333,6 +333,46 @@ func TestPage(t *testing.T) {
 		p.shows(row(a.Addr().String())+` td[data-label="Weight"]`, "7")
 	})
 
+	t.Run("the last one is taken out when that is confirmed", func(t *testing.T) {
+		word := func(args ...string) {
+			t.Helper()
+			if out, stderr, code := s.rollcall(t, args...); code != 0 {
+				t.Errorf("%v: exit %d, %s%s", args, code, out, stderr)
+			}
+		}
+		word("maint", "web", b.Addr().String())
+		p := openTab(t, browser, url, 1280, 900, "409") // the refusal
+		p.shows(row(b.Addr().String())+` td[data-label="In HAProxy"]`, "maint")
+		p.reach(fmt.Sprintf(`button[aria-label="Change web %s"]`, a.Addr()))
+		p.press(kb.Enter)
+		p.reach("#token")
+		p.press(pageToken)
+		p.reach("[name=verb]:checked")
+		p.press(kb.ArrowDown)
+		if ask[bool](p, `document.querySelector("#force").checkVisibility()`) {
+			t.Error("force is offered before anything was refused")
+		}
+		p.reach("#reason")
+		p.press("new disk" + kb.Enter)
+		p.shows("#change-result", "Nothing was done: maint web "+a.Addr().String()+": it is the last that serves: ")
+		p.shows("#change-result", " sends requests to no other server of be. Start another first")
+		p.shows("#force-text", "Take out the last one")
+		answered(t, "http://"+s.ha.Addr("be")+"/", a)
+		p.reach("#force") // it has the focus, and is not ticked
+		p.press(kb.Enter)
+		p.shows("#change-result", "Nothing was done: ")
+		p.reach("#force")
+		p.press(" " + kb.Enter)
+		p.shows("#change-result", "applied by 1 balancer")
+		p.shows(row(a.Addr().String())+` td[data-label="In HAProxy"]`, "maint")
+		if ask[bool](p, `document.querySelector("#force").checkVisibility() || document.querySelector("#force").checked`) {
+			t.Error("force is still offered after it was done")
+		}
+		word("ready", "web", a.Addr().String())
+		word("ready", "web", b.Addr().String())
+		answered(t, "http://"+s.ha.Addr("be")+"/", a, b)
+	})
+
 	t.Run("it keeps no token that was not looked at", func(t *testing.T) {
 		p := openTab(t, browser, url, 1280, 900, "429")
 		p.shows(row(a.Addr().String()), "ready")

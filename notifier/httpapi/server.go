@@ -235,7 +235,7 @@ func (s *Server) ask(ctx context.Context) time.Duration {
 		acks, err := s.store.Acks(tctx, e.name)
 		var sights []registrar.Sight
 		if err == nil {
-			sights, err = s.store.Sights(tctx, e.name, live(acks))
+			sights, err = s.store.Sights(tctx, e.name, acks.Live())
 		}
 		cancel()
 		if ctx.Err() != nil {
@@ -254,17 +254,6 @@ func (s *Server) ask(ctx context.Context) time.Duration {
 		_, next = s.picture.due(time.Now(), every)
 	}
 	return next
-}
-
-// live returns the ids of live balancers.
-func live(acks registrar.Acks) []string {
-	var ids []string
-	for _, b := range acks.Balancers {
-		if b.Live {
-			ids = append(ids, b.ID)
-		}
-	}
-	return ids
 }
 
 // follow reads the log of changes until ctx ends.

@@ -49,6 +49,7 @@ type done struct {
 	Present   bool              `json:"present"`
 	Applied   *bool             `json:"applied,omitempty"` // by every live balancer; with ?wait
 	Why       string            `json:"why,omitempty"`     // not applied
+	Waits     string            `json:"waits,omitempty"`   // why a drain waits
 	Balancers []Balancer        `json:"balancers,omitempty"`
 }
 
@@ -113,13 +114,16 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do f
 	if err != nil {
 		log = s.log.Warn().Err(err)
 	}
-	log.Str("service", string(svc)).Stringer("addr", addr).Str("verb", verb).Str("reason", o.word.Reason).Str("who", "http "+r.RemoteAddr).Msg("an operator's word")
+	log.Str("service", string(svc)).Stringer("addr", addr).Str("verb", verb).Str("reason", o.word.Reason).Str("who", "http "+r.RemoteAddr).Bool("force", o.force).Msg("an operator's word")
 	switch {
 	case errors.Is(err, registrar.ErrAbsent):
 		fail(w, http.StatusNotFound, err)
 		return
 	case errors.Is(err, registrar.ErrBeats):
 		fail(w, http.StatusConflict, fmt.Errorf("%w; use maint to keep it out, or ?force=true to take it out until its next beat", err))
+		return
+	case errors.Is(err, registrar.ErrLast):
+		fail(w, http.StatusConflict, fmt.Errorf("%w; start another first, or drain it, which waits for one, or ?force=true to take it out all the same", err))
 		return
 	case err != nil:
 		fail(w, http.StatusServiceUnavailable, fmt.Errorf("whether it was done is unknown: %w", err))
@@ -130,6 +134,14 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do f
 	code = http.StatusOK
 	if patience > 0 {
 		code = s.await(r.Context(), &out, patience)
+	}
+	if verb == "drain" && (out.Applied == nil || !*out.Applied) {
+		ctx, cancel := registrar.WithTimeout(r.Context())
+		out.Waits, err = s.store.DrainWaits(ctx, svc, addr)
+		cancel()
+		if err != nil {
+			s.log.Warn().Err(err).Msg("cannot tell whether a drain waits for another instance")
+		}
 	}
 	answer(w, code, encode(out))
 }
@@ -199,11 +211,12 @@ type order struct {
 
 // order reads the body and the query.
 func (s *Server) order(w http.ResponseWriter, r *http.Request, verb string) (o order, code int, err error) {
+	o.force = r.URL.Query().Get("force") == "true"
 	if verb == "deregister" {
 		if _, err := io.Copy(io.Discard, http.MaxBytesReader(w, r.Body, maxBody)); err != nil {
 			return o, http.StatusBadRequest, fmt.Errorf("body: %w", err)
 		}
-		return order{force: r.URL.Query().Get("force") == "true"}, 0, nil
+		return o, 0, nil
 	}
 	if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {
 		return o, http.StatusUnsupportedMediaType, errJSON
@@ -225,7 +238,7 @@ func (s *Server) order(w http.ResponseWriter, r *http.Request, verb string) (o o
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return o, http.StatusBadRequest, errors.New("body: want one JSON object and nothing after it")
 	}
-	o.word = registrar.Word{Verb: verb, Reason: body.Reason}
+	o.word = registrar.Word{Verb: verb, Reason: body.Reason, Force: o.force}
 	return o, http.StatusBadRequest, o.check(body.Weight)
 }
 
@@ -243,6 +256,9 @@ func (o *order) check(weight json.RawMessage) error {
 		}
 	default:
 		return fmt.Errorf("%q: want drain, maint, ready or weight", clip(w.Verb))
+	}
+	if w.Force && w.Verb != "maint" && w.Verb != "weight" {
+		return fmt.Errorf("%s: takes no force", w.Verb)
 	}
 	if len(w.Reason) > registrar.MaxText || !utf8.ValidString(w.Reason) || strings.ContainsFunc(w.Reason, unicode.IsControl) {
 		return fmt.Errorf("reason: want at most %d bytes, on one line", registrar.MaxText)

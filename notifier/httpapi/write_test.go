@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -56,6 +57,9 @@ func TestWrites(t *testing.T) {
 		{"GET", "GET", at + "/drain", "", auth, 404, ""},
 		{"PUT", "PUT", at + "/drain", "{}", auth, 405, ""},
 
+		{"drain by force", "POST", at + "/drain?force=true", `{"reason":"x"}`, auth, 400, "force"},
+		{"ready by force", "POST", at + "/ready?force=true", `{}`, auth, 400, "force"},
+
 		{"drain", "POST", at + "/drain", `{"reason":"<b>new</b> disk"}`, auth, 200, `"done":"drain","version":2,"present":true}`},
 		{"the same page's own", "POST", at + "/drain", `{"reason":"other"}`, with("Sec-Fetch-Site", "same-origin"), 200, `"version":3`},
 		{"maint, nobody to wait for", "POST", at + "/maint?wait=5s", `{"reason":"x"}`, auth, 200, `"version":4,"present":true,"applied":true}`},
@@ -82,6 +86,48 @@ func TestWrites(t *testing.T) {
 	}
 	if strings.Contains(w.log.String(), secret) {
 		t.Error("the token is in the log")
+	}
+}
+
+// TestWriteOfTheLast refuses to take out the last that serves, unless it is forced,
+// and says why a drain of it waits.
+func TestWriteOfTheLast(t *testing.T) {
+	t.Parallel()
+	w := start(t, nil, func(w *world) { w.beat(t, "web", 1, registrar.Meta{}) })
+	v, err := w.store.Versions(t.Context(), []registrar.Service{"web"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.store.Ack(t.Context(), "lb1", "web", v.Token("web")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.store.Publish(t.Context(), "lb1", "web", registrar.Seen{Up: map[string]int{"be": 1}, Servers: map[netip.AddrPort]map[string]registrar.ServerState{
+		address(1): {"be": {Server: "s1", State: "ready", Check: "up", Weight: 100}},
+	}}); err != nil {
+		t.Fatal(err)
+	}
+	const why = "it is the last that serves: lb1 sends requests to no other server of be"
+	for _, c := range []struct {
+		path, body string
+		want       int
+		says       string
+	}{
+		{"maint", `{"reason":"x"}`, 409, `{"error":"maint web 10.0.0.1:8080: ` + why + `; start another first, or drain it, which waits for one, or ?force=true to take it out all the same"}`},
+		{"weight", `{"weight":0}`, 409, why},
+		{"weight", `{"weight":5}`, 200, `"version":2,`},
+		{"drain", `{"reason":"x"}`, 200, `"version":3,"present":true,"waits":"` + why},
+		{"drain?wait=50ms", `{"reason":"y"}`, 202, `"waits":"` + why},
+		{"ready", `{}`, 200, `"present":true}`},
+		{"weight?force=true", `{"weight":0}`, 200, `"version":6,`},
+		{"maint", `{"reason":"x"}`, 200, `"version":7,`}, // it has been asked for already
+		{"ready", `{}`, 200, `"version":8,`},
+		{"weight", `{"weight":null}`, 200, `"version":9,`},
+		{"maint?force=true", `{"reason":"x"}`, 200, `"version":10,`},
+	} {
+		r, err := w.fetch("POST", "/v1/services/web/instances/10.0.0.1:8080/"+c.path, c.body, "Authorization", "Bearer "+secret, "Content-Type", jsonType)
+		if err != nil || r.code != c.want || !strings.Contains(r.body, c.says) {
+			t.Errorf("%s %s: %v, %d %s, want %d %s", c.path, c.body, err, r.code, r.body, c.want, c.says)
+		}
 	}
 }
 

@@ -4,8 +4,10 @@
 -- KEYS  1 to 12 as in lib.lua
 -- ARGV  1 to 4 as in lib.lua   5 addr
 --       6 drain | maint | ready | weight   7 weight, '' = the instance's own again   8 reason
+--       9 the service version that it must be of, '' = any
 -- Returns {status, service version, 1 if the instance is there}, and what announce of lib.lua may add
 --   OK    the word was written     SAME  it stood already; nothing written
+--   STALE the service is of another version; nothing written
 local addr, verb, weight, reason = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8]
 
 -- lib
@@ -14,6 +16,8 @@ local bad = mistyped()
 if bad then return bad end
 local now = clock()
 local here = redis.call('ZSCORE', KEYS[1], addr) and 1 or 0
+local version = redis.call('GET', KEYS[7]) or '0'
+if ARGV[9] ~= '' and ARGV[9] ~= version then return {'STALE', tonumber(version), here} end
 
 -- Of a stored word only what readers believe is kept: what an operator says
 -- must never end as a word that nobody can read.
@@ -37,7 +41,7 @@ else
   if reason ~= '' then word.reason = reason end
 end
 if not broken and was[1] == word.state and was[2] == word.weight and was[3] == word.reason then
-  return {'SAME', tonumber(redis.call('GET', KEYS[7]) or 0), here}
+  return {'SAME', tonumber(version), here}
 end
 
 local g, v = bump()

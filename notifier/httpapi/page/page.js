@@ -638,11 +638,12 @@ function wording(e) {
 
 // ---- Changing ----
 
-const change = { service: "", addr: "", busy: false, back: null };
+// last is the verb that was refused for an instance that is the last that serves.
+const change = { service: "", addr: "", busy: false, last: "", back: null };
 
 function openChange(service, addr) {
   const i = (picture.services.get(service) || { instances: [] }).instances.find((x) => x.addr === addr);
-  Object.assign(change, { service, addr, busy: false, back: document.activeElement });
+  Object.assign(change, { service, addr, busy: false, last: "", back: document.activeElement });
   text($("change-title"), `${plain(service)} ${plain(addr)}`);
   text($("change-now"), i ? `Now ${stateOf(service, i)}, weight ${i.weight}.` : "It is gone.");
   $("change-form").reset();
@@ -661,7 +662,8 @@ function fields() {
   $("token-field").hidden = token !== "";
   $("reason-field").hidden = v !== "drain" && v !== "maint";
   $("weight-field").hidden = v !== "weight";
-  $("force-field").hidden = v !== "deregister";
+  $("force-field").hidden = v !== "deregister" && v !== change.last;
+  text($("force-text"), v === "deregister" ? "Also if it beats; its next beat brings it back" : "Take out the last one: no other is left to answer");
   $("change-do").disabled = change.busy;
 }
 
@@ -690,7 +692,7 @@ async function doChange() {
   result("", "Waiting until every live balancer has applied it…");
   const path = `v1/services/${encodeURIComponent(change.service)}/instances/${encodeURIComponent(change.addr)}`;
   try {
-    const r = await fetch(v === "deregister" ? `${path}?wait=10s${$("force").checked ? "&force=true" : ""}` : `${path}/${v}?wait=10s`, {
+    const r = await fetch(`${v === "deregister" ? path : `${path}/${v}`}?wait=10s${$("force").checked ? "&force=true" : ""}`, {
       method: v === "deregister" ? "DELETE" : "POST", cache: "no-store", credentials: "omit",
       headers: { "Authorization": "Bearer " + secret, "Content-Type": "application/json" },
       body: v === "deregister" ? undefined : JSON.stringify(body),
@@ -699,10 +701,19 @@ async function doChange() {
     if (r.status === 401) { token = $("token").value = ""; result("bad", "That is not the token."); return; }
     // These are answers to who may write; others, a 429 say, tell nothing of it.
     if (r.ok || [400, 404, 409].includes(r.status)) { token = secret; $("token").value = ""; }
+    if (r.status === 409 && v !== "deregister") {
+      change.last = v;
+      fields();
+      result("bad", `Nothing was done: ${plain(answer.error.split("; ")[0])}. Start another first, drain it, which waits for one, or tick the box and do it again.`);
+      $("force").focus();
+      return;
+    }
     if (!r.ok) { result("bad", plain(answer.error || `the server says ${r.status}`)); return; }
+    change.last = "";
+    $("force").checked = false;
     const n = (answer.balancers || []).length;
     if (answer.applied) result("good", n ? `Done: applied by ${plural(n, "balancer")}.` : "Done. No live balancer has this service.");
-    else result("bad", `Written, but not applied everywhere yet: ${plain(answer.why || "")}`);
+    else result("bad", `Written, but not applied everywhere yet: ${plain(answer.waits || answer.why || "")}`);
   } catch (err) {
     result("bad", "No answer. Whether it was done is unknown: " + plain(err.message));
   } finally {
@@ -716,7 +727,10 @@ async function doChange() {
 // ---- Start ----
 
 $("change-form").addEventListener("submit", (e) => { e.preventDefault(); doChange(); });
-$("change-form").addEventListener("change", fields);
+$("change-form").addEventListener("change", (e) => {
+  if (e.target.name === "verb") $("force").checked = false; // it was ticked for another
+  fields();
+});
 $("change-close").addEventListener("click", () => $("change").close());
 $("change").addEventListener("close", () => { $("token").value = ""; if (change.back && change.back.isConnected) change.back.focus(); });
 $("forget").addEventListener("click", () => { token = ""; draw(); });
