@@ -31,6 +31,8 @@ type Options struct {
 	// StateFile makes Reload and Restart keep the states of slots, as a server
 	// with server-state-file in its configuration does.
 	StateFile bool
+	// Sections are further lines, after all else: whole sections.
+	Sections []string
 	// MasterWorker runs haproxy with -W: a master that forks the worker, and
 	// forks another one for Reload.
 	MasterWorker bool
@@ -171,6 +173,9 @@ func (h *HAProxy) config(o Options) []byte {
 		if be.Slots > 0 {
 			line("  server-template s 1-%d slot.invalid:1 %sdisabled init-addr last,127.0.0.1", be.Slots, check)
 		}
+	}
+	for _, s := range o.Sections {
+		line("%s", s)
 	}
 	return b.Bytes()
 }
