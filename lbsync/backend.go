@@ -105,8 +105,22 @@ type order struct {
 
 // leaving is the progress of one server's end.
 type leaving struct {
-	since time.Time // drain began
-	maint time.Time // maint was first seen; zero before
+	since    time.Time // drain began
+	maint    time.Time // maint was first seen; zero before
+	putOff   int       // times that its deletion was put off
+	deleteAt time.Time // the next try, not before; zero until it was put off
+}
+
+// deletable tells whether the deletion may be tried now.
+func (l *leaving) deletable(now time.Time, quarantine time.Duration) bool {
+	return !l.maint.IsZero() && now.Sub(l.maint) >= quarantine && !now.Before(l.deleteAt)
+}
+
+// wait puts the deletion off, each time for twice as long, from lastPoll up to
+// limit.
+func (l *leaving) wait(now time.Time, limit time.Duration) {
+	l.deleteAt = now.Add(registrar.Shorten(min(lastPoll<<min(l.putOff, 16), limit)))
+	l.putOff++
 }
 
 func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registrar.Service), acked, looked func(), claims *claims, log zerolog.Logger) *backend {
@@ -418,8 +432,8 @@ func (b *backend) due(ctx context.Context, now time.Time, dirty map[netip.AddrPo
 		addrs = append(addrs, a)
 	}
 	var look []Server
-	for a := range b.leaving {
-		if s, ok := b.have.Lookup(a); ok && (s.Admin == Drain || s.Busy > 0) {
+	for a, l := range b.leaving {
+		if s, ok := b.have.Lookup(a); ok && (s.Admin == Drain || !s.Slot && s.Busy != 0 && l.deletable(now, b.cfg.Quarantine)) {
 			look = append(look, s)
 		}
 		addrs = append(addrs, a)
@@ -746,7 +760,7 @@ func (b *backend) choose(addrs []netip.AddrPort, goal Goal, now time.Time, kept 
 		}
 		w.Now = v.now
 		w.Overdue = now.Sub(l.since) >= b.cfg.DrainTimeout
-		w.Settled = !l.maint.IsZero() && now.Sub(l.maint) >= b.cfg.Quarantine
+		w.Settled = l.deletable(now, b.cfg.Quarantine)
 		wants = append(wants, w)
 	}
 	return wants
@@ -939,12 +953,20 @@ func (b *backend) place(wants []Want, unplaced []netip.AddrPort) {
 
 // finish settles what has reached its end.
 func (b *backend) finish(addrs []netip.AddrPort) {
+	now := time.Now()
 	for _, a := range addrs {
 		s, there := b.have.Lookup(a)
-		if b.leaving[a] != nil {
+		if l := b.leaving[a]; l != nil {
 			if !there {
 				delete(b.leaving, a)
 				b.log.Info().Stringer("addr", a).Msg("gone")
+			} else if l.deletable(now, b.cfg.Quarantine) {
+				l.wait(now, b.cfg.Full)
+				if s.Busy > 0 {
+					b.once("busy", a.String(), func(e *zerolog.Event) {
+						e.Stringer("addr", a).Str("server", s.Name).Int("sessions", s.Busy).Msg("sessions of a leaving server have not ended; it stays in maint and is deleted after them")
+					})
+				}
 			}
 			continue
 		}
@@ -966,10 +988,15 @@ func (b *backend) tell(ops []Op, got Applied, heard map[netip.AddrPort]time.Time
 		b.log.Info().Int("commands", len(ops)).Int("serving", b.have.Serving).Msg("changed")
 		return
 	}
-	logged := ""
+	logged, deleted := "", map[string]bool{} // these are gone, or as they were
+	for _, o := range ops {
+		if o.Kind == Delete {
+			deleted[o.Name] = true
+		}
+	}
 	for _, o := range ops {
 		s, ok := b.have.byName[o.Name]
-		if !ok || o.Name == logged || b.have.parked(s) || o.Kind != SetReady && o.Kind != SetDrain && o.Kind != SetMaint && o.Kind != SetWeight {
+		if !ok || o.Name == logged || b.have.parked(s) || deleted[o.Name] || o.Kind != SetReady && o.Kind != SetDrain && o.Kind != SetMaint && o.Kind != SetWeight {
 			continue
 		}
 		logged = o.Name // a server's ops stand together
@@ -1018,8 +1045,11 @@ func (b *backend) once(kind, detail string, say func(*zerolog.Event)) {
 func (b *backend) pause(now time.Time) time.Duration {
 	next := b.nextFull - now.Sub(b.readAt)
 	if len(b.leaving) > 0 {
-		next = min(next, min(firstPoll<<min(b.polls, 8), lastPoll))
+		poll := min(firstPoll<<min(b.polls, 8), lastPoll)
 		b.polls++
+		for _, l := range b.leaving {
+			next = min(next, max(poll, l.deleteAt.Sub(now)))
+		}
 	}
 	if len(b.held) > 0 || len(b.unplaced) > 0 || len(b.postponed) > 0 || b.undone {
 		next = min(next, waitPoll)

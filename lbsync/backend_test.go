@@ -3,6 +3,7 @@ package lbsync
 import (
 	"context"
 	"net/netip"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -179,6 +180,36 @@ func TestLateAddress(t *testing.T) {
 	b.readAt = b.readAt.Add(-waitPoll)
 	if _, err := b.Step(t.Context()); err != nil || sent < 5 {
 		t.Errorf("%d ops, %v; want it made ready with the next look", sent, err)
+	}
+}
+
+// TestDeletionPutOff has HAProxy refuse for an hour, by a simulated clock, to delete
+// a server that has left: it is tried, or looked at, less and less often.
+func TestDeletionPutOff(t *testing.T) {
+	for name, busy := range map[string]int{"in use": 2, "not known why": -1} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := netip.MustParseAddrPort("10.0.0.1:80")
+				sent, log := 0, &strings.Builder{}
+				bal := standing{State{Process: Process{PID: 1, Version: "2.6.0"},
+					Servers: []Server{{Name: DynamicName(a), ID: 1, Addr: a, Admin: Maint, Busy: busy}}}, &sent}
+				b := newBackend(Config{Allow: DefaultAllow(), Full: DefaultFull, DrainTimeout: time.Minute, Quarantine: DefaultQuarantine},
+					BackendConfig{Service: "web", Backend: "be", Mode: Dynamic}, bal, func(registrar.Service) {}, func() {}, func() {}, newClaims(), zerolog.New(log))
+				b.change(notifier.Change{Snapshot: registrar.Snapshot{Service: "web", Full: true, Now: 1, TTL: time.Second, Interval: time.Second / 3,
+					Token:   registrar.Token{ReplID: "r", Epoch: "e", Version: 1},
+					Entries: []registrar.Entry{{Addr: a, Gone: &registrar.Gone{Reason: registrar.Left}}}}})
+				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+				defer cancel()
+				b.run(ctx)
+				// Three commands a try, and one each 24 to 30 s in the end.
+				if tries := map[int]int{2: sent, -1: sent / 3}[busy]; tries < 100 || tries > 170 {
+					t.Errorf("%d commands in an hour", sent)
+				}
+				if n := strings.Count(log.String(), "\n"); n > 4 {
+					t.Errorf("%d lines: %s", n, log)
+				}
+			})
+		})
 	}
 }
 

@@ -109,6 +109,8 @@ func pretend(servers []Server, o Op) []Server {
 		s.Up, s.Passed = false, false
 	case SetWeight:
 		s.Weight = o.Weight
+	case Shutdown:
+		s.Busy = 0
 	case Delete:
 		return slices.Delete(servers, i, i+1)
 	}

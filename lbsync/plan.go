@@ -70,7 +70,7 @@ type Inventory struct {
 	blank   map[string]netip.AddrPort // the address of a template's unused slots, where that is not Placeholder
 	lone    map[string]netip.AddrPort // the same of a slot, by name, where it is the only one to tell by
 
-	queue  []*Server                  // free slots, in the order of their use, and some that are free no more
+	queues [restKinds][]*Server       // free slots, longest free first, and some that are free no more
 	free   map[*Server]rest           // which of them are
 	vacant map[netip.AddrPort]*Server // free slots by the instance that they held last
 	left   map[*Server]netip.AddrPort // that instance, of slots that are not in maint yet
@@ -81,6 +81,28 @@ type rest struct {
 	since time.Time      // zero: since before we looked
 	used  bool           // it may have held an instance in this process
 	last  netip.AddrPort // that instance; zero if unknown
+	// sessions says that some of that instance's may go on, and idle that there may
+	// be idle connections to it: new requests would take the way of either.
+	sessions, idle bool
+}
+
+// The free slots in the order of their use: never used, clean, and those whose sessions
+// must be cut or whose idle connections must be purged first.
+const (
+	unused = iota
+	clean
+	unclean
+	restKinds
+)
+
+func (r rest) kind() int {
+	switch {
+	case !r.used:
+		return unused
+	case r.sessions || r.idle:
+		return unclean
+	}
+	return clean
 }
 
 // Known is what the owner of an Inventory knows beside the state. The zero value knows
@@ -184,11 +206,12 @@ func NewInventory(st State, k Known) *Inventory {
 		case s.Slot && parked:
 			r, before := k.Rests[s.Name]
 			if !before {
-				r = rest{used: s.Weight == 0 && s.Configured != 0}
+				r = rest{used: s.Weight == 0 && s.Configured != 0, sessions: true, idle: true}
 				if r.used {
 					r.since = k.Now
 				}
 			}
+			r.sessions = r.sessions && s.Busy != 0
 			inv.vacate(s, r)
 			if s.Admin != Maint {
 				// A placement that was cut short, or commands that were meant for
@@ -199,16 +222,9 @@ func NewInventory(st State, k Known) *Inventory {
 			inv.index(s)
 		}
 	}
-	slices.SortStableFunc(inv.queue, func(a, b *Server) int {
-		x, y := inv.free[a], inv.free[b]
-		if x.used != y.used {
-			if x.used {
-				return 1
-			}
-			return -1
-		}
-		return x.since.Compare(y.since)
-	})
+	for _, q := range inv.queues {
+		slices.SortStableFunc(q, func(a, b *Server) int { return inv.free[a].since.Compare(inv.free[b].since) })
+	}
 	return inv
 }
 
@@ -274,7 +290,8 @@ func (inv *Inventory) index(s *Server) {
 
 // vacate makes a slot free.
 func (inv *Inventory) vacate(s *Server, r rest) {
-	inv.queue = append(inv.queue, s)
+	kind := r.kind()
+	inv.queues[kind] = append(inv.queues[kind], s)
 	inv.free[s] = r
 	if r.last.IsValid() {
 		inv.vacant[r.last] = s
@@ -381,7 +398,7 @@ func (inv *Inventory) Update(ops []Op, servers []Server, now time.Time) {
 		if !old.Ours() || !old.Addr.IsValid() || old.Slot && old.Backup {
 			continue
 		}
-		_, free := inv.free[old]
+		r, free := inv.free[old]
 		switch parked := inv.parked(old); {
 		case !old.Slot:
 			inv.index(old)
@@ -389,9 +406,11 @@ func (inv *Inventory) Update(ops []Op, servers []Server, now time.Time) {
 			inv.occupy(old)
 			inv.took[template(old)] = true
 			inv.index(old)
-		case old.Admin == Maint && !free:
+		case old.Admin == Maint && free:
+			inv.vacate(old, r.rinsed(ops, old))
+		case old.Admin == Maint:
 			delete(inv.left, old)
-			inv.vacate(old, rest{now, true, held})
+			inv.vacate(old, rest{since: now, used: true, last: held, sessions: old.Busy != 0, idle: old.Busy != 0})
 		case slices.Contains(ops, Op{Kind: SetAddr, Name: old.Name, ID: old.ID, Addr: Placeholder}):
 			inv.left[old] = held
 			inv.extra = append(inv.extra, old)
@@ -439,12 +458,15 @@ func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration)
 	}
 	taken := map[int]bool{}
 	for _, w := range place {
-		if s, r, ok := inv.takeSlot(w.Addr, now, quarantine); ok {
-			// Nothing of the instance before may reach the new one: a connection that
-			// carries one of its sessions would carry others' requests too.
-			if r.used && r.last != w.Addr && inv.can(Shutdown) {
-				ops = append(ops, op(Shutdown, s))
-			}
+		s, r, ok := inv.takeSlot(w.Addr, now, quarantine)
+		switch {
+		case ok && r.kind() == unclean && r.last != w.Addr:
+			// It is placed when it has been rinsed.
+			ops = inv.rinse(ops, s, r)
+			unplaced = append(unplaced, w.Addr)
+			continue
+		case ok:
+			inv.occupy(s)
 			ops = inv.place(ops, w, s)
 			continue
 		}
@@ -456,7 +478,7 @@ func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration)
 		taken[id] = true
 		// The name says the address: what follows a refused Add finds no
 		// server, and no other one either.
-		s := &Server{Name: DynamicName(w.Addr), ID: id, Addr: Placeholder, Admin: Maint}
+		s = &Server{Name: DynamicName(w.Addr), ID: id, Addr: Placeholder, Admin: Maint}
 		ops = append(ops, Op{Kind: Add, Name: s.Name, ID: id, Addr: Placeholder, Check: inv.checks()})
 		ops = inv.place(ops, w, s)
 	}
@@ -467,28 +489,57 @@ func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration)
 // they stand beside slots that have one, a plain one.
 func (inv *Inventory) checks() bool { return inv.Checks || inv.checked && inv.can(EnableHealth) }
 
-// takeSlot takes the slot for an instance out of the free ones: that which it left a
-// moment ago, else one that was never used, else the one that has been free for
-// longest, once that is as long as the quarantine.
+// takeSlot returns the slot for an instance: that which it left a moment ago, else one
+// that was never used, else, once they have been free for as long as the quarantine,
+// the one that has been for longest. It is for one instance in each plan.
 func (inv *Inventory) takeSlot(addr netip.AddrPort, now time.Time, quarantine time.Duration) (*Server, rest, bool) {
 	if s := inv.vacant[addr]; s != nil {
-		r := inv.free[s]
-		inv.occupy(s)
-		return s, r, true
+		return s, inv.free[s], true
 	}
-	for len(inv.queue) > 0 && !inv.Dynamic {
-		s := inv.queue[0]
-		r, free := inv.free[s]
-		if free && (now.Sub(r.since) < quarantine || r.used && inv.Private && inv.Overflow) {
-			return nil, r, false
+	for kind := range inv.queues {
+		if inv.Dynamic || kind != unused && inv.Private && inv.Overflow {
+			break
 		}
-		inv.queue = inv.queue[1:]
-		if free {
-			inv.occupy(s)
+		for q := &inv.queues[kind]; len(*q) > 0; *q = (*q)[1:] {
+			s := (*q)[0]
+			r, free := inv.free[s]
+			if !free || r.kind() != kind {
+				continue // it has been taken, or is in another queue
+			}
+			if r.sessions && !inv.can(Shutdown) {
+				continue // until a whole look finds that they have ended
+			}
+			if now.Sub(r.since) < quarantine {
+				break
+			}
+			*q = (*q)[1:]
 			return s, r, true
 		}
 	}
 	return nil, rest{}, false
+}
+
+// rinse takes a free slot a step nearer to where nothing leads to the instance before:
+// a connection that carries one of its sessions would carry others' requests too (seen
+// with HTTP/2 and http-reuse always on 2.6), and so would one that became idle when the
+// sessions ended, after the slot came into maint. To come into maint once more purges it.
+func (inv *Inventory) rinse(ops []Op, s *Server, r rest) []Op {
+	if r.sessions {
+		return append(ops, op(Shutdown, s))
+	}
+	return append(ops, inv.weigh(s, 0), op(SetDrain, s), op(SetMaint, s))
+}
+
+// rinsed is what became of it.
+func (r rest) rinsed(ops []Op, s *Server) rest {
+	switch {
+	case s.Busy != 0:
+	case r.sessions:
+		r.sessions = false
+	default:
+		r.idle = r.idle && !slices.Contains(ops, op(SetMaint, s))
+	}
+	return r
 }
 
 // place gives the address of w to s, which is parked.
@@ -580,11 +631,14 @@ func (inv *Inventory) leave(ops []Op, w Want, s *Server) []Op {
 		if s.Admin != Maint {
 			return inv.clear(ops, s)
 		}
-		if !w.Settled || s.Busy > 0 && !w.Overdue {
+		switch {
+		case !w.Settled:
 			return ops
-		}
-		if s.Busy > 0 && inv.can(Shutdown) {
-			ops = append(ops, op(Shutdown, s))
+		case s.Busy > 0: // HAProxy deletes no server that is in use
+			if w.Overdue && inv.can(Shutdown) {
+				ops = append(ops, op(Shutdown, s))
+			}
+			return ops
 		}
 		return inv.clear(ops, s)
 	case s.Admin == Ready && !w.Now:

@@ -46,7 +46,7 @@ var (
 var debian12 = Process{PID: 10, Started: 100, Version: "2.6.12-1+deb12u4"}
 
 func slot(n int, addr netip.AddrPort, admin Admin, weight int) Server {
-	return Server{Name: fmt.Sprint("s", n), ID: n, Addr: addr, Slot: true, Admin: admin, Weight: weight, Up: admin != Maint, Configured: 1}
+	return Server{Name: fmt.Sprint("s", n), ID: n, Addr: addr, Slot: true, Admin: admin, Weight: weight, Up: admin != Maint, Configured: 1, Busy: -1}
 }
 
 func dynamic(addr netip.AddrPort, admin Admin, weight int) Server {
@@ -64,6 +64,7 @@ func TestPlan(t *testing.T) {
 	leaveA := Want{Addr: addrA, Goal: Leave}
 	checked := func(s *Server) { s.Checked = true }
 	busy := func(s *Server) { s.Busy = 1 }
+	idle := func(s *Server) { s.Busy = 0 }
 	backup := func(s *Server) { s.Backup = true }
 	agent := func(s *Server) { s.Agent = true }
 	untouched := func(s *Server) { s.Untouched = true }
@@ -101,16 +102,17 @@ func TestPlan(t *testing.T) {
 		{name: "nor one whose instance is known", have: []Server{with(slot(1, addrB, Maint, 1), untouched)}, want: serveA, without: true},
 		{name: "a fresh slot comes before a used one", have: []Server{slot(1, unset, Maint, 0), slot(2, unset, Maint, 1)}, want: serveA, ops: "weight s2 0; drain s2; addr s2 10.0.0.1:80"},
 		{name: "a used slot has its sessions cut", have: []Server{slot(1, addrB, Ready, 9), slot(2, unset, Maint, 0)}, want: serveA,
-			ops: "shutdown s2; weight s2 0; drain s2; addr s2 10.0.0.1:80; ready s2; weight s2 100"},
-		{name: "where that can be done", lacks: []Kind{Shutdown}, have: []Server{slot(1, addrB, Ready, 9), slot(2, unset, Maint, 0)}, want: serveA,
-			ops: "weight s2 0; drain s2; addr s2 10.0.0.1:80; ready s2; weight s2 100"},
+			ops: "shutdown s2", without: true},
+		{name: "and what is idle purged", have: []Server{slot(1, addrB, Ready, 9), with(slot(2, unset, Maint, 0), idle)}, want: serveA,
+			ops: "weight s2 0; drain s2; maint s2", without: true},
+		{name: "if they can be cut", lacks: []Kind{Shutdown}, have: []Server{slot(1, addrB, Ready, 9), slot(2, unset, Maint, 0)}, want: serveA, without: true},
 		{name: "with a check it is down before it is ready", have: []Server{slot(1, addrB, Ready, 9), with(slot(2, unset, Maint, 1), checked)}, want: serveA,
 			ops: "weight s2 0; drain s2; down s2; addr s2 10.0.0.1:80; ready s2; weight s2 100"},
 		{name: "unless it was up a moment ago", have: []Server{slot(1, addrB, Ready, 9), with(slot(2, unset, Maint, 1), checked)}, want: Want{Addr: addrA, Goal: Serve, Weight: 100, Fast: true},
 			ops: "weight s2 0; drain s2; addr s2 10.0.0.1:80; ready s2; weight s2 100"},
 		{name: "killed after the address was set", have: []Server{slot(1, addrA, Drain, 0)}, want: serveA, ops: "ready s1; weight s1 100"},
 		{name: "killed before it", have: []Server{slot(1, addrB, Ready, 9), slot(2, unset, Drain, 0)}, want: serveA,
-			ops: "weight s2 0; maint s2; shutdown s2; weight s2 0; drain s2; addr s2 10.0.0.1:80; ready s2; weight s2 100"},
+			ops: "weight s2 0; maint s2; shutdown s2", without: true},
 		{name: "killed before it, another placeholder", have: []Server{slot(1, odd, Maint, 1), slot(2, odd, Maint, 1), slot(3, odd, Drain, 0)}, want: Want{}, ops: "weight s3 0; addr s3 127.0.0.1:1; maint s3"},
 		{name: "a new one in no slot", have: []Server{slot(1, addrB, Ready, 9)}, want: serveA, without: true},
 		{name: "a new one, dynamic", dynamic: true, want: serveA,
@@ -130,7 +132,7 @@ func TestPlan(t *testing.T) {
 		{name: "unless the slot is fresh", overflow: true, private: true, have: []Server{slot(1, addrB, Ready, 9), slot(2, unset, Maint, 1)}, want: serveA,
 			ops: "weight s2 0; drain s2; addr s2 10.0.0.1:80; ready s2; weight s2 100"},
 		{name: "or nothing can be added", private: true, have: []Server{slot(1, addrB, Ready, 9), slot(2, unset, Maint, 0)}, want: serveA,
-			ops: "shutdown s2; weight s2 0; drain s2; addr s2 10.0.0.1:80; ready s2; weight s2 100"},
+			ops: "shutdown s2", without: true},
 		{name: "killed after ready", have: []Server{with(slot(1, addrA, Ready, 0), checked)}, want: serveA, ops: "down s1; weight s1 100"},
 		{name: "weight 0 until now, check passed", have: []Server{with(slot(1, addrA, Ready, 0), func(s *Server) { s.Checked, s.Passed = true, true })}, want: serveA, ops: "weight s1 100"},
 		{name: "weight", have: []Server{slot(1, addrA, Ready, 5)}, want: serveA, ops: "weight s1 100"},
@@ -152,13 +154,13 @@ func TestPlan(t *testing.T) {
 		{name: "but not for ever", have: []Server{with(slot(1, addrA, Drain, 100), busy)}, want: Want{Addr: addrA, Goal: Leave, Overdue: true}, ops: "weight s1 0; addr s1 127.0.0.1:1; maint s1"},
 		{name: "nor if dynamic", have: []Server{with(dynamic(addrA, Drain, 100), busy)}, want: Want{Addr: addrA, Goal: Leave, Overdue: true},
 			ops: "shutdown rc_10.0.0.1:80; weight rc_10.0.0.1:80 0; addr rc_10.0.0.1:80 127.0.0.1:1; maint rc_10.0.0.1:80"},
-		{name: "leave, idle", have: []Server{slot(1, addrA, Drain, 100)}, want: leaveA, ops: "weight s1 0; addr s1 127.0.0.1:1; maint s1"},
+		{name: "leave, idle", have: []Server{with(slot(1, addrA, Drain, 100), idle)}, want: leaveA, ops: "weight s1 0; addr s1 127.0.0.1:1; maint s1"},
 		{name: "dynamic stays in quarantine", have: []Server{parkedA(Maint)}, want: leaveA},
 		{name: "and is deleted after it", have: []Server{parkedA(Maint)}, want: Want{Addr: addrA, Goal: Leave, Settled: true},
 			ops: "drain rc_10.0.0.1:80; maint rc_10.0.0.1:80; del rc_10.0.0.1:80"},
 		{name: "not while it has requests", have: []Server{with(parkedA(Maint), busy)}, want: Want{Addr: addrA, Goal: Leave, Settled: true}},
 		{name: "which end at last", have: []Server{with(parkedA(Maint), busy)}, want: Want{Addr: addrA, Goal: Leave, Settled: true, Overdue: true},
-			ops: "shutdown rc_10.0.0.1:80; drain rc_10.0.0.1:80; maint rc_10.0.0.1:80; del rc_10.0.0.1:80"},
+			ops: "shutdown rc_10.0.0.1:80"},
 		{name: "killed before maint", have: []Server{parkedA(Drain)}, want: leaveA, ops: "weight rc_10.0.0.1:80 0; maint rc_10.0.0.1:80"},
 		{name: "another's server with the address is not ours", have: []Server{{Name: "static", ID: 3, Addr: addrA, Up: true, Weight: 1}}, want: leaveA},
 		{name: "nor one whose name only begins as ours do", have: []Server{with(dynamic(addrA, Ready, 1), func(s *Server) { s.Name = "rc_legacy" })}, want: leaveA},
@@ -179,7 +181,7 @@ func TestPlan(t *testing.T) {
 		{name: "what an agent has made of it stays", have: []Server{with(slot(1, addrA, Drain, 75), agent)}, want: serveA},
 		{name: "until something else is to be said", have: []Server{with(slot(1, addrA, Drain, 75), agent)}, want: Want{Addr: addrA, Goal: Serve, Weight: 100, Insist: true}, ops: "ready s1"},
 		{name: "with an agent weight 0 is a drain", have: []Server{with(slot(1, addrA, Ready, 75), agent)}, want: Want{Addr: addrA, Goal: Serve, Insist: true}, ops: "drain s1"},
-		{name: "an agent cannot end the maint of a free slot", have: []Server{with(slot(1, addrA, Drain, 75), agent)}, want: leaveA, ops: "no agent s1; weight s1 0%; addr s1 127.0.0.1:1; maint s1"},
+		{name: "an agent cannot end the maint of a free slot", have: []Server{with(with(slot(1, addrA, Drain, 75), agent), idle)}, want: leaveA, ops: "no agent s1; weight s1 0%; addr s1 127.0.0.1:1; maint s1"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inv := NewInventory(State{Process: cmp.Or(tt.process, debian12), Servers: tt.have, Lacks: tt.lacks}, Known{
@@ -211,28 +213,36 @@ func TestSecondFreshSlot(t *testing.T) {
 
 func TestSlotsAreUsedAgainAfterQuarantine(t *testing.T) {
 	now := time.Now()
+	idle := func(s Server) Server { return with(s, func(s *Server) { s.Busy = 0 }) }
 	inv := NewInventory(State{Process: debian12, Servers: []Server{slot(1, addrA, Drain, 0)}}, Known{})
-	free := func(at time.Time) {
+	free := func(at time.Time, busy int) {
 		t.Helper()
 		ops, _ := Plan([]Want{{Addr: addrA, Goal: Leave, Now: true}}, inv, at, time.Second)
-		inv.Update(ops, []Server{slot(1, unset, Maint, 0)}, at)
+		inv.Update(ops, []Server{with(slot(1, unset, Maint, 0), func(s *Server) { s.Busy = busy })}, at)
 		if _, there := inv.Lookup(addrA); there || inv.Free() != 1 {
 			t.Fatalf("not free after %s", words(ops))
 		}
 	}
-	free(now)
+	free(now, 0)
 	want := []Want{{Addr: addrB, Goal: Serve, Weight: 1}}
 	if ops, unplaced := Plan(want, inv, now.Add(time.Second-1), time.Second); len(ops) != 0 || len(unplaced) != 1 {
 		t.Errorf("in quarantine: %s", words(ops))
 	}
 	// An instance that comes back meanwhile gets its own slot, at once, and its
 	// sessions go on.
-	ops, _ := Plan([]Want{{Addr: addrA, Goal: Serve, Weight: 1}}, inv, now, time.Second)
-	if words(ops) != "weight s1 0; drain s1; addr s1 10.0.0.1:80; ready s1; weight s1 1" {
+	back := []Want{{Addr: addrA, Goal: Serve, Weight: 1}}
+	const placed = "weight s1 0; drain s1; addr s1 10.0.0.1:80; ready s1; weight s1 1"
+	ops, _ := Plan(back, inv, now, time.Second)
+	if words(ops) != placed {
 		t.Errorf("back: %s", words(ops))
 	}
 	inv.Update(ops, []Server{slot(1, addrA, Ready, 1)}, now)
-	free(now.Add(time.Second))
+	free(now, 3)
+	if ops, _ = Plan(back, inv, now, time.Second); words(ops) != placed {
+		t.Errorf("back, with sessions: %s", words(ops))
+	}
+	inv.Update(ops, []Server{slot(1, addrA, Ready, 1)}, now)
+	free(now.Add(time.Second), 3)
 	// What is known of free slots goes over to the next inventory.
 	inv = NewInventory(State{Process: debian12, Servers: []Server{slot(1, unset, Maint, 0)}}, inv.remember())
 	if ops, _ := Plan(want, inv, now.Add(2*time.Second-1), time.Second); len(ops) != 0 {
@@ -242,8 +252,24 @@ func TestSlotsAreUsedAgainAfterQuarantine(t *testing.T) {
 	if ops, _ := Plan(want, inv, now.Add(2*time.Second-1), time.Second); len(ops) == 0 || ops[0].Kind != Add {
 		t.Errorf("in the second quarantine, with room beside the slots: %s", words(ops))
 	}
-	if ops, _ := Plan(want, inv, now.Add(2*time.Second), time.Second); words(ops) != "shutdown s1; weight s1 0; drain s1; addr s1 10.0.0.2:80" {
-		t.Errorf("after it: %s", words(ops))
+	inv.Overflow = false
+	// Its sessions are cut, and when they have ended its idle connections purged.
+	for _, step := range []struct {
+		ops  string
+		read Server
+	}{
+		{"shutdown s1", with(slot(1, unset, Maint, 0), func(s *Server) { s.Busy = 1 })},
+		{"shutdown s1", idle(slot(1, unset, Maint, 0))},
+		{"weight s1 0; drain s1; maint s1", idle(slot(1, unset, Maint, 0))},
+		{"weight s1 0; drain s1; addr s1 10.0.0.2:80", slot(1, addrB, Drain, 0)},
+		{"ready s1; weight s1 1", slot(1, addrB, Ready, 1)},
+		{"", Server{}},
+	} {
+		ops, _ := Plan(want, inv, now.Add(2*time.Second), time.Second)
+		if words(ops) != step.ops {
+			t.Fatalf("got %s, want %s", words(ops), step.ops)
+		}
+		inv.Update(ops, []Server{step.read}, now.Add(2*time.Second))
 	}
 }
 

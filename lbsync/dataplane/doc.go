@@ -31,7 +31,7 @@
 // Drain. The API counts sessions (scur) and not connections in use, so that is
 // what Busy is. What is left when the drain deadline has passed is not cut: a
 // slot goes to maint with it, and a dynamic server stays in maint until it has
-// ended, as its deletion is refused meanwhile.
+// ended, as HAProxy deletes no server in use.
 //
 // Maint. The API takes the number of the administrative state, which is
 // decimal, for hexadecimal. So it shows a slot that haproxy.cfg declares
