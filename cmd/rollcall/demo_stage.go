@@ -298,7 +298,7 @@ defaults
     option redispatch 1
     retries 3
     retry-on conn-failure empty-response
-frontend web
+frontend in
     bind %s
     default_backend %s
 backend %[4]s

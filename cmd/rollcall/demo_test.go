@@ -342,6 +342,38 @@ func TestDemoStuck(t *testing.T) {
 	}
 }
 
+// TestDemoConfig has no name given to two proxies: HAProxy 3.3 and later refuse that.
+func TestDemoConfig(t *testing.T) {
+	s := &demoStage{dir: t.TempDir(), network: netip.MustParsePrefix("127.219.1.0/24")}
+	if err := s.writeConfig(); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(s.path("haproxy.cfg"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for line := range strings.Lines(string(text)) {
+		if f := strings.Fields(line); len(f) > 1 && slices.Contains([]string{"frontend", "backend", "listen"}, f[0]) {
+			names = append(names, f[1])
+		}
+	}
+	slices.Sort(names)
+	if len(names) < 2 || len(slices.Compact(slices.Clone(names))) != len(names) {
+		t.Errorf("the proxies are %q", names)
+	}
+	binary, err := findBinary("haproxy")
+	if err != nil {
+		if os.Getenv("CI") != "" || os.Getenv("ROLLCALL_REQUIRE_SERVERS") != "" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	if out, err := exec.Command(binary, "-c", "-f", s.path("haproxy.cfg")).CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
 func TestDemoWithoutServers(t *testing.T) {
 	cmd := exec.Command(binary(t), "demo")
 	cmd.Env = []string{"PATH=/nonexistent"}
