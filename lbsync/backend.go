@@ -49,7 +49,9 @@ type backend struct {
 	acked    func() // applied has changed; must not block
 	looked   func() // there is something new in sights; must not block
 	claims   *claims
-	private  bool // see BackendConfig
+	private  bool               // see BackendConfig
+	outages  *registrar.Sparing // bounds what all backends say of a balancer that comes and goes
+	refills  *registrar.Sparing // and of the backends of its new processes
 	log      zerolog.Logger
 
 	wake chan struct{} // of capacity 1: look at what mu guards
@@ -94,6 +96,8 @@ type backend struct {
 	lookAt     time.Time                    // whether HAProxy has undone a placement; zero: nothing to look for
 	fault      string                       // why the backend is not driven
 	said       said
+	refill     refill // of this step, or of one before that failed
+	refilled   int    // commands of it
 	polls      int
 }
 
@@ -102,6 +106,17 @@ type order struct {
 	state Admin
 	none  bool // no weight
 }
+
+// refill is how a step says what it does. In another process than the one before all
+// servers may have to be put back: that is one line, and none where processes come and
+// go.
+type refill int
+
+const (
+	noRefill refill = iota // each change is said
+	saidRefill
+	unsaidRefill
+)
 
 // leaving is the progress of one server's end.
 type leaving struct {
@@ -134,6 +149,7 @@ func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registr
 		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
 		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{}, back: map[netip.AddrPort]bool{},
 		fast: map[netip.AddrPort]time.Time{}, leaving: map[netip.AddrPort]*leaving{}, held: map[netip.AddrPort]time.Time{},
+		outages: &registrar.Sparing{}, refills: &registrar.Sparing{},
 		unplaced: map[netip.AddrPort]bool{}, said: said{}, postponed: map[netip.AddrPort]bool{}, doubted: map[netip.AddrPort]bool{},
 		told: map[netip.AddrPort]order{},
 	}
@@ -208,7 +224,7 @@ func (b *backend) signal() {
 func (b *backend) run(ctx context.Context) {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
-	failures := 0
+	outage := registrar.Outage{Shared: b.outages}
 	for {
 		select {
 		case <-ctx.Done():
@@ -221,17 +237,15 @@ func (b *backend) run(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case err == nil:
-			if failures > 0 {
+			if failures, say := outage.End(); say {
 				b.log.Info().Int("failures", failures).Msg("balancer answers again")
 			}
-			failures = 0
 			timer.Reset(next)
 		default:
-			if failures == 0 {
+			if outage.Fail() {
 				b.log.Warn().Err(err).Msg("balancer unknown; changing nothing, trying again")
 			}
-			failures++
-			timer.Reset(registrar.Backoff(failures, maxRetry))
+			timer.Reset(registrar.Backoff(outage.Failures, maxRetry))
 		}
 	}
 }
@@ -255,7 +269,9 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	defer func() {
 		if err != nil {
 			b.forget()
+			return
 		}
+		b.refill, b.refilled = noRefill, 0
 	}()
 	for _, heard := range dirty {
 		if b.since.IsZero() || heard.Before(b.since) {
@@ -298,6 +314,9 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	done, err := b.converge(ctx, addrs, dirty)
 	if err != nil {
 		return 0, err
+	}
+	if b.refill == saidRefill && b.refilled > 0 {
+		b.log.Info().Int("commands", b.refilled).Int("serving", b.have.Serving).Msg("filled again, in another process")
 	}
 	b.undone = !done || b.undone && !whole
 	// A drain that waits is not applied, nor is what HAProxy refused; who is held or
@@ -350,6 +369,13 @@ func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
 	watched := b.process != Process{}
 	if !b.process.Same(st.Process) { // perhaps with another configuration
 		b.process, b.static, b.noOverflow = st.Process, false, false
+		switch {
+		case !watched:
+		case b.refills.May():
+			b.refill = saidRefill
+		default:
+			b.refill = unsaidRefill
+		}
 	}
 	now := time.Now()
 	b.readAt, b.nextFull, b.lookAt = now, registrar.Shorten(b.cfg.Full), time.Time{}
@@ -565,7 +591,9 @@ func (b *backend) apply(ctx context.Context, ops []Op, heard map[netip.AddrPort]
 	b.tell(ops, got, heard)
 	b.overflow(ops)
 	if got.Static && !b.static {
-		b.log.Warn().Msg("the balance algorithm is static: every instance has the weight of the configuration")
+		b.once("static", "", func(l *zerolog.Event) {
+			l.Msg("the balance algorithm is static: every instance has the weight of the configuration")
+		})
 		b.static, b.have.Static = true, true
 	}
 	return nil
@@ -586,7 +614,9 @@ func (b *backend) serveCold(ctx context.Context) error {
 	serves := false
 	b.have.Each(func(s Server) { serves = serves || s.Admin == Ready })
 	if serves {
-		b.log.Info().Msg("redis is away; the backend serves already, and stays as it is")
+		if b.refill != unsaidRefill {
+			b.log.Info().Msg("redis is away; the backend serves already, and stays as it is")
+		}
 		return nil
 	}
 	var wants []Want
@@ -595,7 +625,9 @@ func (b *backend) serveCold(ctx context.Context) error {
 			wants = append(wants, Want{Insist: true, Addr: i.Addr, Goal: Serve, State: i.State, Weight: i.Weight})
 		}
 	}
-	b.log.Warn().Time("read_at", cold.ReadAt).Int("instances", len(wants)).Msg("redis is away and the backend is empty: serving an old list")
+	if b.refill != unsaidRefill {
+		b.log.Warn().Time("read_at", cold.ReadAt).Int("instances", len(wants)).Msg("redis is away and the backend is empty: serving an old list")
+	}
 	_, err := b.pursue(ctx, nil, func(time.Time) []Want { return wants })
 	b.have = nil // what Redis says next is compared with all of it
 	return err
@@ -922,11 +954,15 @@ func (b *backend) overflow(ops []Op) {
 			b.have.Overflow, b.noOverflow = false, true
 			return
 		}
+		addr, _ := dynamicAddr(o.Name)
+		if _, was := b.fast[addr]; was || b.refill == unsaidRefill {
+			continue // it was said of the process before
+		}
 		if free := b.have.Free(); free > 0 {
-			b.log.Info().Str("server", o.Name).Int("free", free).Msg("served beside the slots: those that are free may not be used again yet")
+			b.log.Info().Stringer("addr", addr).Int("free", free).Msg("served beside the slots: those that are free may not be used again yet")
 			continue
 		}
-		b.log.Error().Str("server", o.Name).Int("slots", b.have.Slots).Msg("no slot is left; served by a server that does not survive a reload; raise the server-template's count")
+		b.log.Error().Stringer("addr", addr).Int("slots", b.have.Slots).Msg("no slot is left; served by a server that does not survive a reload; raise the server-template's count")
 	}
 }
 
@@ -982,6 +1018,10 @@ func (b *backend) finish(addrs []netip.AddrPort) {
 func (b *backend) tell(ops []Op, got Applied, heard map[netip.AddrPort]time.Time) {
 	for _, r := range got.Refused {
 		b.once("refused", r, func(l *zerolog.Event) { l.Str("haproxy", r).Msg("refused") })
+	}
+	if b.refill != noRefill {
+		b.refilled += len(ops)
+		return
 	}
 	const few = 20
 	if len(ops) > few {

@@ -162,12 +162,16 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 		looks: make(chan struct{}, 1), told: map[registrar.Service]*told{},
 		log: log.With().Str("component", "lbsync").Logger(),
 	}
+	// One outage of the balancer is said by each backend, and a few more are.
+	few := len(cfg.Backends) + 7
+	outages, refills := &registrar.Sparing{AtOnce: few}, &registrar.Sparing{AtOnce: few}
 	var svcs []registrar.Service
 	for _, bc := range cfg.Backends {
 		if s.backends[bc.Service] == nil {
 			svcs = append(svcs, bc.Service)
 		}
 		b := newBackend(cfg, bc, bal, func(svc registrar.Service) { s.watcher.Refresh(svc) }, s.applied, s.looked, s.claims, s.log)
+		b.outages, b.refills = outages, refills
 		s.backends[bc.Service] = append(s.backends[bc.Service], b)
 	}
 	s.services = svcs
@@ -379,7 +383,8 @@ func (s *Syncer) probe(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	var last Process
-	away := false
+	var outage registrar.Outage
+	var reloads registrar.Sparing
 	for {
 		select {
 		case <-ctx.Done():
@@ -388,27 +393,33 @@ func (s *Syncer) probe(ctx context.Context) {
 			timer.Reset(registrar.Shorten(s.cfg.Probe))
 		}
 		p, err := s.balancer.Probe(ctx)
-		switch {
-		case ctx.Err() != nil:
+		if ctx.Err() != nil {
 			return
-		case err != nil:
-			if !away {
+		}
+		if err != nil {
+			if outage.Fail() {
 				s.log.Warn().Err(err).Msg("balancer does not answer")
 			}
-			away = true
 			continue
+		}
+		failures, say := outage.End()
+		switch {
 		case !p.Same(last):
-			s.log.Info().Int("pid", p.PID).Str("version", p.Version).Msg("balancer found")
+			if say || failures == 0 && reloads.May() {
+				s.log.Info().Int("pid", p.PID).Str("version", p.Version).Msg("balancer found")
+			}
 			if last != (Process{}) {
 				s.all((*backend).replaced)
 			}
-		case away:
+		case failures > 0:
 			// The same process after a silence: what was sent before may have
 			// run late.
-			s.log.Info().Msg("balancer answers again")
+			if say {
+				s.log.Info().Msg("balancer answers again")
+			}
 			s.all((*backend).replaced)
 		}
-		last, away = p, false
+		last = p
 	}
 }
 
