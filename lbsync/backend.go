@@ -121,6 +121,7 @@ const (
 // leaving is the progress of one server's end.
 type leaving struct {
 	since    time.Time // drain began
+	byWord   bool      // rollcall maint says so, of an instance that is still there
 	maint    time.Time // maint was first seen; zero before
 	putOff   int       // times that its deletion was put off
 	deleteAt time.Time // the next try, not before; zero until it was put off
@@ -790,8 +791,11 @@ func (b *backend) choose(addrs []netip.AddrPort, goal Goal, now time.Time, kept 
 		if s.Admin == Maint && l.maint.IsZero() {
 			l.maint = now
 		}
-		w.Now = v.now
-		w.Overdue = now.Sub(l.since) >= b.cfg.DrainTimeout
+		if l.byWord && !v.now {
+			l.since = now // its sessions have not been told to end before
+		}
+		l.byWord, w.Now = v.now, v.now
+		w.Overdue = !v.now && now.Sub(l.since) >= b.cfg.DrainTimeout
 		w.Settled = l.deletable(now, b.cfg.Quarantine)
 		wants = append(wants, w)
 	}

@@ -192,7 +192,7 @@ func TestDeletionPutOff(t *testing.T) {
 				a := netip.MustParseAddrPort("10.0.0.1:80")
 				sent, log := 0, &strings.Builder{}
 				bal := standing{State{Process: Process{PID: 1, Version: "2.6.0"},
-					Servers: []Server{{Name: DynamicName(a), ID: 1, Addr: a, Admin: Maint, Busy: busy}}}, &sent}
+					Servers: []Server{{Name: DynamicName(a), ID: 1, Addr: Placeholder, Admin: Maint, Busy: busy}}}, &sent}
 				b := newBackend(Config{Allow: DefaultAllow(), Full: DefaultFull, DrainTimeout: time.Minute, Quarantine: DefaultQuarantine},
 					BackendConfig{Service: "web", Backend: "be", Mode: Dynamic}, bal, func(registrar.Service) {}, func() {}, func() {}, newClaims(), zerolog.New(log))
 				b.change(notifier.Change{Snapshot: registrar.Snapshot{Service: "web", Full: true, Now: 1, TTL: time.Second, Interval: time.Second / 3,

@@ -188,7 +188,12 @@ func (w *world) servers(t *testing.T, backend string) map[string]string {
 			state = "drain"
 		}
 		if state == "maint" && addr == lbsync.Placeholder {
-			continue // without an instance
+			of, added := strings.CutPrefix(f[3], lbsync.NamePrefix)
+			if !added {
+				continue // a free slot
+			}
+			got[of] = state + " " + weight
+			continue
 		}
 		got[addr.String()] = state + " " + weight
 	}

@@ -1,7 +1,9 @@
 package reaper
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"time"
 
 	"rollcall/registrar"
@@ -122,15 +124,15 @@ func (p *protection) held(svc registrar.Service) bool {
 	return p.holds[everyService] != nil || p.holds[svc] != nil
 }
 
-// release names the held service whose oldest instance may go nevertheless:
-// after 5 min of holding, one in 10 s, oldest first, and never the last of a
-// service, so that a loss of many for good does not stay for ever. Here is only
-// when this reaper asks: the pace of all of them together is kept in Redis, by
-// the script that removes (registrar.Sweep.LetGo).
-func (p *protection) release(now time.Duration, counts []registrar.Count) (registrar.Count, bool) {
-	var oldest registrar.Count
+// release names the held services of which one instance may go nevertheless, that
+// with the oldest first: after 5 min of holding, one in 10 s, oldest first, and never
+// the last of a service, so that a loss of many for good does not stay for ever. Here
+// is only when this reaper asks: the pace of all of them together is kept in Redis, by
+// the script that removes (registrar.Sweep.LetGo), which also knows more of garbage
+// than the counts (registrar.ErrLastLeft).
+func (p *protection) release(now time.Duration, counts []registrar.Count) (may []registrar.Count) {
 	if now-p.letGo < LetGoEvery {
-		return oldest, false
+		return nil
 	}
 	for _, c := range counts {
 		if c.Mistyped || c.Stale == 0 || c.Members < 2 || c.Oldest == 0 || !p.held(c.Service) {
@@ -139,15 +141,13 @@ func (p *protection) release(now time.Duration, counts []registrar.Count) (regis
 		if p.fresh(everyService, now) || p.fresh(c.Service, now) {
 			continue
 		}
-		if oldest.Oldest == 0 || c.Oldest < oldest.Oldest {
-			oldest = c
-		}
+		may = append(may, c)
 	}
-	if oldest.Oldest == 0 {
-		return oldest, false
+	if len(may) > 0 {
+		p.letGo = now
 	}
-	p.letGo = now
-	return oldest, true
+	slices.SortStableFunc(may, func(a, b registrar.Count) int { return cmp.Compare(a.Oldest, b.Oldest) })
+	return may
 }
 
 // fresh tells whether a hold is too young to let go, or its cause is gone and

@@ -100,10 +100,14 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 			return report, fmt.Errorf("sweep: %w", errors.Join(append(broken, err)...))
 		}
 	}
-	if c, ok := r.protection.release(now, counts); ok {
+	for _, c := range r.protection.release(now, counts) {
 		addrs, err := r.reap(ctx, c.Service, registrar.Sweep{Cutoff: cutoff, LetGo: LetGoEvery}, resets)
+		if errors.Is(err, registrar.ErrLastLeft) {
+			continue // another service's may go
+		}
 		r.removed(&report, c, addrs)
 		broken = append(broken, err)
+		break
 	}
 	return report, errors.Join(broken...)
 }
@@ -216,7 +220,7 @@ func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sw
 		out, err := r.store.Reap(tctx, svc, w)
 		cancel()
 		switch {
-		case errors.Is(err, registrar.ErrBroken):
+		case errors.Is(err, registrar.ErrBroken), errors.Is(err, registrar.ErrLastLeft):
 			return addrs, err
 		case err != nil:
 			f := r.proof.soft(causeReap, err)

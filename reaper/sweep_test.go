@@ -273,6 +273,34 @@ func TestProtectionLetsGo(t *testing.T) {
 	g.wantMembers(t, "lone", "10.0.0.9:80")
 }
 
+// TestProtectionLetsGoBesideGarbage has the oldest of those who are held be the last
+// instance of its service that can be read. It stays, and another service's goes.
+func TestProtectionLetsGoBesideGarbage(t *testing.T) {
+	g := newRegistry(t)
+	r := newReaper(t, Config{}, g.store, zerolog.Nop())
+	arm(t, r)
+	g.put(t, "last", "10.0.0.1:80", 1)
+	g.put(t, "last", "10.0.0.2:80", r.proof.now)
+	if err := g.rdb.HSet(t.Context(), g.keys.Meta("last"), "10.0.0.2:80", "{").Err(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		g.put(t, "web", fmt.Sprintf("10.0.1.%d:80", i), int64(1000+i))
+	}
+	if report := mustSweep(t, r); len(report.Held) == 0 || len(report.Removed) > 0 {
+		t.Fatalf("got %+v", report)
+	}
+	r.begin = r.begin.Add(-LetGoAfter)
+	r.proof.recv = r.elapsed()
+	if report := mustSweep(t, r); fmt.Sprint(report.Removed) != "[{web [10.0.1.0:80]}]" {
+		t.Errorf("got %+v", report)
+	}
+	g.wantMembers(t, "last", "10.0.0.1:80", "10.0.0.2:80")
+	if r.cause != "" || !r.proof.ok {
+		t.Errorf("the reaper is not armed: %q", r.cause)
+	}
+}
+
 func TestBrokenServiceStopsNoOther(t *testing.T) {
 	g := newRegistry(t)
 	ctx := t.Context()

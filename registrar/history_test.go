@@ -52,7 +52,7 @@ func TestHistories(t *testing.T) {
 	for _, a := range []string{
 		"beat OK", "beat NEW", "beat CHANGED", "beat TAKEN", "beat LEFT", "beat NOTOWNER", "beat INTERVAL",
 		"leave OK", "leave SAME", "leave NOTOWNER", "deregister OK", "deregister ABSENT", "deregister BEATS",
-		"admin OK", "admin SAME", "admin STALE", "reap OK", "reap FENCED", "reap LATE", "reaped", "let go", "read delta", "read full", "restart old", "restart empty",
+		"admin OK", "admin SAME", "admin STALE", "reap OK", "reap FENCED", "reap LATE", "reap LAST", "reaped", "let go", "read delta", "read full", "restart old", "restart empty",
 	} {
 		if whole && did.answers[a] < 10 {
 			t.Errorf("%d times %q, want 10 or more: the histories miss it", did.answers[a], a)
@@ -387,8 +387,12 @@ func (p *player) reapOne(rt *rapid.T, svc Service, epoch string) {
 	r := p.reapers[id]
 	w := Sweep{ID: id, Token: r.tokens[0], ReplID: r.replid, Last: r.last, MaxAge: 5 * time.Second, Cutoff: r.last - p.ttl}
 	limit := 1 + drawSmall.Draw(rt, "limit")
+	var stay []netip.AddrPort // as they were found; by now they may be gone
 	if drawSmall.Draw(rt, "let go") > 4 {
 		w.LetGo = time.Hour
+		for range drawSmall.Draw(rt, "found") / 2 {
+			stay = append(stay, drawAddr.Draw(rt, "stays"))
+		}
 	}
 	switch drawSmall.Draw(rt, "fence") {
 	case 6: // its pulse before the last
@@ -401,7 +405,7 @@ func (p *player) reapOne(rt *rapid.T, svc Service, epoch string) {
 		beats[a.String()] = i.beat
 	}
 	members := len(beats)
-	want := p.reap(svc, w, limit, epoch)
+	want := p.reap(svc, w, limit, stay, epoch)
 	if w.LetGo > 0 && len(want) > 3 {
 		p.did.count("let go")
 		if members < 2 || len(want) > 4 {
@@ -414,7 +418,11 @@ func (p *player) reapOne(rt *rapid.T, svc Service, epoch string) {
 			rt.Fatalf("%v was reaped %d ms after its beat", a, age)
 		}
 	}
-	p.change(rt, p.store.reap, "reap", svc, []string{p.store.keys.Reaper(id), p.store.keys.LetGo()}, epoch, want, w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, limit, w.LetGo.Milliseconds(), w.ReplID)
+	argv := []any{w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, limit, w.LetGo.Milliseconds(), w.ReplID}
+	for _, a := range stay {
+		argv = append(argv, a.String())
+	}
+	p.change(rt, p.store.reap, "reap", svc, []string{p.store.keys.Reaper(id), p.store.keys.LetGo()}, epoch, want, argv...)
 }
 
 // read queues a read of svc, whole or of what changed since an earlier state,

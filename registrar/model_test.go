@@ -276,7 +276,7 @@ func (m *model) pulse(id, token, epoch string) []any {
 	return before
 }
 
-func (m *model) reap(svc Service, w Sweep, limit int, epoch string) []any {
+func (m *model) reap(svc Service, w Sweep, limit int, stay []netip.AddrPort, epoch string) []any {
 	age := m.now - w.Last
 	switch {
 	case m.pulses[w.ID] != w.Token || w.ReplID != m.replid:
@@ -300,10 +300,16 @@ func (m *model) reap(svc Service, w Sweep, limit int, epoch string) []any {
 	}
 	out := stale[:min(len(stale), limit)]
 	if w.LetGo > 0 {
-		if m.letGo || len(s.here) < 2 {
+		i := slices.IndexFunc(out, func(a netip.AddrPort) bool {
+			return slices.ContainsFunc(stay, func(b netip.AddrPort) bool { return b != a && s.here[b] != nil })
+		})
+		switch {
+		case i < 0:
+			return []any{"LAST", int64(0), int64(len(stale))}
+		case m.letGo:
 			return []any{"OK", int64(0), int64(len(stale))}
 		}
-		m.letGo, out = true, stale[:1]
+		m.letGo, out = true, out[i:i+1]
 	}
 	v := m.bump(svc, epoch)
 	answer := []any{"OK", v, int64(len(stale) - len(out))}

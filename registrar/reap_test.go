@@ -154,8 +154,10 @@ func TestReapLetsGo(t *testing.T) {
 		do(t, s, "ZADD", s.keys.Instances("other"), 3-n, host(n).String())
 	}
 	do(t, s, "ZADD", s.keys.Instances("lone"), 1, host(0).String())
-	if got := letGo("r1", "lone"); len(got.Addrs) > 0 || got.Left != 1 {
-		t.Errorf("the last of a service: %+v", got)
+	p, err := s.Pulse(ctx, "r1", "pulse", time.Minute)
+	must(t, err)
+	if got, err := s.Reap(ctx, "lone", Sweep{ID: "r1", Token: "pulse", ReplID: p.ReplID, Last: p.Now, MaxAge: time.Second, Cutoff: 10, LetGo: pace}); !errors.Is(err, ErrLastLeft) {
+		t.Errorf("the last of a service: %+v, %v", got, err)
 	}
 	if got := letGo("r1", web); !slices.Equal(got.Addrs, []string{host(2).String()}) || got.Left != 2 || got.Version != 1 {
 		t.Errorf("got %+v, want the oldest", got)
@@ -176,6 +178,69 @@ func TestReapLetsGo(t *testing.T) {
 	do(t, s, "DEL", s.keys.LetGo()) // the pace has passed
 	if got := letGo("r2", "other"); !slices.Equal(got.Addrs, []string{host(2).String()}) {
 		t.Errorf("got %+v, want the oldest", got)
+	}
+}
+
+// TestReapLetsGoOfGarbage has garbage beside the last instance of a service that is
+// held. Nobody is sent to garbage, so the instance is the last one and stays, and
+// garbage goes before it.
+func TestReapLetsGoOfGarbage(t *testing.T) {
+	srv := redistest.Start(t)
+	type member struct {
+		addr, meta, admin string
+		score             any // "now" is the server's
+	}
+	last, other := host(1).String(), host(2).String()
+	for _, c := range []struct {
+		name    string
+		members []member // the last instance, the oldest, is there too
+		want    string   // goes; "" = nobody, and ErrLastLeft
+	}{
+		{"alone", nil, ""},
+		{"no address, fresh", []member{{addr: "rubbish", score: "now"}}, ""},
+		{"another spelling, fresh", []member{{addr: "010.0.0.1:80", score: "now"}, {addr: "[2001:DB8::1]:80", score: "now"}}, ""},
+		{"unreadable metadata, fresh", []member{{addr: other, meta: "{", score: "now"}}, ""},
+		{"metadata of another type, fresh", []member{{addr: other, meta: `{"weight":"much"}`, score: "now"}}, ""},
+		{"too much metadata, fresh", []member{{addr: other, meta: `{"id":"` + strings.Repeat("x", MaxMeta) + `"}`, score: "now"}}, ""},
+		{"unreadable word, fresh", []member{{addr: other, admin: `{"state":"sleep"}`, score: "now"}}, ""},
+		{"no time", []member{{addr: other, score: "+inf"}}, ""},
+		{"stale garbage goes", []member{{addr: "rubbish", score: 5}}, "rubbish"},
+		{"and what is unreadable", []member{{addr: other, meta: "{", score: 5}}, other},
+		{"another instance", []member{{addr: other, meta: `{"id":"x"}`, score: 5}}, last},
+		{"a fresh one", []member{{addr: other, score: "now"}, {addr: "rubbish", score: 5}}, last},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := fresh(t, srv)
+			ctx := t.Context()
+			do(t, s, "ZADD", s.keys.Instances(web), 1, last)
+			p, err := s.Pulse(ctx, "r", "pulse", time.Minute)
+			must(t, err)
+			for _, m := range c.members {
+				if m.score == "now" {
+					m.score = p.Now
+				}
+				do(t, s, "ZADD", s.keys.Instances(web), m.score, m.addr)
+				if m.meta != "" {
+					do(t, s, "HSET", s.keys.Meta(web), m.addr, m.meta)
+				}
+				if m.admin != "" {
+					do(t, s, "HSET", s.keys.Admin(web), m.addr, m.admin)
+				}
+			}
+			got, err := s.Reap(ctx, web, Sweep{ID: "r", Token: "pulse", ReplID: p.ReplID, Last: p.Now, MaxAge: time.Minute, Cutoff: 10, LetGo: time.Minute})
+			switch {
+			case c.want == "" && (!errors.Is(err, ErrLastLeft) || len(got.Addrs) > 0):
+				t.Errorf("got %+v, %v, want %v", got, err, ErrLastLeft)
+			case c.want != "" && (err != nil || !slices.Equal(got.Addrs, []string{c.want})):
+				t.Errorf("got %+v, %v, want %s", got, err, c.want)
+			}
+			if stays := do(t, s, "ZSCORE", s.keys.Instances(web), last) != nil; stays != (c.want != last) {
+				t.Errorf("the last one is there: %v", stays)
+			}
+			if paced := do(t, s, "GET", s.keys.LetGo()) != nil; paced != (c.want != "") {
+				t.Errorf("the pace counts it: %v", paced)
+			}
+		})
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -40,6 +41,9 @@ var (
 	ErrFenced = errors.New("the pulse is not in this data set")
 	// ErrLate says that a reaper's last pulse is too old to act on.
 	ErrLate = errors.New("the pulse is too old")
+	// ErrLastLeft says that nobody is let go of a service, since no other instance that
+	// can be read would stay.
+	ErrLastLeft = errors.New("it is the last instance of the service")
 	// ErrBroken says that a key of this one service holds something else.
 	ErrBroken = errors.New("the service's keys are broken")
 )
@@ -52,6 +56,9 @@ const (
 	surveyKeys = 250
 	// surveyLimit is the most suspects that one call of survey.lua reads.
 	surveyLimit = 1000
+	// latestLimit is how many of a service's newest members are looked at for
+	// instances that can be read, before one is let go.
+	latestLimit = 100
 	// deltaLimit is the most changed addresses that are cheaper to read one by
 	// one than all at once.
 	deltaLimit = 1000
@@ -92,7 +99,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, still, roll, leave, deregister, admin, reap, pulse, survey, read, versions, config, ack, applied, report, seen, entry, announce *redis.Script
+	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, applied, report, seen, entry, announce *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -105,7 +112,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 	s := &Store{
 		rdb: rdb, keys: keys,
 		beat: script("beat"), still: script("still"), roll: script("roll"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
-		reap: script("reap"), pulse: script("pulse"), survey: script("survey"),
+		reap: script("reap"), latest: script("latest"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), applied: script("applied"), report: script("report"),
 		seen: script("seen"), entry: script("entry"), announce: script("announce"),
@@ -551,8 +558,9 @@ type Sweep struct {
 	Last   int64         // time of that pulse, unix ms by Redis' clock
 	MaxAge time.Duration // of that pulse
 	Cutoff int64         // who beat before it is out, unix ms
-	// LetGo, if not 0, takes out only the oldest, never the last of the service,
-	// and nobody of any service if a reaper has let go within so long before.
+	// LetGo, if not 0, takes out only the oldest, never the last of the service that
+	// can be read, and nobody of any service if a reaper has let go within so long
+	// before.
 	LetGo time.Duration
 }
 
@@ -566,18 +574,22 @@ type Reaped struct {
 
 // Reap takes out of svc at most 100 instances that beat before the cut-off. An
 // address is in exactly one answer, whatever number of reapers run. It returns
-// ErrFenced or ErrLate if the licence is void, and ErrBroken if another service
-// may still be reaped.
+// ErrFenced or ErrLate if the licence is void, ErrBroken if another service may still
+// be reaped, and ErrLastLeft if it was to let go and could not.
 func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) {
 	mark := rand.Text()
 	argv := []any{s.keys.Changes(), string(svc), s.now, mark, w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds(), w.ReplID}
+	if w.LetGo > 0 {
+		stay, err := s.readable(ctx, svc)
+		if err != nil {
+			return Reaped{}, fmt.Errorf("reap %s: %w", svc, err)
+		}
+		argv = append(argv, stay...)
+	}
 	k := s.keys.Of(svc)
 	r, err := s.reap.Run(ctx, s.rdb, k.change(svc, k.Reaper(w.ID), k.LetGo()), argv...).Slice()
 	if err != nil {
-		if broken(err) {
-			err = fmt.Errorf("%w: %w", ErrBroken, err)
-		}
-		return Reaped{}, fmt.Errorf("reap %s: %w", svc, err)
+		return Reaped{}, fmt.Errorf("reap %s: %w", svc, ofService(err))
 	}
 	if len(r) < 3 {
 		return Reaped{}, fmt.Errorf("reap %s: answer of %d parts", svc, len(r))
@@ -588,6 +600,8 @@ func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) 
 		return Reaped{}, fmt.Errorf("reap %s: %w", svc, ErrFenced)
 	case "LATE":
 		return Reaped{}, fmt.Errorf("reap %s: %w", svc, ErrLate)
+	case "LAST":
+		return Reaped{}, fmt.Errorf("reap %s: %w", svc, ErrLastLeft)
 	default:
 		return Reaped{}, fmt.Errorf("reap %s: unknown answer %q", svc, status)
 	}
@@ -597,6 +611,29 @@ func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) 
 		out.Addrs = append(out.Addrs, text(a))
 	}
 	return out, nil
+}
+
+// readable returns the two instances of svc that beat last, of its newest members
+// those that are no garbage: whichever of them goes, the other one stays.
+func (s *Store) readable(ctx context.Context, svc Service) (addrs []any, err error) {
+	k := s.keys
+	r, err := s.latest.RunRO(ctx, s.rdb, []string{k.Instances(svc), k.Meta(svc), k.Admin(svc)}, latestLimit, MaxMeta).Slice()
+	if err != nil {
+		return nil, ofService(err)
+	}
+	if len(r)%4 != 1 {
+		return nil, fmt.Errorf("answer of %d parts", len(r))
+	}
+	found := Snapshot{Now: integer(r[0])}
+	for m := range slices.Chunk(r[1:], 4) {
+		found.add(text(m[0]), row{score: text(m[1]), meta: text(m[2]), admin: text(m[3]), hasScore: true})
+	}
+	for _, e := range found.Entries {
+		if e.Present && len(addrs) < 2 {
+			addrs = append(addrs, e.Addr.String())
+		}
+	}
+	return addrs, nil
 }
 
 // Times are the registry's TTL and heartbeat interval.
@@ -788,6 +825,14 @@ func broken(err error) bool {
 	var reply redis.Error
 	return errors.As(err, &reply) &&
 		(strings.HasPrefix(reply.Error(), "WRONGTYPE ") || strings.Contains(reply.Error(), " is no counter: "))
+}
+
+// ofService adds ErrBroken to a script's failure on what a key holds.
+func ofService(err error) error {
+	if broken(err) {
+		return fmt.Errorf("%w: %w", ErrBroken, err)
+	}
+	return err
 }
 
 func flag(b bool) string {

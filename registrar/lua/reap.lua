@@ -6,15 +6,17 @@
 -- ARGV  1 to 4 as in lib.lua
 --       5 token of the last pulse   6 time of the last pulse, ms   7 its greatest age, ms
 --       8 cut-off, ms: out is who beat before it, not at it   9 most addresses a call
---       10 let go, ms: above 0, only one is out, never the last of the service,
---          and none of any service within so long after the one before
---       11 replid that the last pulse saw
+--       10 let go, ms: above 0, only one is out, the oldest beside which one of the
+--          instances from ARGV[12] on stays, and none of any service within so long after
+--          the one before
+--       11 replid that the last pulse saw   12… with let go: instances of the service
 -- Returns {status, service version, stale ones left, addr…}, and what announce of lib.lua may add
 --   OK      each addr is out by this very call
 --   FENCED  Redis does not hold the pulse: other data, or it expired; or it holds
 --           it under another replid: a snapshot or a replica that has the pulse need
 --           not have the beats after it. Nothing written
 --   LATE    the pulse is too old or in the future; nothing written
+--   LAST    none of the instances given would stay, so nobody is let go
 local token, last, most, cut = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 
 -- lib
@@ -37,9 +39,21 @@ if #stale == 0 then return {'OK', 0, 0} end
 local pace = tonumber(ARGV[10])
 if pace > 0 then
   local left = redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. cut)
-  if redis.call('ZCARD', KEYS[1]) < 2 then return {'OK', 0, left} end
+  local function stays_without(a)
+    for i = 12, #ARGV do
+      if ARGV[i] ~= a and redis.call('ZSCORE', KEYS[1], ARGV[i]) then return true end
+    end
+  end
+  local goes
+  for _, a in ipairs(stale) do
+    if stays_without(a) then
+      goes = a
+      break
+    end
+  end
+  if not goes then return {'LAST', 0, left} end
   if not redis.call('SET', KEYS[14], token, 'NX', 'PX', pace) then return {'OK', 0, left} end
-  stale = {stale[1]}
+  stale = {goes}
 end
 local g, v = bump()
 if not g then return v end
