@@ -186,7 +186,7 @@ func (r refusal) Error() string { return string(r) }
 func (r refusal) RedisError()   {}
 
 // TestSentinelPassword changes the Sentinel's own password, in it and in the
-// file: the next connection to it uses the new one.
+// file: the next connection to it uses the new one. The data node never hears it.
 func TestSentinelPassword(t *testing.T) {
 	t.Parallel()
 	srv := redistest.Start(t)
@@ -218,5 +218,8 @@ func TestSentinelPassword(t *testing.T) {
 			eventually(t, func() error { return rdb.Ping(ctx).Err() })
 		}
 		must(t, rdb.Close())
+	}
+	if stats := data.Info(ctx, "commandstats").Val(); strings.Contains(stats, "cmdstat_auth:") || !strings.Contains(stats, "cmdstat_ping:") {
+		t.Errorf("the data node was asked to log somebody in: %s", stats)
 	}
 }

@@ -136,9 +136,17 @@ func (a Access) sentinel(base, rest string, dial dialer, pool int) (redis.Univer
 		return nil, errURL
 	}
 	password, _ := u.User.Password()
-	rdb := redis.NewFailoverClient(&redis.FailoverOptions{
+	var rdb *redis.Client
+	rdb = redis.NewFailoverClient(&redis.FailoverOptions{
 		MasterName: primary, SentinelAddrs: addrs, DB: db,
-		OnConnect:                  a.greetSentinel,
+		OnConnect: func(ctx context.Context, cn *redis.Conn) error {
+			// It hears of the data nodes' connections and of the Sentinels'. Only a
+			// client's own connections bear its name.
+			if cn.String() == rdb.String() {
+				return nil
+			}
+			return a.greetSentinel(ctx, cn)
+		},
 		CredentialsProviderContext: a.credentials(u.User.Username(), password),
 		Dialer:                     dial,
 		DialTimeout:                DialTimeout, DialerRetries: 1,
@@ -153,7 +161,7 @@ func (a Access) sentinel(base, rest string, dial dialer, pool int) (redis.Univer
 // greetSentinel logs in to a Sentinel. go-redis does that by itself with one
 // password for ever; for the data nodes it asks for credentials each time.
 func (a Access) greetSentinel(ctx context.Context, cn *redis.Conn) error {
-	if a.SentinelPassword == nil || strings.Contains(cn.String(), "FailoverClient") { // what go-redis calls a data node
+	if a.SentinelPassword == nil {
 		return nil
 	}
 	password, err := a.SentinelPassword()
