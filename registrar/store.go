@@ -283,7 +283,7 @@ func (s *Store) decide(ctx context.Context, svc Service, b Beat) (BeatReply, err
 	}
 	reply := BeatReply{BeatStatus(status), integer(r[2]), millis(integer(r[3])), millis(integer(r[4]))}
 	if reply.TTL <= 0 || reply.Interval <= 0 {
-		return BeatReply{}, fmt.Errorf("%s: unknown answer %q", what, r)
+		return BeatReply{}, fmt.Errorf("%s: unknown answer %s", what, quoted(r))
 	}
 	switch reply.Status {
 	case BeatOK, BeatNew, BeatChanged, BeatTaken:
@@ -325,7 +325,7 @@ func (s *Store) steady(ctx context.Context, svc Service, b Beat) (reply BeatRepl
 	}
 	reply = BeatReply{BeatStatus(status), 0, millis(integer(r[1])), millis(integer(r[2]))}
 	if reply.Status != BeatOK || reply.TTL <= 0 || reply.Interval <= 0 {
-		return BeatReply{}, false, fmt.Errorf("unknown answer %q", r)
+		return BeatReply{}, false, fmt.Errorf("unknown answer %s", quoted(r))
 	}
 	return reply, true, nil
 }
@@ -477,7 +477,7 @@ func (s *Store) Pulse(ctx context.Context, id, token string, expiry time.Duratio
 	}
 	p := Pulse{integer(r[0]), text(r[1]), text(r[2]), text(r[3])}
 	if p.Now <= 0 || p.ReplID == "" {
-		return Pulse{}, fmt.Errorf("pulse: answer %q without time or replication id", r)
+		return Pulse{}, fmt.Errorf("pulse: answer %s without time or replication id", quoted(r))
 	}
 	return p, nil
 }
@@ -850,6 +850,18 @@ func word(r []any, parts int) (string, error) {
 		return "", fmt.Errorf("answer of %d parts, want %d", len(r), parts)
 	}
 	return text(r[0]), nil
+}
+
+// quoted shows an answer in an error: its texts in quotes, its numbers as such.
+func quoted(r []any) string {
+	parts := make([]string, len(r))
+	for i, v := range r {
+		if s, ok := v.(string); ok {
+			v = strconv.Quote(s)
+		}
+		parts[i] = fmt.Sprint(v)
+	}
+	return "[" + strings.Join(parts, " ") + "]"
 }
 
 func text(v any) string {

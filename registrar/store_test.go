@@ -618,3 +618,32 @@ func TestServerClock(t *testing.T) {
 	}
 	within("note", from, g.At)
 }
+
+// TestAnswersAreShown has what an operator wrote by hand make answers that no caller
+// can use. The errors show their numbers as numbers.
+func TestAnswersAreShown(t *testing.T) {
+	s := fresh(t, redistest.Start(t))
+	ctx := t.Context()
+	beat := Beat{Addr: host(1), Token: "t1", Meta: `{"id":"t1"}`}
+	_, err := s.Beat(ctx, web, beat)
+	must(t, err)
+	do(t, s, "HSET", s.keys.Config(), "ttl_ms", 8000, "interval_ms", 0)
+	s.setClock(t0 + 1)
+	_, steady := s.Beat(ctx, web, beat)
+	beat.Claim = true
+	_, claim := s.Beat(ctx, web, beat)
+	s.setClock(0)
+	_, pulse := s.Pulse(ctx, "r", "token", time.Minute)
+	for _, c := range []struct {
+		err  error
+		want string
+	}{
+		{steady, `unknown answer ["OK" 8000 0]`},
+		{claim, fmt.Sprintf(`unknown answer ["OK" %d 0 8000 0]`, int64(t0+1))},
+		{pulse, "pulse: answer [0 "},
+	} {
+		if c.err == nil || !strings.Contains(c.err.Error(), c.want) {
+			t.Errorf("got  %v\nwant %s", c.err, c.want)
+		}
+	}
+}
