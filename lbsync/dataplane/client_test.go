@@ -404,6 +404,38 @@ func TestSighting(t *testing.T) {
 	}
 }
 
+// TestLateAddress has the API show the address before in its answer, as it does where
+// HAProxy gives the new one later. It is waited for: the rest of the join is sent.
+func TestLateAddress(t *testing.T) {
+	before := ""
+	f := newFault("PUT", "", func(w http.ResponseWriter, r *http.Request, real http.Handler) {
+		ask := r.Clone(r.Context())
+		ask.Method, ask.Body = http.MethodGet, http.NoBody
+		was, is := httptest.NewRecorder(), httptest.NewRecorder()
+		real.ServeHTTP(was, ask)
+		real.ServeHTTP(is, r)
+		if before == "" { // the first is of the address
+			before = was.Body.String()
+			is = was
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(is.Code)
+		_, _ = is.Body.WriteTo(w) // the caller may be gone
+	})
+	_, c := start(t, dataplanetest.Options{Wrap: f.wrap}, Config{})
+	addr := netip.MustParseAddrPort("127.0.0.1:81")
+	op := func(kind lbsync.Kind, weight int) lbsync.Op {
+		return lbsync.Op{Kind: kind, Name: slot.Name, ID: slot.ID, Addr: addr, Weight: weight}
+	}
+	got, err := c.Apply(t.Context(), backend, []lbsync.Op{op(lbsync.SetAddr, 0), op(lbsync.SetReady, 0), op(lbsync.SetWeight, 9)})
+	if err != nil || len(got.Refused) > 0 || len(got.Servers) != 1 || got.Servers[0].Addr != addr || got.Servers[0].Admin != lbsync.Ready || got.Servers[0].Weight != 9 {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	if strings.Contains(before, `"port":81`) {
+		t.Errorf("the answer was not of before: %s", before)
+	}
+}
+
 // TestSaidNotDone has the API say 200 and do nothing, as the older ones do.
 func TestSaidNotDone(t *testing.T) {
 	f := newFault("PUT", "", func(w http.ResponseWriter, r *http.Request, real http.Handler) {

@@ -13,7 +13,8 @@
 // What becomes of each lbsync.Op:
 //
 //	Add           POST runtime server, in maint, with id and weight 0
-//	SetAddr       PUT address and port; read back, as the API says 200 to any
+//	SetAddr       PUT address and port; read back, for 31 ms until it is there, as
+//	              the API says 200 to any, and HAProxy 2.9 and later give it late
 //	EnableHealth  refused: the API cannot; see below
 //	SetReady      PUT admin_state
 //	SetDrain      PUT admin_state

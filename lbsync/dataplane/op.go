@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/haproxytech/client-native/v5/models"
 
@@ -175,9 +176,7 @@ func (c *Client) perform(ctx context.Context, backend string, op lbsync.Op) erro
 	// Status 200 does not mean that it was done.
 	switch op.Kind {
 	case lbsync.SetAddr:
-		if got.Port == nil || got.Address != op.Addr.Addr().String() || *got.Port != int64(op.Addr.Port()) {
-			return refusal("the API said 200, but the address is not " + op.Addr.String())
-		}
+		return c.ensureAddr(ctx, backend, op, got)
 	case lbsync.SetWeight:
 		if got.Weight == nil || *got.Weight != int64(op.Weight) {
 			return refusal(fmt.Sprintf("the API said 200, but the weight is not %d", op.Weight))
@@ -190,6 +189,37 @@ func (c *Client) perform(ctx context.Context, backend string, op lbsync.Op) erro
 		return c.ensureMaint(ctx, backend, op, got)
 	}
 	return nil
+}
+
+// settleFirst and settleLast are the pauses between the looks for an address that
+// comes late: in all 31 ms.
+const (
+	settleFirst = time.Millisecond
+	settleLast  = 16 * time.Millisecond
+)
+
+// ensureAddr makes sure that the server has its address after the API has said so:
+// HAProxy 2.9 and later give it a moment after the command.
+func (c *Client) ensureAddr(ctx context.Context, backend string, op lbsync.Op, have runtimeServer) error {
+	for wait := settleFirst; ; wait *= 2 {
+		if have.Port != nil && have.Address == op.Addr.Addr().String() && *have.Port == int64(op.Addr.Port()) {
+			return nil
+		}
+		if wait > settleLast {
+			return refusal("the API said 200, but the address is not " + op.Addr.String())
+		}
+		pause := time.NewTimer(wait)
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			pause.Stop()
+			return fmt.Errorf("%w: %w before the address was seen", lbsync.ErrUnknown, ctx.Err())
+		}
+		have = runtimeServer{}
+		if err := refused(c.do(ctx, request{method: http.MethodGet, path: serverPath(backend, op.Name), status: http.StatusOK, answer: &have})); err != nil {
+			return err
+		}
+	}
 }
 
 // ensureMaint makes sure that the server is in maint after the API has said so.
