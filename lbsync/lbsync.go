@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -50,12 +51,23 @@ type BackendConfig struct {
 	Private bool
 }
 
+// Former is services of an id, Config's or another, which its balancer no longer has.
+type Former struct {
+	ID       string              `json:"id"`
+	Services []registrar.Service `json:"services"`
+}
+
 // Config says what to keep true, and how carefully. The zero value of a
 // duration is its default.
 type Config struct {
-	// ID names this balancer in the register, where it says what it has
-	// applied: the same over restarts, another for each HAProxy.
-	ID       string
+	// ID names this balancer in the register, where it says what it has applied: an
+	// HAProxy and the backends of it that are this lbsync's. It is the same over
+	// restarts.
+	ID string
+	// Former is what this balancer was before, and is no longer. The register forgets
+	// it, and then Retired, if not nil, is called once.
+	Former   []Former
+	Retired  func()
 	Backends []BackendConfig
 	Allow    []netip.Prefix // of instances' addresses, for every backend without its own; none = DefaultAllow
 	// Checks says that dynamic servers are added with a health check.
@@ -98,10 +110,14 @@ func (c *Config) defaults() {
 	}
 }
 
+// Check says what is wrong with c but for its id, which may be known later than the
+// rest.
+func (c Config) Check() error {
+	c.defaults()
+	return c.validate()
+}
+
 func (c *Config) validate() error {
-	if c.ID == "" || len(c.ID) > 255 {
-		return fmt.Errorf("balancer id %q: want 1 to 255 bytes", c.ID)
-	}
 	if len(c.Backends) == 0 {
 		return errors.New("no backend: name at least one SERVICE=BACKEND")
 	}
@@ -143,22 +159,31 @@ type Syncer struct {
 	claims   *claims
 	log      zerolog.Logger
 
-	acks  chan struct{}                         // of capacity 1: a backend has applied something
-	acked map[registrar.Service]registrar.Token // told to the register; for acknowledge alone
+	acks     chan struct{}                         // of capacity 1: a backend has applied something
+	acked    map[registrar.Service]registrar.Token // told to the register; for acknowledge alone
+	acker    *registrar.Acker
+	retiring []retiring // for acknowledge alone
 
 	looks chan struct{}               // of capacity 1: a backend has seen something new
 	told  map[registrar.Service]*told // what the register has been told of that; for publish alone
 }
 
+// retiring is what the register has yet to forget.
+type retiring struct {
+	*registrar.Acker
+	service registrar.Service
+	whole   bool // the balancer, and not this service of it alone
+}
+
 // New checks cfg and returns a Syncer. It does no I/O.
 func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (*Syncer, error) {
 	cfg.defaults()
-	if err := cfg.validate(); err != nil {
+	if err := errors.Join(registrar.CheckBalancerID(cfg.ID), cfg.validate()); err != nil {
 		return nil, err
 	}
 	s := &Syncer{
 		cfg: cfg, balancer: bal, store: store, backends: map[registrar.Service][]*backend{}, claims: newClaims(),
-		acks: make(chan struct{}, 1), acked: map[registrar.Service]registrar.Token{},
+		acks: make(chan struct{}, 1), acked: map[registrar.Service]registrar.Token{}, acker: store.Acker(cfg.ID),
 		looks: make(chan struct{}, 1), told: map[registrar.Service]*told{},
 		log: log.With().Str("component", "lbsync").Logger(),
 	}
@@ -177,6 +202,15 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 	s.services = svcs
 	for _, svc := range svcs {
 		s.told[svc] = &told{}
+	}
+	for _, f := range cfg.Former {
+		acker, whole := s.acker, f.ID != cfg.ID
+		if whole {
+			acker = store.Acker(f.ID)
+		}
+		for _, svc := range f.Services {
+			s.retiring = append(s.retiring, retiring{acker, svc, whole})
+		}
 	}
 	var err error
 	s.watcher, err = notifier.New(notifier.Config{Services: svcs}, store, log)
@@ -218,6 +252,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 // Status is how a Syncer stands.
 type Status struct {
 	Redis    notifier.Status
+	Double   registrar.Double // of the service where that is worst
 	Backends []BackendStatus
 }
 
@@ -236,7 +271,7 @@ type BackendStatus struct {
 
 // Status returns how the syncer stands. Any goroutine may call it.
 func (s *Syncer) Status() Status {
-	st := Status{Redis: s.watcher.Status()}
+	st := Status{Redis: s.watcher.Status(), Double: s.double()}
 	for _, svc := range s.services {
 		for _, b := range s.backends[svc] {
 			st.Backends = append(st.Backends, b.standing())
@@ -289,6 +324,8 @@ func (s *Syncer) acknowledge(ctx context.Context) {
 	defer timer.Stop()
 	ready := s.cfg.Ready
 	var outage registrar.Outage
+	double := registrar.Sole
+	var doubles doubleLog
 	for {
 		all := false
 		select {
@@ -307,6 +344,11 @@ func (s *Syncer) acknowledge(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
+		if d := s.double(); d != double {
+			double = d
+			s.looked() // the register may have what the other sees
+		}
+		doubles.note(s.log.With().Str("id", s.cfg.ID).Logger(), double)
 		if err != nil {
 			if outage.Fail() {
 				s.log.Warn().Err(err).Msg("cannot say what has been applied; trying again")
@@ -317,9 +359,71 @@ func (s *Syncer) acknowledge(ctx context.Context) {
 	}
 }
 
+// doubleLog says when two lbsyncs acknowledge as one balancer, and when no longer.
+type doubleLog struct {
+	last  registrar.Double
+	lines registrar.Sparing
+}
+
+func (l *doubleLog) note(log zerolog.Logger, d registrar.Double) {
+	if d == l.last || !l.lines.May() {
+		return
+	}
+	l.last = d
+	switch d {
+	case registrar.Sole:
+		log.Info().Msg("this lbsync alone acknowledges as this balancer again")
+	case registrar.First:
+		log.Warn().Msg("another lbsync acknowledges as this balancer too, and is not heard: give it another --id")
+	case registrar.Second:
+		log.Error().Msg("another lbsync acknowledges as this balancer, and did so first: this one drives HAProxy and is not heard; give it another --id")
+	}
+}
+
+// double tells how this balancer's id stands, for the service where that is worst.
+func (s *Syncer) double() registrar.Double {
+	worst := registrar.Sole
+	for _, svc := range s.services {
+		worst = max(worst, s.acker.Double(svc))
+	}
+	return worst
+}
+
+// Retire has the register forget this balancer, where nobody will know it by its
+// id again. It is for after Run or Once.
+func (s *Syncer) Retire(ctx context.Context) error {
+	for _, svc := range s.services {
+		s.retiring = append(s.retiring, retiring{s.acker, svc, true})
+	}
+	return s.retire(ctx)
+}
+
+// retire has the register forget what is to be forgotten, and keeps what it could
+// not tell.
+func (s *Syncer) retire(ctx context.Context) error {
+	if len(s.retiring) == 0 {
+		return nil
+	}
+	var errs []error
+	s.retiring = slices.DeleteFunc(s.retiring, func(r retiring) bool {
+		tctx, cancel := registrar.WithTimeout(ctx)
+		defer cancel()
+		err := r.Retire(tctx, r.service, r.whole)
+		if err != nil && !errors.Is(err, registrar.ErrDouble) { // a process that has ended counts for some seconds
+			errs = append(errs, err)
+		}
+		return err == nil
+	})
+	if len(s.retiring) == 0 && s.cfg.Retired != nil {
+		s.cfg.Retired()
+	}
+	return errors.Join(errs...)
+}
+
 // Acknowledge tells the register, for each service, the state that every one of
 // its backends has: for all services, or for those where that has changed. A
-// service of which nothing has been applied yet is left out.
+// service of which nothing has been applied yet is left out. With all it also has
+// Config.Former forgotten.
 func (s *Syncer) Acknowledge(ctx context.Context, all bool) error {
 	var errs []error
 	type answer struct {
@@ -338,7 +442,7 @@ func (s *Syncer) Acknowledge(ctx context.Context, all bool) error {
 		tell := func() {
 			tctx, cancel := registrar.WithTimeout(ctx)
 			defer cancel()
-			a.err = s.store.Ack(tctx, s.cfg.ID, svc, t)
+			a.err = s.acker.Ack(tctx, svc, t)
 		}
 		if s.store.Cluster() {
 			telling.Go(tell) // a shard that hangs must not make this balancer late elsewhere
@@ -354,9 +458,14 @@ func (s *Syncer) Acknowledge(ctx context.Context, all bool) error {
 		case errors.Is(a.err, registrar.ErrOtherHistory):
 			// The watcher finds that out too, and what is applied then is of
 			// the new one.
+		case errors.Is(a.err, registrar.ErrDouble):
+			delete(s.acked, svc) // the register has the other's word
 		default:
 			errs = append(errs, a.err)
 		}
+	}
+	if all {
+		errs = append(errs, s.retire(ctx))
 	}
 	return errors.Join(errs...)
 }

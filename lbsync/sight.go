@@ -347,9 +347,15 @@ func (s *Syncer) Publish(ctx context.Context) error {
 
 func (s *Syncer) publishOne(ctx context.Context, svc registrar.Service) error {
 	bs, t := s.backends[svc], s.told[svc]
+	double := s.acker.Double(svc)
+	if double == registrar.Second {
+		t.addrs = nil // what the register has is of the other's HAProxy
+		return nil
+	}
 	seen := registrar.Seen{Up: map[string]int{}, Servers: map[netip.AddrPort]map[string]registrar.ServerState{}}
 	history := bs[0].history()
-	seen.Anew = t.addrs == nil || t.history != history // it may have none of it, or what was told long ago
+	// It may have none of it, or what was told long ago, or of another's HAProxy.
+	seen.Anew = t.addrs == nil || t.history != history || double != registrar.Sole
 	known, due := false, seen.Anew
 	for _, b := range bs {
 		if age, looked, news := b.news(); looked {

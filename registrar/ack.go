@@ -3,9 +3,13 @@ package registrar
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -19,20 +23,145 @@ const (
 	balancerForget = time.Hour
 )
 
-// Ack says that the balancer id has applied the state of svc that t names, and
-// that it lives. It returns ErrOtherHistory if Redis no longer holds the history
-// that t is of.
-func (s *Store) Ack(ctx context.Context, id string, svc Service, t Token) error {
-	k := s.keys.Of(svc)
-	ok, err := s.ack.Run(ctx, s.rdb, []string{k.Applied(svc), k.Balancers(), k.Epoch()},
-		id, t.Version, t.ReplID, t.Epoch, balancerForget.Milliseconds(), s.now).Int()
-	if err == nil && ok != 1 {
-		err = ErrOtherHistory
-	}
-	if err != nil {
-		return fmt.Errorf("acknowledge %s version %d: %w", svc, t.Version, err)
+// MaxBalancerID is the most bytes of a balancer's id.
+const MaxBalancerID = 255
+
+// CheckBalancerID refuses an id that could not be told from others in a key, in a
+// list or on a terminal.
+func CheckBalancerID(id string) error {
+	if id == "" || len(id) > MaxBalancerID || strings.ContainsFunc(id, func(r rune) bool { return !BalancerIDRune(r) }) {
+		return fmt.Errorf("balancer id %q: want 1 to %d of A-Za-z0-9._:-", id, MaxBalancerID)
 	}
 	return nil
+}
+
+// BalancerIDRune tells whether a balancer's id may have r.
+func BalancerIDRune(r rune) bool {
+	return r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._:-", r)
+}
+
+// Double says whether an id is one process's alone.
+type Double int32
+
+// From what is right to what is worst.
+const (
+	Sole   Double = iota
+	First         // another process acknowledges as the same balancer; this one was first, and goes on
+	Second        // another one was first: this one's acknowledgements are not written
+)
+
+// Acker acknowledges as one balancer, for one process. Ack and Retire are for one
+// goroutine at a time; of a Cluster, for one a service.
+type Acker struct {
+	store   *Store
+	id      string
+	process string // of this one alone
+
+	mu    sync.Mutex
+	marks map[Service]*mark // by register: of a Cluster by service, else one under ""; guarded by mu
+}
+
+// mark is what a process knows of its id in one register; times are unix ms by
+// Redis' clock, 0 = never.
+type mark struct {
+	first, last int64 // its own words
+	contested   int64 // when it last found another's word after its own
+	double      atomic.Int32
+}
+
+// Acker returns what acknowledges as the balancer id. It does no I/O.
+func (s *Store) Acker(id string) *Acker {
+	return &Acker{store: s, id: id, process: rand.Text(), marks: map[Service]*mark{}}
+}
+
+func (a *Acker) mark(svc Service) *mark {
+	register := a.store.keys.Of(svc).scope
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.marks[register] == nil {
+		a.marks[register] = &mark{}
+	}
+	return a.marks[register]
+}
+
+// Ack says that the balancer has applied the state of svc that t names, and that
+// it lives. It returns ErrOtherHistory if Redis no longer holds the history that t
+// is of, and ErrDouble if another process acknowledges as the same balancer and
+// did so first: nothing is written then. The id is this process's again when the
+// other has been silent for BalancerLive.
+func (a *Acker) Ack(ctx context.Context, svc Service, t Token) error {
+	s, m := a.store, a.mark(svc)
+	k := s.keys.Of(svc)
+	r, err := s.ack.Run(ctx, s.rdb, []string{k.Applied(svc), k.Balancers(), k.Epoch(), k.Owners()},
+		a.id, t.Version, t.ReplID, t.Epoch, balancerForget.Milliseconds(), s.now,
+		BalancerLive.Milliseconds(), a.process, unlessZero(m.first), unlessZero(m.last), unlessZero(m.contested)).Slice()
+	if err == nil {
+		err = m.take(r)
+	}
+	if err != nil {
+		return fmt.Errorf("acknowledge %s version %d as %s: %w", svc, t.Version, a.id, err)
+	}
+	return nil
+}
+
+// take takes in what ack.lua has answered.
+func (m *mark) take(r []any) error {
+	if len(r) != 4 || integer(r[1]) <= 0 {
+		return fmt.Errorf("unknown answer %q", r)
+	}
+	now, double := integer(r[1]), Sole
+	switch text(r[2]) {
+	case "SOLE":
+	case "FIRST":
+		double = First
+	case "SECOND":
+		double = Second
+	default:
+		return fmt.Errorf("unknown answer %q", r)
+	}
+	if integer(r[3]) == 1 {
+		m.contested = now
+	}
+	m.double.Store(int32(double))
+	if double == Second {
+		return ErrDouble
+	}
+	m.last = now
+	if m.first == 0 {
+		m.first = now
+	}
+	if integer(r[0]) != 1 {
+		return ErrOtherHistory
+	}
+	return nil
+}
+
+// Double says how the id stood with the last Ack of svc. Any goroutine may call it.
+func (a *Acker) Double(svc Service) Double { return Double(a.mark(svc).double.Load()) }
+
+// Retire has the register forget what the balancer said of svc, and, if it has no
+// other service, that there was such a balancer. It returns ErrDouble, and does
+// nothing, if another process has acknowledged as it within BalancerLive.
+func (a *Acker) Retire(ctx context.Context, svc Service, whole bool) error {
+	s := a.store
+	k := s.keys.Of(svc)
+	ok, err := s.retire.Run(ctx, s.rdb, []string{k.Applied(svc), k.Seen(svc, a.id), k.Balancers(), k.Owners()},
+		a.id, a.process, flag(whole || s.keys.cluster), BalancerLive.Milliseconds(), s.now).Int()
+	if err == nil && ok != 1 {
+		err = ErrDouble
+	}
+	if err != nil {
+		return fmt.Errorf("forget what balancer %s has of %s: %w", a.id, svc, err)
+	}
+	return nil
+}
+
+// unlessZero is an argument that may be absent.
+func unlessZero(ms int64) any {
+	if ms == 0 {
+		return ""
+	}
+	return ms
 }
 
 // Balancer is one balancer of a service.
@@ -41,6 +170,9 @@ type Balancer struct {
 	Applied int64 // service version
 	Seen    int64 // unix ms by Redis' clock; 0 if unknown
 	Live    bool  // seen within BalancerLive
+	// Double says that two processes acknowledge as it, of which the second has no
+	// say: what that one's HAProxy has, nobody knows.
+	Double bool
 }
 
 // Acks is which balancer has applied what of one service, in one instant.
@@ -50,13 +182,13 @@ type Acks struct {
 	Balancers []Balancer
 }
 
-// Behind counts the live balancers that have not applied version, and all live
-// ones.
+// Behind counts the live balancers that have not applied version, or not surely,
+// and all live ones.
 func (a Acks) Behind(version int64) (behind, live int) {
 	for _, b := range a.Balancers {
 		if b.Live {
 			live++
-			if b.Applied < version {
+			if b.Applied < version || b.Double {
 				behind++
 			}
 		}
@@ -78,28 +210,46 @@ func (a Acks) Live() []string {
 // Acks reads who has applied what of svc, by id.
 func (s *Store) Acks(ctx context.Context, svc Service) (Acks, error) {
 	k := s.keys.Of(svc)
-	r, err := s.applied.RunRO(ctx, s.rdb, []string{k.Applied(svc), k.Balancers(), k.ServiceVersion(svc), k.Epoch()}, s.now).Slice()
+	r, err := s.applied.RunRO(ctx, s.rdb, []string{k.Applied(svc), k.Balancers(), k.ServiceVersion(svc), k.Epoch(), k.Owners()}, s.now).Slice()
 	if err != nil {
 		return Acks{}, fmt.Errorf("read acknowledgements of %s: %w", svc, err)
 	}
-	if len(r) < 4 || len(r)%3 != 1 {
+	if len(r) < 4 || len(r)%4 != 0 {
 		return Acks{}, fmt.Errorf("read acknowledgements of %s: answer of %d parts", svc, len(r))
 	}
 	a := Acks{Now: integer(r[0]), Token: Token{text(r[1]), text(r[2]), integer(r[3])}}
-	for ; len(r) > 4; r = append(r[:4:4], r[7:]...) {
+	for ; len(r) > 4; r = append(r[:4:4], r[8:]...) {
 		b := Balancer{ID: text(r[4])}
 		if b.Applied, err = strconv.ParseInt(text(r[5]), 10, 64); err != nil {
 			b.Applied = -1 // nobody's version: it has applied nothing that is known
 		}
 		if seen, err := strconv.ParseFloat(text(r[6]), 64); err == nil && seen > 0 && seen < 1e15 {
 			b.Seen = int64(seen)
-			age := millis(a.Now - b.Seen)
-			b.Live = age <= BalancerLive && age > -BalancerLive
+			b.Live = a.live(b.Seen)
+		}
+		if twice, err := strconv.ParseInt(text(r[7]), 10, 64); err == nil {
+			b.Double = a.live(twice)
 		}
 		a.Balancers = append(a.Balancers, b)
 	}
 	slices.SortFunc(a.Balancers, func(x, y Balancer) int { return cmp.Compare(x.ID, y.ID) })
 	return a, nil
+}
+
+// live tells whether at is within BalancerLive of now.
+func (a Acks) live(at int64) bool {
+	age := a.Now - at // of milliseconds: a Duration would overflow
+	return max(age, -age) <= BalancerLive.Milliseconds()
+}
+
+// doubles are the live balancers as which two processes acknowledge.
+func (a Acks) doubles() (ids []string) {
+	for _, b := range a.Balancers {
+		if b.Live && b.Double {
+			ids = append(ids, b.ID)
+		}
+	}
+	return ids
 }
 
 // ackPoll and lastAckPoll pace WaitApplied.
@@ -151,6 +301,9 @@ func (s *Store) WaitApplied(ctx context.Context, svc Service, version int64, eac
 				return live, nil
 			}
 			err = fmt.Errorf("wait for version %d of %s: %d of %d live balancers have not applied it", version, svc, behind, live)
+			if ids := acks.doubles(); len(ids) > 0 {
+				err = fmt.Errorf("%w; two lbsyncs acknowledge as %s: give one of them another --id", err, strings.Join(ids, ", "))
+			}
 		}
 		if last == nil || ctx.Err() == nil { // else it is the read that was cut short
 			last = err

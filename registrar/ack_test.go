@@ -23,12 +23,12 @@ func TestAck(t *testing.T) {
 	s := fresh(t, srv)
 	ctx := t.Context()
 	join(t, s, host(1), "a")
-	must(t, s.Ack(ctx, "lb1", web, token(t, s)))
+	must(t, s.Acker("lb1").Ack(ctx, web, token(t, s)))
 	join(t, s, host(2), "b")
-	must(t, s.Ack(ctx, "lb2", web, token(t, s)))
+	must(t, s.Acker("lb2").Ack(ctx, web, token(t, s)))
 	acks, err := s.Acks(ctx, web)
 	must(t, err)
-	want := []Balancer{{"lb1", 1, t0, true}, {"lb2", 2, t0, true}}
+	want := []Balancer{{ID: "lb1", Applied: 1, Seen: t0, Live: true}, {ID: "lb2", Applied: 2, Seen: t0, Live: true}}
 	if !slices.Equal(acks.Balancers, want) || acks.Token.Version != 2 || acks.Now != t0 {
 		t.Errorf("got %+v, want %+v", acks, want)
 	}
@@ -55,7 +55,7 @@ func TestAck(t *testing.T) {
 	}
 	// Who is silent for an hour is forgotten by the next that speaks.
 	s.setClock(t0 + balancerForget.Milliseconds())
-	must(t, s.Ack(ctx, "lb2", web, token(t, s)))
+	must(t, s.Acker("lb2").Ack(ctx, web, token(t, s)))
 	acks, err = s.Acks(ctx, web)
 	must(t, err)
 	if len(acks.Balancers) != 1 || acks.Balancers[0].ID != "lb2" {
@@ -75,7 +75,7 @@ func TestAckOfAnotherHistory(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			s := fresh(t, srv)
 			join(t, s, host(1), "a")
-			if err := s.Ack(t.Context(), "lb", web, c.token(token(t, s))); !errors.Is(err, ErrOtherHistory) {
+			if err := s.Acker("lb").Ack(t.Context(), web, c.token(token(t, s))); !errors.Is(err, ErrOtherHistory) {
 				t.Errorf("got %v", err)
 			}
 			acks, err := s.Acks(t.Context(), web)
@@ -88,14 +88,17 @@ func TestAckOfAnotherHistory(t *testing.T) {
 }
 
 func TestAckOfAWrongType(t *testing.T) {
-	s, _ := newStore(t)
-	join(t, s, host(1), "a")
-	do(t, s, "SET", s.keys.Applied(web), "x")
-	if err := s.Ack(t.Context(), "lb", web, token(t, s)); err == nil {
-		t.Error("accepted")
-	}
-	if n := do(t, s, "EXISTS", s.keys.Balancers()); n != int64(0) {
-		t.Error("written before it was refused")
+	srv := redistest.Start(t)
+	for _, of := range []func(Keys) string{func(k Keys) string { return k.Applied(web) }, Keys.Owners} {
+		s := fresh(t, srv)
+		join(t, s, host(1), "a")
+		do(t, s, "SET", of(s.keys), "x")
+		if err := s.Acker("lb").Ack(t.Context(), web, token(t, s)); err == nil {
+			t.Error("accepted")
+		}
+		if n := do(t, s, "EXISTS", s.keys.Balancers()); n != int64(0) {
+			t.Error("written before it was refused")
+		}
 	}
 }
 
@@ -112,14 +115,14 @@ func TestWaitApplied(t *testing.T) {
 		s := fresh(t, srv)
 		join(t, s, host(1), "a")
 		old := token(t, s)
-		must(t, s.Ack(t.Context(), "lb1", web, old))
-		must(t, s.Ack(t.Context(), "lb2", web, old))
+		must(t, s.Acker("lb1").Ack(t.Context(), web, old))
+		must(t, s.Acker("lb2").Ack(t.Context(), web, old))
 		join(t, s, host(2), "b")
-		must(t, s.Ack(t.Context(), "lb1", web, token(t, s)))
+		must(t, s.Acker("lb1").Ack(t.Context(), web, token(t, s)))
 		looks := 0
 		live, err := s.WaitApplied(t.Context(), web, 2, func() error {
 			if looks++; looks == 3 {
-				must(t, s.Ack(t.Context(), "lb2", web, token(t, s)))
+				must(t, s.Acker("lb2").Ack(t.Context(), web, token(t, s)))
 			}
 			return nil
 		})
@@ -130,7 +133,7 @@ func TestWaitApplied(t *testing.T) {
 	t.Run("the dead are not waited for", func(t *testing.T) {
 		s := fresh(t, srv)
 		join(t, s, host(1), "a")
-		must(t, s.Ack(t.Context(), "lb", web, token(t, s)))
+		must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
 		s.setClock(t0 + BalancerLive.Milliseconds() + 1)
 		if live, err := s.WaitApplied(t.Context(), web, 9, nil); live != 0 || err != nil {
 			t.Errorf("%d, %v", live, err)
@@ -139,7 +142,7 @@ func TestWaitApplied(t *testing.T) {
 	t.Run("time runs out", func(t *testing.T) {
 		s := fresh(t, srv)
 		join(t, s, host(1), "a")
-		must(t, s.Ack(t.Context(), "lb", web, token(t, s)))
+		must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		defer cancel()
 		if live, err := s.WaitApplied(ctx, web, 9, nil); live != 1 || err == nil {
@@ -149,7 +152,7 @@ func TestWaitApplied(t *testing.T) {
 	t.Run("the data is lost", func(t *testing.T) {
 		s := fresh(t, srv)
 		join(t, s, host(1), "a")
-		must(t, s.Ack(t.Context(), "lb", web, token(t, s)))
+		must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
 		looks := 0
 		_, err := s.WaitApplied(t.Context(), web, 9, func() error {
 			if looks++; looks == 2 {
@@ -185,7 +188,7 @@ func TestRunDrainsBeforeItLeaves(t *testing.T) {
 			}
 			r := start(t, b)
 			registered(t, s, b)
-			must(t, s.Ack(t.Context(), "lb", web, token(t, s)))
+			must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
 			r.cancel()
 			draining := func() error {
 				snap, err := s.Read(t.Context(), web, nil)
@@ -201,7 +204,7 @@ func TestRunDrainsBeforeItLeaves(t *testing.T) {
 				close(hurry)
 			}
 			if c.ack {
-				must(t, s.Ack(t.Context(), "lb", web, token(t, s)))
+				must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
 			}
 			must(t, r.wait(t))
 			snap, err := s.Read(t.Context(), web, nil)

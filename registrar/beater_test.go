@@ -595,7 +595,7 @@ func TestRunLeavesAtOnce(t *testing.T) {
 			ended := make(chan error, 1)
 			go func() { ended <- b.Run(ctx) }()
 			registered(t, s, b)
-			must(t, s.Ack(t.Context(), "lb", web, token(t, s))) // a drain would wait for it
+			must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s))) // a drain would wait for it
 			cancel(c.cause)
 			select {
 			case err := <-ended:

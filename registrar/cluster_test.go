@@ -121,7 +121,7 @@ func onEach(tb testing.TB, c redistest.Cluster) [][]Service {
 func TestClusterKeys(t *testing.T) {
 	whole := Keys{ns: "ns", cluster: true}
 	k := whole.Of(web)
-	keys := append(k.change(web), k.Reaper("r"), k.LetGo(), k.Balancers(), k.Applied(web))
+	keys := append(k.change(web), k.Reaper("r"), k.LetGo(), k.Balancers(), k.Owners(), k.Applied(web))
 	for _, key := range append(keys, k.change(canary)...) {
 		if !strings.HasPrefix(key, "ns:{web}:") {
 			t.Errorf("%s is in another slot", key)
@@ -209,7 +209,7 @@ func TestClusterStore(t *testing.T) {
 		if snap.Token.Version != 3 || v.Token(svc) != snap.Token || len(snap.Entries) != 2 || snap.TTL != 6*time.Second {
 			t.Errorf("%s: versions say %v, a read %+v", svc, v.Token(svc), snap)
 		}
-		must(t, s.Ack(ctx, "lb", svc, snap.Token))
+		must(t, s.Acker("lb").Ack(ctx, svc, snap.Token))
 		if acks, err := s.Acks(ctx, svc); err != nil || len(acks.Balancers) != 1 || !acks.Balancers[0].Live || acks.Balancers[0].Applied != 3 {
 			t.Errorf("acknowledgements of %s: %+v, %v", svc, acks, err)
 		}

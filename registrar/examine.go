@@ -218,7 +218,7 @@ func (s *Store) rights(svc Service) []right {
 	return append(more, []right{
 		{"", []any{"ping"}}, {"", []any{"time"}}, {"", []any{"info"}}, {"", []any{"eval_ro", "return 1", 0}},
 		{"", []any{"evalsha_ro", "-", 0}}, {"", []any{"get", str}}, {"", []any{"get", k.Epoch()}}, {"", []any{"get", k.Version()}},
-		{"", []any{"hget", h, "-"}}, {"", []any{"hmget", k.Config(), "-"}}, {"", []any{"hgetall", h}}, {"", []any{"hgetall", k.Applied(svc)}},
+		{"", []any{"hget", h, "-"}}, {"", []any{"hmget", k.Config(), "-"}}, {"", []any{"hgetall", h}}, {"", []any{"hgetall", k.Applied(svc)}}, {"", []any{"hmget", k.Owners(), "-"}},
 		{"", []any{"zscore", k.Balancers(), "-"}}, {"", []any{"zmscore", z, "-"}}, {"", []any{"zrange", z, 0, 0}},
 		{"", []any{"zrangebyscore", k.Changed(svc), 0, 0}}, {"", []any{"srandmember", k.Services()}}, {"", []any{"zcard", z}}, {"", []any{"hlen", h}}, {"", []any{"hlen", k.Gone(svc)}}, {"", []any{"hlen", k.Admin(svc)}},
 		{writers, []any{"eval", "return 1", 0}}, {writers, []any{"evalsha", "-", 0}}, {writers, []any{"zadd", z, 0, "-"}},
@@ -234,7 +234,8 @@ func (s *Store) rights(svc Service) []right {
 		{RoleSync, []any{"subscribe", k.Changes()}}, {RoleSync, []any{"hkeys", k.Applied(svc)}}, {RoleSync, []any{"hset", k.Applied(svc), "-", "-"}}, {RoleSync, []any{"hdel", k.Applied(svc), "-"}},
 		{RoleSync, []any{"hset", k.Seen(svc, "-"), "-", "-"}}, {RoleSync, []any{"hdel", k.Seen(svc, "-"), "-"}}, {RoleSync, []any{"hlen", k.Seen(svc, "-")}},
 		{RoleSync, []any{"unlink", k.Seen(svc, "-")}}, {RoleSync, []any{"pexpire", k.Seen(svc, "-"), 0}},
-		{RoleSync, []any{"zadd", k.Balancers(), 0, "-"}}, {RoleSync, []any{"zremrangebyscore", k.Balancers(), 0, 0}},
+		{RoleSync, []any{"zadd", k.Balancers(), 0, "-"}}, {RoleSync, []any{"zremrangebyscore", k.Balancers(), 0, 0}}, {RoleSync, []any{"zrem", k.Balancers(), "-"}},
+		{RoleSync, []any{"hkeys", k.Owners()}}, {RoleSync, []any{"hset", k.Owners(), "-", "-"}}, {RoleSync, []any{"hdel", k.Owners(), "-"}},
 	}...)
 }
 

@@ -201,7 +201,7 @@ var storeCalls = []func(*testing.T, *Store){
 		}
 	},
 	func(t *testing.T, s *Store) {
-		if err := s.Ack(context.Background(), "lb", "web", Token{"abc", "e", 1}); err != nil && errors.Is(err, io.EOF) && errors.Is(err, ErrOtherHistory) {
+		if err := s.Acker("lb").Ack(context.Background(), "web", Token{"abc", "e", 1}); err != nil && errors.Is(err, io.EOF) && errors.Is(err, ErrOtherHistory) {
 			t.Fatal(err)
 		}
 	},

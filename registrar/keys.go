@@ -47,6 +47,10 @@ func (k Keys) Config() string    { return k.shared("config") }    // HASH: ttl_m
 func (k Keys) Changes() string   { return k.ns + ":changes" }     // channel: "<global> <service> <service version>"
 func (k Keys) Balancers() string { return k.shared("balancers") } // ZSET: balancer id, score = last seen, unix ms
 
+// Owners is a HASH: balancer id → the process that acknowledges as it, "<process>
+// <first ms> <last ms> <ms>": the last is when two were seen to.
+func (k Keys) Owners() string { return k.shared("balancer-owners") }
+
 // Events is a STREAM, the log of changes: at, service, addr, what, version, id, why.
 func (k Keys) Events() string { return k.shared("events") }
 
@@ -120,7 +124,7 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 		return "", "set"
 	case k.Version(), k.Epoch(), k.Quiet(), k.LetGo():
 		return "", "string"
-	case k.Config(), k.Reapers():
+	case k.Config(), k.Reapers(), k.Owners():
 		return "", "hash"
 	case k.Balancers():
 		return "", "zset"

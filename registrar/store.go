@@ -36,6 +36,8 @@ var (
 	ErrLast = errors.New("it is the last that serves")
 	// ErrOtherHistory says that a token is of another data set than Redis holds.
 	ErrOtherHistory = errors.New("redis holds another history")
+	// ErrDouble says that another process acknowledges as the same balancer.
+	ErrDouble = errors.New("another process acknowledges as this balancer")
 	// ErrFenced says that Redis does not hold a reaper's last pulse, or that it is
 	// another process or another primary than the one that accepted it.
 	ErrFenced = errors.New("the pulse is not in this data set")
@@ -99,7 +101,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, applied, report, seen, entry, announce *redis.Script
+	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -114,7 +116,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		beat: script("beat"), still: script("still"), roll: script("roll"), leave: script("leave"), deregister: script("deregister"), admin: script("admin"),
 		reap: script("reap"), latest: script("latest"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
-		ack: script("ack"), applied: script("applied"), report: script("report"),
+		ack: script("ack"), retire: script("retire"), applied: script("applied"), report: script("report"),
 		seen: script("seen"), entry: script("entry"), announce: script("announce"),
 	}
 	if _, s.keys.cluster = rdb.(*redis.ClusterClient); s.keys.cluster {

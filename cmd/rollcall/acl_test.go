@@ -256,7 +256,8 @@ func TestRolesBounds(t *testing.T) {
 		{"set rollcall:reaper:x y", []string{reap}}, {"set rollcall:let-go y", []string{reap}},
 		{"set rollcall:quiet y", []string{sidecar, agent, reap, operate}}, {"pttl rollcall:quiet", []string{sidecar, agent, reap, operate}},
 		{"hset rollcall:reapers f y", []string{reap}}, {"hdel rollcall:reapers f", []string{reap}}, {"hgetall rollcall:reapers", []string{reap, operate, watch}},
-		{"hset rollcall:{web}:applied a 1", []string{sync}}, {"hdel rollcall:{web}:applied a", []string{sync}}, {"zadd rollcall:balancers 1 a", []string{sync}},
+		{"hset rollcall:{web}:applied a 1", []string{sync}}, {"hdel rollcall:{web}:applied a", []string{sync}}, {"zadd rollcall:balancers 1 a", []string{sync}}, {"zrem rollcall:balancers a", []string{sync}},
+		{"hset rollcall:balancer-owners a 1", []string{sync}}, {"hdel rollcall:balancer-owners a", []string{sync}}, {"hmget rollcall:balancer-owners a", []string{sidecar, agent, sync, operate, watch}}, {"unlink rollcall:balancer-owners", no},
 		{"hset rollcall:{web}:seen:lb a 1", []string{sync}}, {"hdel rollcall:{web}:seen:lb a", []string{sync}}, {"unlink rollcall:{web}:seen:lb", []string{sync}},
 		{"hgetall rollcall:{api}:seen:lb", []string{agent, sync, operate, watch}}, {"pexpire rollcall:{web}:seen:lb 1", []string{sync}}, {"pexpire rollcall:{web}:applied 1", no}, {"unlink rollcall:{web}:applied", no},
 		{"xadd rollcall:events * what x", []string{sidecar, agent, reap, operate}}, {"xtrim rollcall:events maxlen 0", no}, {"xdel rollcall:events 1-1", no}, {"del rollcall:events", no},
@@ -287,7 +288,7 @@ func TestRolesBounds(t *testing.T) {
 		return err
 	}
 	ack := func(role string) error {
-		return roleStore(t, srv, role).Ack(ctx, "lb", "web", registrar.Token{})
+		return roleStore(t, srv, role).Acker("lb").Ack(ctx, "web", registrar.Token{})
 	}
 	pulse := func(role string) error {
 		_, err := roleStore(t, srv, role).Pulse(ctx, "r", "token", registrar.DefaultTTL)

@@ -83,7 +83,8 @@ type explainedLB struct {
 	Balancer string                           `json:"balancer"`
 	Live     bool                             `json:"live"`
 	Seen     int64                            `json:"seen,omitempty"`
-	Applied  int64                            `json:"applied"` // version of the service
+	Applied  int64                            `json:"applied"`          // version of the service
+	Double   bool                             `json:"double,omitempty"` // two lbsyncs acknowledge as it, and one is not heard
 	At       int64                            `json:"at,omitempty"`
 	Servers  map[string]registrar.ServerState `json:"servers,omitempty"` // by backend
 }
@@ -200,7 +201,7 @@ func (s *session) explain(ctx context.Context, at string, svc registrar.Service,
 	sights, err := s.store.Sights(ctx, svc, ids, addr)
 	unread(err)
 	for i, b := range acks.Balancers {
-		lb := explainedLB{Balancer: b.ID, Live: b.Live, Seen: b.Seen, Applied: b.Applied}
+		lb := explainedLB{Balancer: b.ID, Live: b.Live, Double: b.Double, Seen: b.Seen, Applied: b.Applied}
 		if i < len(sights) {
 			lb.At, lb.Servers = sights[i].At, sights[i].Servers[addr]
 		}
@@ -287,6 +288,9 @@ func (d *explanation) judge() {
 	for _, b := range d.Balancers {
 		if !b.Live {
 			continue
+		}
+		if b.Double {
+			next("two lbsyncs acknowledge as %s: give one of them another --id", b.Balancer)
 		}
 		if b.Applied < d.Changed {
 			next("%s has not applied its last change: look at that lbsync's log", b.Balancer)
@@ -394,6 +398,9 @@ func (d *explanation) tables(p printer) error {
 		says := fmt.Sprintf("has applied version %d of %d", b.Applied, d.Version)
 		if !b.Live {
 			says = "not alive; it had applied version " + strconv.FormatInt(b.Applied, 10)
+		}
+		if b.Live && b.Double {
+			says += "; a second lbsync of this id is not heard"
 		}
 		row(b.Balancer, b.Seen, "%s", says)
 		switch {

@@ -406,7 +406,7 @@ func TestPage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := store.Ack(t.Context(), evil, "evil", v.Token("evil")); err != nil {
+		if err := store.Acker(evil).Ack(t.Context(), "evil", v.Token("evil")); err != nil {
 			t.Fatal(err)
 		}
 		for _, wide := range []int64{1280, 360} {

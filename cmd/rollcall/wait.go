@@ -169,6 +169,7 @@ type lbRow struct {
 	Behind   int64             `json:"behind"`
 	SeenMS   int64             `json:"seen_ms"` // ago; -1 if unknown
 	Live     bool              `json:"live"`
+	Double   bool              `json:"double,omitempty"` // two lbsyncs acknowledge as it, and one is not heard
 }
 
 func lbCommand() *cli.Command {
@@ -195,7 +196,10 @@ func lbCommand() *cli.Command {
 				if r.SeenMS >= 0 {
 					seen = (time.Duration(r.SeenMS) * time.Millisecond).String()
 				}
-				if r.Live {
+				switch {
+				case r.Live && r.Double:
+					live = "double"
+				case r.Live:
 					live = "yes"
 				}
 				cells[i] = []string{r.Balancer, string(r.Service), strconv.FormatInt(r.Applied, 10), strconv.FormatInt(r.Version, 10), strconv.FormatInt(r.Behind, 10), seen, live}
@@ -226,7 +230,7 @@ func (s *session) balancers(ctx context.Context, svcs []registrar.Service) ([]lb
 			return nil, err
 		}
 		for _, b := range acks.Balancers {
-			r := lbRow{Balancer: b.ID, Service: svc, Applied: b.Applied, Version: acks.Token.Version, SeenMS: -1, Live: b.Live}
+			r := lbRow{Balancer: b.ID, Service: svc, Applied: b.Applied, Version: acks.Token.Version, SeenMS: -1, Live: b.Live, Double: b.Double}
 			r.Behind = max(0, r.Version-r.Applied)
 			if b.Seen > 0 {
 				r.SeenMS = max(0, acks.Now-b.Seen)

@@ -290,7 +290,7 @@ func TestDocuments(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := w.store.Ack(t.Context(), "lb1", "web", v.Token("web")); err != nil {
+	if err := w.store.Acker("lb1").Ack(t.Context(), "web", v.Token("web")); err != nil {
 		t.Fatal(err)
 	}
 	w.shows(t, "web", "the balancer is up to date", func(d httpapi.Service) bool {

@@ -204,7 +204,7 @@ func TestWriteWaits(t *testing.T) {
 	}
 	token := v.Token("web")
 	for _, lb := range []string{"lb1", "lb2"} {
-		if err := w.store.Ack(t.Context(), lb, "web", token); err != nil {
+		if err := w.store.Acker(lb).Ack(t.Context(), "web", token); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -224,7 +224,7 @@ func TestWriteWaits(t *testing.T) {
 		return r.code, answer
 	}
 	token.Version = 2
-	if err := w.store.Ack(t.Context(), "lb1", "web", token); err != nil {
+	if err := w.store.Acker("lb1").Ack(t.Context(), "web", token); err != nil {
 		t.Fatal(err)
 	}
 	if code, a := drain("50ms"); code != 202 || a.Applied || !strings.Contains(a.Why, "1 of 2") || len(a.Balancers) != 2 || a.Balancers[0].Behind != 0 || a.Balancers[1].Behind != 1 {
@@ -239,7 +239,7 @@ func TestWriteWaits(t *testing.T) {
 	}()
 	token.Version = 3
 	for _, lb := range []string{"lb1", "lb2"} {
-		if err := w.store.Ack(t.Context(), lb, "web", token); err != nil {
+		if err := w.store.Acker(lb).Ack(t.Context(), "web", token); err != nil {
 			t.Fatal(err)
 		}
 	}

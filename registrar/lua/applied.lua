@@ -1,9 +1,10 @@
 #!lua flags=no-writes
 -- Which balancer has applied what of one service.
 --
--- KEYS  1 applied HASH   2 balancers ZSET   3 service version STRING   4 epoch STRING
+-- KEYS  1 applied HASH   2 balancers ZSET   3 service version STRING   4 epoch STRING   5 balancer-owners HASH
 -- ARGV  1 now, unix ms, '' = the server's TIME
--- Returns {now ms, replid, epoch, service version, id, version applied, last seen ms or '', …}
+-- Returns {now ms, replid, epoch, service version, id, version applied, last seen ms or '',
+--   when two processes were last seen to use the id, ms or '', …}
 local now = tonumber(ARGV[1])
 if not now then
   local t = redis.call('TIME')
@@ -19,5 +20,6 @@ for i = 1, #applied, 2 do
   out[#out + 1] = applied[i]
   out[#out + 1] = applied[i + 1]
   out[#out + 1] = redis.call('ZSCORE', KEYS[2], applied[i]) or ''
+  out[#out + 1] = string.match(redis.call('HMGET', KEYS[5], applied[i])[1] or '', ' (%d+)$') or ''
 end
 return out

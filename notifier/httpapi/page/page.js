@@ -600,7 +600,7 @@ function drawBalancers(docs) {
   keyed(table.tBodies[0], rows, (r) => r.balancer + " " + r.service, () => el("tr", { role: "row" }, el("th", { scope: "row", role: "rowheader" }), el("td", { role: "cell" }), el("td", { role: "cell" }), el("td", { role: "cell", class: "number" })), (tr, r) => {
     text(tr.cells[0], plain(r.balancer));
     text(tr.cells[1], r.service ? plain(r.service) : "–");
-    const lag = !r.live ? ["off", r.seen ? "silent for " + span(now() - r.seen) : "never seen"] : r.behind > 0 ? ["drain", plural(r.behind, "version") + " behind"] : ["ready", r.service ? "up to date" : "alive"];
+    const lag = !r.live ? ["off", r.seen ? "silent for " + span(now() - r.seen) : "never seen"] : r.double ? ["drain", "two lbsyncs use this id"] : r.behind > 0 ? ["drain", plural(r.behind, "version") + " behind"] : ["ready", r.service ? "up to date" : "alive"];
     fill(tr.cells[2], lag, () => el("span", { class: "chip " + lag[0] }, lag[1]));
     text(tr.cells[3], String(r.applied));
   });
