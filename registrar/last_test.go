@@ -104,7 +104,7 @@ func tell(t *testing.T, s *Store, lb string, x sees) {
 	t.Helper()
 	v, err := s.Versions(t.Context(), []Service{web})
 	must(t, err)
-	must(t, s.Ack(t.Context(), lb, web, v.Token(web)))
+	must(t, s.Acker(lb).Ack(t.Context(), web, v.Token(web)))
 	seen := Seen{Anew: true, Up: map[string]int{"be": x.up}, Servers: map[netip.AddrPort]map[string]ServerState{
 		host(1): {"be": {State: "maint"}}, host(2): {"be": {State: "drain", Weight: 100}},
 	}}

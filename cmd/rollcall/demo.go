@@ -319,7 +319,7 @@ func (d *demo) start(ctx context.Context, goroutines *sync.WaitGroup) (time.Dura
 	}); err != nil {
 		return 0, "", err
 	}
-	if _, err := d.stage.role(ctx, "lbsync", "lbsync", "--socket", d.stage.socket(), "--backend", demoName+"="+demoName,
+	if _, err := d.stage.role(ctx, "lbsync", "lbsync", "--socket", d.stage.socket(), "--state-dir", d.stage.dir, "--backend", demoName+"="+demoName,
 		"--mode", string(lbsync.Slots), "--allow", d.stage.network.String()); err != nil {
 		return 0, "", err
 	}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +20,7 @@ import (
 
 	"rollcall/lbsync"
 	"rollcall/lbsync/haproxy"
+	"rollcall/lbsync/identity"
 	"rollcall/registrar"
 )
 
@@ -69,6 +71,7 @@ func doctorCommand() *cli.Command {
 		Flags: redisFlags(outputFlag(),
 			&cli.StringSliceFlag{Name: "socket", EnvVars: env("socket"), Usage: "`PATH` of a HAProxy's stats socket, as lbsync has it; repeatable"},
 			&cli.StringSliceFlag{Name: "backend", EnvVars: env("backend"), Usage: "`SERVICE=BACKEND`, as lbsync has it; repeatable"},
+			stateDirFlag(),
 			&cli.StringSliceFlag{Name: "config", EnvVars: env("config"), Usage: "`FILE` of HAProxy's configuration, only read; repeatable, in HAProxy's order"},
 			&cli.StringSliceFlag{Name: "role", EnvVars: env("role"), DefaultText: "all",
 				Usage: "`ROLE` that the Redis user of --redis is for: " + strings.Join(registrar.Roles, ", ") + "; repeatable"},
@@ -111,6 +114,7 @@ func doctorCommand() *cli.Command {
 				}
 			}
 			d := &doctor{store: s.store, backends: backends, roles: roles}
+			d.places = func(socket string) []identity.Place { return places(c, socket, socket) }
 			d.registry(c.Context, c.Duration("ttl"), c.Duration("heartbeat"))
 			for i, client := range clients {
 				d.haproxy(c.Context, sockets[i], client, c.StringSlice("config"))
@@ -161,6 +165,7 @@ type doctor struct {
 	store    *registrar.Store
 	backends []lbsync.BackendConfig
 	roles    []string
+	places   func(socket string) []identity.Place // where ids of its lbsyncs are kept
 	findings []finding
 
 	known bool                        // the registry was read
@@ -678,11 +683,13 @@ func (d *doctor) balancers(ctx context.Context, svcs []registrar.Service) {
 				acks = now
 			}
 		}
-		var live, late, dead []string
+		var live, late, dead, twice []string
 		for _, b := range acks.Balancers {
 			switch n := acks.Token.Version - b.Applied; {
 			case !b.Live:
 				dead = append(dead, b.ID)
+			case b.Double:
+				twice = append(twice, b.ID)
 			case n > 0:
 				late = append(late, fmt.Sprintf("%s is %d behind", b.ID, n))
 			default:
@@ -691,6 +698,8 @@ func (d *doctor) balancers(ctx context.Context, svcs []registrar.Service) {
 		}
 		const fix = "rollcall lbsync --backend "
 		switch {
+		case len(twice) > 0:
+			d.add(check, stateWarn, "one of them is not heard, so nobody knows what its HAProxy has, and --wait cannot end", "rollcall lbsync --id NAME, another name for one of them", "two lbsyncs acknowledge as %s", few(twice))
 		case len(live)+len(late) == 0:
 			d.add(check, worst(named, true), "no change reaches HAProxy", fix+string(svc)+"=BACKEND, beside each HAProxy", "none alive%s", also(dead, "; silent: "))
 		case len(late) > 0:
@@ -778,15 +787,17 @@ func atLeast(version string, major, minor int) (bool, error) {
 	return a > major || a == major && b >= minor, nil
 }
 
-// own looks for the lbsync of this very socket, which the registry knows by the
-// name that this host gives it.
+// own looks for the lbsyncs of this very socket, which the registry knows by ids that
+// are kept on this host.
 func (d *doctor) own(ctx context.Context, socket string) {
 	check := "haproxy " + socket + " lbsync"
-	id, err := balancerID(socket)
+	path, err := filepath.Abs(socket)
 	if err != nil || !d.known {
 		d.unknown(check, cmp.Or(err, errors.New("the registry was not read")), "the findings of Redis come first")
 		return
 	}
+	kept, unread := identity.Kept(d.places(path))
+	var alive []string
 	for _, b := range d.backends {
 		ctx, cancel := registrar.WithTimeout(ctx)
 		acks, err := d.store.Acks(ctx, b.Service)
@@ -795,13 +806,29 @@ func (d *doctor) own(ctx context.Context, socket string) {
 			d.unknown(check, err, "allow EVAL_RO to the user of --redis")
 			return
 		}
-		if !slices.ContainsFunc(acks.Balancers, func(o registrar.Balancer) bool { return o.ID == id && o.Live }) {
+		ids := []string{identity.Derived(path, b.Backend)}
+		for _, r := range kept {
+			if slices.Contains(r.Backends, b.Backend) {
+				ids = append(ids, r.ID)
+			}
+		}
+		live := func(o registrar.Balancer) bool { return o.Live }
+		i := slices.IndexFunc(acks.Balancers, func(o registrar.Balancer) bool { return live(o) && slices.Contains(ids, o.ID) })
+		switch {
+		case i >= 0:
+			alive = append(alive, acks.Balancers[i].ID)
+		case len(ids) > 1 || !slices.ContainsFunc(acks.Balancers, live):
 			d.add(check, stateBad, "no change of the service reaches this HAProxy", fmt.Sprintf("rollcall lbsync --socket %s --backend %s=%s", socket, b.Service, b.Backend),
 				"none alive for %s (run doctor on the host of HAProxy, with the socket as lbsync has it)", b.Service)
 			return
+		default:
+			d.unknown(check, cmp.Or(unread, fmt.Errorf("no id of an lbsync that has backend %s is kept here", b.Backend)),
+				"run doctor on the host of HAProxy, as a user that may read it, with the --socket and the --state-dir of that lbsync")
+			return
 		}
 	}
-	d.add(check, stateOK, "", "", "alive: %s", id)
+	slices.Sort(alive)
+	d.add(check, stateOK, "", "", "alive: %s", few(slices.Compact(alive)))
 }
 
 // backend judges what the socket tells of one backend, and returns its slots.

@@ -239,11 +239,11 @@ func TestDoctor(t *testing.T) {
 			must(t, os.WriteFile(s.file("state"), []byte(b.String()), 0o600))
 		}, s.dump, nil, [][3]string{{"warn", "state file", "0 of 1"}}},
 		{"operator's socket", nil, nil, []string{"--socket", s.ha.OperatorSocket}, [][3]string{
-			{"bad", "operator level", "operator or user"}, {"bad", "operator lbsync", "none alive"}, {"unknown", "balance", "leastconn"}}},
+			{"bad", "operator level", "operator or user"}, {"unknown", "operator lbsync", "no id of an lbsync that has backend be"}, {"unknown", "balance", "leastconn"}}},
 		{"user's socket", nil, nil, []string{"--socket", s.ha.UserSocket}, [][3]string{
-			{"bad", "user level", "operator or user"}, {"bad", "user lbsync", "none alive"}, {"unknown", "balance", "unknown algorithm"}}},
+			{"bad", "user level", "operator or user"}, {"unknown", "user lbsync", "no id of an lbsync that has backend be"}, {"unknown", "balance", "unknown algorithm"}}},
 		{"no socket", nil, nil, []string{"--socket", s.file("nowhere")}, [][3]string{{"bad", "nowhere", "no complete answer"}}},
-		{"no backend", nil, nil, []string{"--backend", "web=nope"}, [][3]string{{"bad", "nope", "no such backend"}}},
+		{"no backend", nil, nil, []string{"--backend", "web=nope"}, [][3]string{{"bad", "nope", "no such backend"}, {"unknown", "admin lbsync", "backend nope"}}},
 		{"no lbsync for it", nil, nil, []string{"--backend", "api=be"}, [][3]string{{"bad", "balancers of api", "none"}, {"bad", "lbsync", "none alive for api"}}},
 		{"one reaper", func(t *testing.T) {
 			reapers[0].signal(t, syscall.SIGKILL)

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -23,6 +24,7 @@ import (
 	"rollcall/lbsync"
 	"rollcall/lbsync/dataplane"
 	"rollcall/lbsync/haproxy"
+	"rollcall/lbsync/identity"
 	"rollcall/registrar"
 )
 
@@ -44,6 +46,8 @@ func lbsyncCommand() *cli.Command {
 			&cli.IntFlag{Name: "min-share", EnvVars: env("min-share"), Usage: "`PERCENT` of the instances that shall be ready that must be up before a drain or an absence takes one out"},
 			&cli.DurationFlag{Name: "hold", Value: lbsync.DefaultHold, EnvVars: env("hold"), Usage: "how long a silent instance stays whose health check is up"},
 			&cli.DurationFlag{Name: "drain-timeout", Value: lbsync.DefaultDrainTimeout, EnvVars: env("drain-timeout"), Usage: "how long a leaving server's requests may last"},
+			stateDirFlag(),
+			&cli.StringFlag{Name: "id", EnvVars: env("id"), DefaultText: "made once, and kept", Usage: "`NAME` of this HAProxy and these backends in the registry, of no other lbsync"},
 			&cli.StringFlag{Name: "state-file", EnvVars: env("state-file"), Usage: "`PATH` where the last lists are kept, for a start while Redis is away"},
 			&cli.BoolFlag{Name: "once", Usage: "do what can be done now, and end"},
 			&cli.BoolFlag{Name: "dry-run", Usage: "print the commands that --once would send, and end; exit code 3 if there are any"},
@@ -62,7 +66,7 @@ func lbsyncCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			cfg.ID, cfg.Checks = t.id, t.Checks()
+			cfg.Checks = t.Checks()
 			mon, err := newMonitor(c, s.log)
 			if err != nil {
 				return err
@@ -93,10 +97,32 @@ type driver interface {
 // target is the HAProxy that the flags name.
 type target struct {
 	driver
-	id   string // of the balancer
 	kind string // of the way in, as the log has it: socket or dataplane
 	at   string // the socket's path, or the URL
-	lock string // the path that the lock is beside
+	lock string // the path that locks are beside
+}
+
+const defaultStateDir = "/var/lib/rollcall"
+
+func stateDirFlag() cli.Flag {
+	return &cli.StringFlag{Name: "state-dir", EnvVars: env("state-dir"), DefaultText: "$STATE_DIRECTORY, or " + defaultStateDir,
+		Usage: "`DIRECTORY` where lbsync keeps its id, besides beside the socket; '' = nowhere else"}
+}
+
+// places are where the id of an lbsync of this HAProxy is kept.
+func places(c *cli.Context, haproxy, lock string) []identity.Place {
+	dir, chosen := c.String("state-dir"), c.IsSet("state-dir")
+	if !chosen {
+		// systemd names several with colons between them.
+		dir, _, _ = strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
+		chosen = dir != ""
+		dir = cmp.Or(dir, defaultStateDir)
+	}
+	all := []identity.Place{identity.Beside(lock)}
+	if dir != "" {
+		all = append([]identity.Place{identity.StateDir(dir, haproxy, chosen)}, all...)
+	}
+	return all
 }
 
 var dataplaneFlags = []string{"dataplane-user", "dataplane-password-file", "dataplane-ca"}
@@ -117,8 +143,8 @@ func newTarget(c *cli.Context, log zerolog.Logger) (*target, error) {
 	if err != nil {
 		return nil, usageError{err}
 	}
-	id, err := balancerID(socket)
-	return &target{client, id, "socket", socket, socket}, err
+	at, err := filepath.Abs(socket)
+	return &target{client, "socket", at, at}, err
 }
 
 func dataplaneTarget(c *cli.Context, log zerolog.Logger) (*target, error) {
@@ -140,8 +166,8 @@ func dataplaneTarget(c *cli.Context, log zerolog.Logger) (*target, error) {
 	if err != nil {
 		return nil, usageError{err}
 	}
-	id, err := hostID(at)
-	return &target{client, id, "dataplane", at, filepath.Join(os.TempDir(), "rollcall-"+id)}, err
+	name, err := lockName(at)
+	return &target{client, "dataplane", at, filepath.Join(os.TempDir(), name)}, err
 }
 
 // dataplaneReadable opens the files that go with --dataplane, if there are any.
@@ -173,25 +199,26 @@ func normalURL(text string) (string, error) {
 	return u.Scheme + "://" + host + strings.TrimRight(u.EscapedPath(), "/"), nil
 }
 
-// drive keeps HAProxy true, while no other lbsync does.
+// drive keeps backends of HAProxy true, while no other lbsync does.
 func drive(c *cli.Context, cfg lbsync.Config, t *target, s *session, mon *monitor) error {
 	notify := newSystemd(s.log)
 	defer notify.close()
 	defer notify.stopping(c.Context)()
 	cfg.Ready = func() { notify.useful("every backend is true to its service") }
 	var bal lbsync.Balancer = t
-	var metered *meteredBalancer
+	var driving atomic.Pointer[lbsync.Syncer] // nil while it stands by
 	if mon != nil {
-		metered = mon.balancer(&cfg, t)
+		metered := mon.balancer(&cfg, t)
 		bal = metered
-	}
-	syncer, err := lbsync.New(cfg, bal, s.store, s.log)
-	if err != nil {
-		return usageError{err}
-	}
-	var driving atomic.Bool
-	if mon != nil {
-		mon.syncer(syncer.Status, metered, &driving)
+		mon.syncer(func() (st lbsync.Status, drives bool) {
+			if s := driving.Load(); s != nil {
+				return s.Status(), true
+			}
+			for _, b := range cfg.Backends {
+				st.Backends = append(st.Backends, lbsync.BackendStatus{BackendConfig: b})
+			}
+			return st, false
+		}, metered)
 	}
 	stop, err := mon.serve(c.Context)
 	if err != nil {
@@ -208,34 +235,65 @@ func drive(c *cli.Context, cfg lbsync.Config, t *target, s *session, mon *monito
 		}
 	}
 	starts.Msg("lbsync starts")
-	var lock *haproxy.Lock
-	if c.Bool("once") {
-		lock, err = haproxy.TryLock(t.lock)
-	} else {
-		lock, err = haproxy.WaitLock(c.Context, t.lock, func() {
-			s.log.Warn().Str(t.kind, t.at).Msg("another lbsync drives this HAProxy; standing by")
-			notify.status("standing by: another lbsync drives this HAProxy")
-		})
-	}
+	locks, err := lock(c, cfg, t, s, notify)
 	switch {
 	case c.Context.Err() != nil:
 		return nil
-	case errors.Is(err, haproxy.ErrLocked):
+	case errors.Is(err, identity.ErrLocked):
 		return err
 	case err != nil:
 		// Two that do the same do no harm; not driving HAProxy at all does.
 		s.log.Warn().Err(err).Msg("running without a lock")
 	default:
-		defer func() { _ = lock.Close() }() // the process ends next
+		defer func() { _ = locks.Close() }() // the process ends next
+	}
+
+	self := identity.Identify(identity.Config{HAProxy: t.at, Backends: cfg.Backends, ID: c.String("id"), Places: places(c, t.at, t.lock)}, s.log)
+	s.log.Info().Str("id", self.ID).Strs("kept", self.Kept).Msg("this balancer's id")
+	cfg.ID, cfg.Former = self.ID, self.Former
+	cfg.Retired = func() {
+		if err := self.Forgotten(); err != nil {
+			s.log.Warn().Err(err).Msg("the next start will have the registry forget the same again")
+		}
+	}
+	syncer, err := lbsync.New(cfg, bal, s.store, s.log)
+	if err != nil {
+		return usageError{err}
 	}
 	if c.Bool("once") {
-		return errors.Join(syncer.Once(c.Context), syncer.Acknowledge(c.Context, true), syncer.Publish(c.Context))
+		err = errors.Join(syncer.Once(c.Context), syncer.Acknowledge(c.Context, true), syncer.Publish(c.Context))
+	} else {
+		driving.Store(syncer)
+		err = syncer.Run(c.Context)
 	}
-	driving.Store(true)
-	return syncer.Run(c.Context)
+	if c.String("id") == "" && len(self.Kept) == 0 {
+		// Nobody will come back by this id.
+		ctx, cancel := registrar.WithTimeout(context.WithoutCancel(c.Context))
+		defer cancel()
+		if err := syncer.Retire(ctx); err != nil {
+			s.log.Warn().Err(err).Msg("this balancer's id is not kept, and the registry will show it as silent for an hour")
+		}
+	}
+	return err
+}
+
+// lock locks the backends: at once or never for --once, else when others end.
+func lock(c *cli.Context, cfg lbsync.Config, t *target, s *session, notify *systemd) (*identity.Locks, error) {
+	var backends []string
+	for _, b := range cfg.Backends {
+		backends = append(backends, b.Backend)
+	}
+	if c.Bool("once") {
+		return identity.TryLock(t.lock, backends)
+	}
+	return identity.WaitLock(c.Context, t.lock, backends, func(err error) {
+		s.log.Warn().Str(t.kind, t.at).Err(err).Msg("standing by")
+		notify.status("standing by: " + err.Error())
+	})
 }
 
 func dryRun(c *cli.Context, cfg lbsync.Config, t *target, s *session) error {
+	cfg.ID = "dry-run" // which nobody is told
 	dry := &lbsync.DryRun{Balancer: t, Render: t.Render, Out: c.App.Writer}
 	syncer, err := lbsync.New(cfg, dry, s.store, s.log.Level(zerolog.WarnLevel))
 	if err != nil {
@@ -268,7 +326,18 @@ func syncConfig(c *cli.Context) (lbsync.Config, error) {
 	if len(cfg.Backends) == 0 {
 		return cfg, usageError{errors.New("no backend; name at least one with --backend SERVICE=BACKEND")}
 	}
-	return cfg, parseAllow(c.StringSlice("allow"), &cfg)
+	if err := parseAllow(c.StringSlice("allow"), &cfg); err != nil {
+		return cfg, err
+	}
+	if c.IsSet("id") {
+		if err := registrar.CheckBalancerID(c.String("id")); err != nil {
+			return cfg, usage("--id: %v", err)
+		}
+	}
+	if err := cfg.Check(); err != nil {
+		return cfg, usageError{err}
+	}
+	return cfg, nil
 }
 
 // parseAllow reads NETWORK, for every backend that is not named, and
@@ -326,22 +395,13 @@ func prefixes(ps []netip.Prefix) []fmt.Stringer {
 	return out
 }
 
-// balancerID names the HAProxy behind a socket: this host's name and a hash of
-// the socket's path.
-func balancerID(socket string) (string, error) {
-	path, err := filepath.Abs(socket)
-	if err != nil {
-		return "", fmt.Errorf("name this balancer: %w", err)
-	}
-	return hostID(path)
-}
-
-// hostID is this host's name and a hash of place.
-func hostID(place string) (string, error) {
+// lockName names the files that lock the HAProxy behind a URL: this host's name and a
+// hash of the URL.
+func lockName(url string) (string, error) {
 	host, err := os.Hostname()
 	if err != nil {
-		return "", fmt.Errorf("name this balancer: %w", err)
+		return "", fmt.Errorf("name this HAProxy's locks: %w", err)
 	}
-	sum := sha256.Sum256([]byte(place))
-	return fmt.Sprintf("%s-%x", host, sum[:4]), nil
+	sum := sha256.Sum256([]byte(url))
+	return fmt.Sprintf("rollcall-%s-%x", host, sum[:4]), nil
 }

@@ -67,6 +67,15 @@ func TestMain(m *testing.M) {
 	if err := os.Setenv("GORACE", strings.TrimSpace(os.Getenv("GORACE")+" atexit_sleep_ms=0")); err != nil {
 		panic(err)
 	}
+	// An lbsync that is told nothing keeps its id here, and not on this machine.
+	state, err := os.MkdirTemp("", "rc")
+	if err != nil {
+		panic(err)
+	}
+	buildDirs = append(buildDirs, state)
+	if err := os.Setenv("STATE_DIRECTORY", state); err != nil {
+		panic(err)
+	}
 	code := m.Run()
 	if err := dockertest.Stop(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

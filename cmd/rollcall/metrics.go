@@ -382,17 +382,22 @@ func (m *monitor) balancer(cfg *lbsync.Config, bal lbsync.Balancer) *meteredBala
 	return b
 }
 
-// syncer adds how an lbsync stands. It drives HAProxy from when driving is set.
-func (m *monitor) syncer(status func() lbsync.Status, bal *meteredBalancer, driving *atomic.Bool) {
+// syncer adds how an lbsync stands, and whether it drives its backends.
+func (m *monitor) syncer(status func() (st lbsync.Status, drives bool), bal *meteredBalancer) {
 	behind := gauge("rollcall_lbsync_versions_behind", "Versions of the service that were heard of and are not in HAProxy yet.", "service", "backend")
 	serving := gauge("rollcall_lbsync_servers_serving", "Servers that HAProxy sent requests to at the last look, at most 30 s ago.", "service", "backend")
 	held := gauge("rollcall_lbsync_servers_held", "Servers whose instance is absent, kept by their check or because too few others are up.", "service", "backend")
 	postponed := gauge("rollcall_lbsync_drains_waiting", "Drains that wait because no other server is up.", "service", "backend")
 	unplaced := gauge("rollcall_lbsync_instances_unplaced", "Instances without a slot, which get no requests.", "service", "backend")
+	driving := gauge("rollcall_lbsync_driving", "1 while this lbsync drives its backends, 0 while it stands by for another.")
+	doubled := gauge("rollcall_lbsync_id_doubled", "1 while another lbsync acknowledges by the same id.")
 	m.add(scraped{
-		[]*prometheus.Desc{behind, serving, held, postponed, unplaced},
+		[]*prometheus.Desc{behind, serving, held, postponed, unplaced, driving, doubled},
 		func(emit func(*prometheus.Desc, float64, ...string)) {
-			for _, b := range status().Backends {
+			st, drives := status()
+			emit(driving, number(drives))
+			emit(doubled, number(st.Double != registrar.Sole))
+			for _, b := range st.Backends {
 				labels := []string{string(b.Service), b.Backend}
 				emit(behind, float64(b.Behind), labels...)
 				emit(serving, float64(b.Serving), labels...)
@@ -401,14 +406,12 @@ func (m *monitor) syncer(status func() lbsync.Status, bal *meteredBalancer, driv
 				emit(unplaced, float64(b.Unplaced), labels...)
 			}
 		},
-	}, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "rollcall_lbsync_driving", Help: "1 while this lbsync drives HAProxy, 0 while it stands by for another.",
-	}, func() float64 { return number(driving.Load()) }))
-	m.watcher(func() notifier.Status { return status().Redis })
+	})
+	m.watcher(func() notifier.Status { st, _ := status(); return st.Redis })
 	m.ready = func() error {
-		st := status()
-		if !driving.Load() {
-			return errors.New("standing by: another lbsync drives this HAProxy")
+		st, drives := status()
+		if !drives {
+			return errors.New("standing by: another lbsync drives one of these backends")
 		}
 		if err := redisReady(st.Redis); err != nil {
 			return err
@@ -420,6 +423,9 @@ func (m *monitor) syncer(status func() lbsync.Status, bal *meteredBalancer, driv
 			if !b.Synced {
 				return fmt.Errorf("backend %s has not had all of service %s yet", b.Backend, b.Service)
 			}
+		}
+		if st.Double == registrar.Second {
+			return errors.New("another lbsync acknowledges as this balancer, and did so first: give this one another --id")
 		}
 		return nil
 	}

@@ -14,7 +14,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -527,7 +526,7 @@ func metricNames(t *testing.T) (names []string, histograms map[string]bool) {
 			m.reaper(&reaper.Config{}, func() (map[registrar.Service]registrar.ReaperStatus, error) { return nil, nil })
 		},
 		func(m *monitor) {
-			m.syncer(func() lbsync.Status { return lbsync.Status{} }, m.balancer(&lbsync.Config{}, nil), new(atomic.Bool))
+			m.syncer(func() (lbsync.Status, bool) { return lbsync.Status{}, false }, m.balancer(&lbsync.Config{}, nil))
 		},
 		func(m *monitor) { m.watch(watcher) },
 		func(m *monitor) { m.serves(server) },

@@ -98,7 +98,7 @@ func TestWriteOfTheLast(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := w.store.Ack(t.Context(), "lb1", "web", v.Token("web")); err != nil {
+	if err := w.store.Acker("lb1").Ack(t.Context(), "web", v.Token("web")); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := w.store.Publish(t.Context(), "lb1", "web", registrar.Seen{Up: map[string]int{"be": 1}, Servers: map[netip.AddrPort]map[string]registrar.ServerState{

@@ -62,7 +62,7 @@ func burstOf(h *harness, mode lbsync.Mode, spread time.Duration) []Row {
 		app := haproxytest.NewInstance(h)
 		other.Extra = []string{fmt.Sprintf("server app %s", app.Addr())}
 		ha := haproxytest.Start(h, haproxytest.Options{Backends: []haproxytest.Backend{be, by, other}})
-		lb := h.process(dir, h.rollcall(), "lbsync", "--redis", srv.URL(), "--socket", ha.Socket, "--backend", "web=be", "--mode", string(mode), "--allow", "127.0.0.0/8")
+		lb := h.process(dir, h.rollcall(), "lbsync", "--state-dir", dir, "--redis", srv.URL(), "--socket", ha.Socket, "--backend", "web=be", "--mode", string(mode), "--allow", "127.0.0.0/8")
 		ctx, cancel := context.WithTimeout(context.Background(), loadTimeout)
 		applied := func(version int64) (asked int) {
 			h.await(loadTimeout, fmt.Sprintf("version %d is applied", version), func() error {

@@ -115,7 +115,8 @@ func balancers(h *harness) []Row {
 	var anon []float64
 	for range h.runs {
 		ha := haproxytest.Start(h, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Balance: "leastconn"}}})
-		p := h.process(h.dir(), h.rollcall(), "lbsync", "--redis", srv.URL(), "--socket", ha.Socket, "--backend", "web=be", "--mode", "dynamic", "--allow", "127.0.0.0/8")
+		dir := h.dir()
+		p := h.process(dir, h.rollcall(), "lbsync", "--state-dir", dir, "--redis", srv.URL(), "--socket", ha.Socket, "--backend", "web=be", "--mode", "dynamic", "--allow", "127.0.0.0/8")
 		h.await(loadTimeout, "every server serves", func() error {
 			ready := 0
 			for _, s := range serversOf(h, ha, "be") {

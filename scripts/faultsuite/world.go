@@ -153,7 +153,7 @@ func (w *world) newCast(namespace, binary string, f fault) *cast {
 	if f.again {
 		c.reap()
 	}
-	c.syncing = []string{"lbsync", "--socket", c.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8", "--state-file", filepath.Join(w.srv.Dir, namespace+".state")}
+	c.syncing = []string{"lbsync", "--socket", c.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8", "--state-file", filepath.Join(w.srv.Dir, namespace+".state"), "--state-dir", w.srv.Dir}
 	c.balance()
 	ctx, cancel := context.WithCancel(w.ctx)
 	w.Cleanup(func() { cancel(); w.watching.Wait() })
