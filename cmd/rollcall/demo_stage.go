@@ -340,7 +340,7 @@ func (s *demoStage) startHAProxy(ctx context.Context, args ...string) error {
 // states and starts a new process that takes the old one's listeners over. It
 // returns the old one.
 func (s *demoStage) reloadHAProxy(ctx context.Context) (*demoChild, error) {
-	state, err := s.command("show servers state")
+	state, err := s.command("show servers state " + demoName)
 	if err != nil {
 		return nil, fmt.Errorf("save the servers' states: %w", err)
 	}

@@ -168,6 +168,65 @@ func (r *recorder) pass(conn net.Conn, target string) {
 	}
 }
 
+// TestNothingDumpsAllServers records what lbsync's calls and doctor's send: on HAProxy
+// 2.6 a list of servers that is read while one of them is deleted reads freed memory
+// (fixed by 282ac06d8), and the servers of other backends are other lbsyncs'.
+func TestNothingDumpsAllServers(t *testing.T) {
+	t.Parallel()
+	ha := haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: maxPeek + 1}, {Name: "other", Slots: 1}}})
+	r, path := record(t, ha.Socket)
+	c, ctx := newClient(t, Config{Socket: path}), t.Context()
+	if _, err := c.Probe(ctx); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := c.Read(ctx, "be")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, servers := range [][]lbsync.Server{whole.Servers[:1], whole.Servers} { // one by one, and all
+		if _, err := c.Peek(ctx, "be", servers); err != nil {
+			t.Fatal(err)
+		}
+		var ops []lbsync.Op
+		for _, s := range servers {
+			ops = append(ops, lbsync.Op{Kind: lbsync.SetMaint, Name: s.Name, ID: s.ID})
+		}
+		if _, err := c.Apply(ctx, "be", ops); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.Examine(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.ExamineBackend(ctx, "be"); err != nil {
+		t.Fatal(err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	forms := map[string]int{}
+	for _, line := range r.sent {
+		for command := range strings.SplitSeq(strings.TrimSuffix(line, "\n"), ";") {
+			f := strings.Fields(command)
+			if len(f) < 2 || f[0] != "show" || f[1] != "servers" && f[1] != "stat" {
+				continue
+			}
+			switch {
+			case len(f) == 4 && f[1] == "servers" && f[3] == "be": // of one backend
+			case len(f) == 5 && f[1] == "stat" && f[2] == "be" && f[4] != "-1": // one server
+			case command == "show stat -1 2 -1": // backends, without servers
+			default:
+				t.Errorf("HAProxy was sent %q", command)
+			}
+			forms[f[1]+f[2]]++
+		}
+	}
+	for _, want := range []string{"serversstate", "serversconn", "statbe", "stat-1"} {
+		if forms[want] == 0 {
+			t.Errorf("nothing was sent of %s: %v", want, forms)
+		}
+	}
+}
+
 // TestOnlyGrammarReachesHAProxy writes nasty data into a real Redis, and records
 // every byte on its way to a real HAProxy, in both modes.
 func TestOnlyGrammarReachesHAProxy(t *testing.T) {
