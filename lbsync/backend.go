@@ -440,6 +440,15 @@ func (b *backend) judge(st State) {
 	if fault == "" && len(slots) > 0 && !slices.ContainsFunc(slots, func(s Server) bool { return !s.Backup }) {
 		fault = "all its slots are `backup`, which get no request while another server is up; give it a server-template without that word"
 	}
+	if b.private && len(slots) > 0 && !st.Process.AtLeast(3, 0) {
+		b.once("private", "", func(l *zerolog.Event) {
+			what := "a slot is used for a second instance only where no server can be added"
+			if b.mode == Slots {
+				what = "mode auto would add a server in the place of a used slot"
+			}
+			l.Str("so", what).Msg("http-reuse never: before HAProxy 3.0 a client's connection stays with the instance that a slot had before")
+		})
+	}
 	if fault == b.fault {
 		return
 	}

@@ -6,10 +6,12 @@
 // to one Watcher and one Balancer. The balancer's own state is the only ledger:
 // a restart reads it and goes on where the last process stopped.
 //
-// How a server's state says who put it there: lbsync gives weight 0 to every
-// server that it puts in maint, and the wanted weight last when it takes one out
-// of maint. A server of ours in maint with another weight was put there by a
-// human, and stays.
+// How a server's state says who put it there: lbsync leaves no instance's address on a
+// server in maint. What it frees gets the Placeholder first, and what it fills is in
+// drain until it has its address, so that lbsync, killed between any two commands, leaves
+// neither. A server of ours in maint with an instance's address was put there by a human,
+// and stays, whatever its weight and whether the instance is there. A server with an
+// agent-check is told state and weight once; what its agent makes of it stays too.
 //
 // It promises to touch only its own servers, to decide nothing from silence, and
 // never to take the last server that is up out because of somebody's absence.

@@ -774,7 +774,7 @@ func (d *doctor) haproxy(ctx context.Context, socket string, client *haproxy.Cli
 			d.unknown(at+" configuration", why, fix)
 			continue
 		}
-		d.file(at, b.Backend, f, slots, socket, config)
+		d.file(at, b.Backend, facts.Version, f, slots, socket, config)
 	}
 }
 
@@ -834,9 +834,13 @@ func (d *doctor) own(ctx context.Context, socket string) {
 // backend judges what the socket tells of one backend, and returns its slots.
 func (d *doctor) backend(at string, b lbsync.BackendConfig, f haproxy.BackendFacts, version string) (slots []haproxy.ServerFacts) {
 	ours, unchecked := 0, 0
-	var enabled, stuck, weightless []string
+	var enabled, stuck, weightless, backups []string
 	for _, s := range f.Servers {
 		if !s.Ours() {
+			continue
+		}
+		if s.Slot && s.Backup {
+			backups = append(backups, s.Name)
 			continue
 		}
 		ours++
@@ -856,6 +860,10 @@ func (d *doctor) backend(at string, b lbsync.BackendConfig, f haproxy.BackendFac
 		if s.Configured == 0 && f.Dynamics == haproxy.No {
 			weightless = append(weightless, s.Name)
 		}
+	}
+	d.add(at+" driven", worst(f.Fault != "", false), "lbsync leaves such a backend as it is", "see the line", "%s", cmp.Or(f.Fault, "nothing of what its servers are keeps lbsync from it"))
+	if len(backups) > 0 {
+		d.add(at+" backups", stateWarn, "a backup gets no request while another server is up, so no instance is placed there", "a server-template of "+lbsync.SlotHost+" without `backup`", "slots that take nobody: %s", few(backups))
 	}
 	recipe := func(n int64) string {
 		return fmt.Sprintf("server-template %s 1-%d %s:1 check disabled init-addr last,127.0.0.1", b.Service, n, lbsync.SlotHost)
@@ -902,7 +910,7 @@ func (d *doctor) backend(at string, b lbsync.BackendConfig, f haproxy.BackendFac
 }
 
 // file judges what only the configuration tells.
-func (d *doctor) file(at, backend string, f haproxy.BackendFacts, slots []haproxy.ServerFacts, socket string, config *haproxy.File) {
+func (d *doctor) file(at, backend, version string, f haproxy.BackendFacts, slots []haproxy.ServerFacts, socket string, config *haproxy.File) {
 	p := config.Proxy(backend)
 	if p == nil {
 		d.unknown(at+" configuration", errors.New("--config does not have the backend"), "give every file that HAProxy reads")
@@ -917,6 +925,11 @@ func (d *doctor) file(at, backend string, f haproxy.BackendFacts, slots []haprox
 		} else {
 			d.add(at+" idle close", worst(!closing, false), "at a reload the old process closes connections that a request is already on", "option idle-close-on-response, in defaults", "%s", set(closing))
 		}
+	}
+	if p.Private() && len(slots) > 0 {
+		modern, err := atLeast(version, 3, 0)
+		d.add(at+" reuse", worst(err == nil && !modern && f.Dynamics == haproxy.No, err != nil || !modern), "before 3.0 a client's connection stays with the instance that a slot had before, and no command ends that",
+			"http-reuse safe, or HAProxy 3.0; or give lbsync --config too: it then adds a server in the place of a used slot, where the balance algorithm takes one", "http-reuse never")
 	}
 	foreign := slices.ContainsFunc(p.Templates, func(t haproxy.Template) bool { return t.Host != lbsync.SlotHost })
 	if foreign && len(slots) == 0 {

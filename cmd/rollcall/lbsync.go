@@ -46,6 +46,7 @@ func lbsyncCommand() *cli.Command {
 			&cli.IntFlag{Name: "min-share", EnvVars: env("min-share"), Usage: "`PERCENT` of the instances that shall be ready that must be up before a drain or an absence takes one out"},
 			&cli.DurationFlag{Name: "hold", Value: lbsync.DefaultHold, EnvVars: env("hold"), Usage: "how long a silent instance stays whose health check is up"},
 			&cli.DurationFlag{Name: "drain-timeout", Value: lbsync.DefaultDrainTimeout, EnvVars: env("drain-timeout"), Usage: "how long a leaving server's requests may last"},
+			&cli.StringSliceFlag{Name: "config", EnvVars: env("config"), Usage: "`FILE` of HAProxy's configuration, only read, at the start, for what no socket tells; repeatable, in HAProxy's order"},
 			stateDirFlag(),
 			&cli.StringFlag{Name: "id", EnvVars: env("id"), DefaultText: "made once, and kept", Usage: "`NAME` of this HAProxy and these backends in the registry, of no other lbsync"},
 			&cli.StringFlag{Name: "state-file", EnvVars: env("state-file"), Usage: "`PATH` where the last lists are kept, for a start while Redis is away"},
@@ -62,6 +63,9 @@ func lbsyncCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
+			if err := readConfig(c.StringSlice("config"), cfg.Backends, s.log); err != nil {
+				return err
+			}
 			t, err := newTarget(c, s.log)
 			if err != nil {
 				return err
@@ -338,6 +342,31 @@ func syncConfig(c *cli.Context) (lbsync.Config, error) {
 		return cfg, usageError{err}
 	}
 	return cfg, nil
+}
+
+// readConfig takes from HAProxy's configuration files what no socket tells of backends.
+// A file that does not have one of them is not all that HAProxy reads. What is not
+// understood is said, and nothing is known of it.
+func readConfig(files []string, backends []lbsync.BackendConfig, log zerolog.Logger) error {
+	if len(files) == 0 {
+		return nil
+	}
+	f, err := haproxy.ReadConfig(files)
+	switch {
+	case errors.Is(err, haproxy.ErrConditional):
+		log.Warn().Err(err).Msg("--config is left out: what no socket tells of the backends is not known")
+		return nil
+	case err != nil:
+		return usage("--config: %v", err)
+	}
+	for i, b := range backends {
+		p := f.Proxy(b.Backend)
+		if p == nil {
+			return usage("--config %s: no backend %s in it; give every file that HAProxy reads", strings.Join(files, " --config "), b.Backend)
+		}
+		backends[i].Private = p.Private()
+	}
+	return nil
 }
 
 // parseAllow reads NETWORK, for every backend that is not named, and

@@ -16,8 +16,8 @@ import (
 	"rollcall/lbsync"
 )
 
-// Config file reading for `rollcall doctor`: the few keywords that no socket
-// tells. haproxy.cfg is only ever read.
+// Config file reading, for `rollcall doctor` and lbsync's --config: the few keywords
+// that no socket tells. haproxy.cfg is only ever read.
 
 // ErrConditional says that a configuration has .if blocks or sections "from"
 // others, which this reader does not evaluate: nothing is known of it.
@@ -39,6 +39,7 @@ type Proxy struct {
 	StateName  string          // server-state-file-name; its own name if it names none
 	Options    map[string]bool // option NAME; absent or false = not set
 	Targets    []string        // backends that a frontend sends to
+	Reuse      string          // http-reuse; empty = HAProxy's own choice, safe
 	Templates  []Template
 	initAddr   string // of default-server
 }
@@ -70,6 +71,10 @@ func (f *File) Senders(backend string) []Proxy {
 	}
 	return ps
 }
+
+// Private tells whether a client's connection keeps a server's connection for itself
+// (http-reuse never, in mode http).
+func (p *Proxy) Private() bool { return p.HTTP && p.Reuse == "never" }
 
 // StatePath returns the state file that the backend p is loaded from: empty if
 // none is, and an error if it cannot be told.
@@ -139,7 +144,7 @@ func (f *File) read(r io.Reader, defaults, section *Proxy) error {
 			}
 			switch w[0] {
 			case "frontend", "backend", "listen":
-				section.HTTP, section.LoadState, section.initAddr = defaults.HTTP, defaults.LoadState, defaults.initAddr
+				section.HTTP, section.LoadState, section.initAddr, section.Reuse = defaults.HTTP, defaults.LoadState, defaults.initAddr, defaults.Reuse
 				section.StateName = section.Name
 				for k, v := range defaults.Options {
 					section.Options[k] = v
@@ -181,6 +186,8 @@ func (f *File) keyword(p *Proxy, w []string) error {
 		f.StateBase = arg(1)
 	case "mode":
 		p.HTTP = arg(1) == "http"
+	case "http-reuse":
+		p.Reuse = arg(1)
 	case "load-server-state-from-file":
 		p.LoadState = arg(1)
 	case "server-state-file-name":

@@ -41,7 +41,7 @@ func TestReadConfig(t *testing.T) {
 		}
 		return path
 	}
-	one := file("global\n server-state-base /var/lib\ndefaults\n mode http\n option redispatch\n load-server-state-from-file local\n default-server check init-addr last,::1\n" +
+	one := file("global\n server-state-base /var/lib\ndefaults\n mode http\n http-reuse never\n option redispatch\n load-server-state-from-file local\n default-server check init-addr last,::1\n" +
 		"listen l\n no option redispatch\nfrontend f\n default_backend a\n use_backend b if X\nbackend a\n server-template s 1-2 slot.invalid:1\n")
 	two := file("backend b\n server-state-file-name other\ndefaults\n mode tcp\nbackend c\n")
 	f, err := ReadConfig([]string{one, two})
@@ -54,6 +54,9 @@ func TestReadConfig(t *testing.T) {
 	}
 	if !a.Options["redispatch"] || !b.Options["redispatch"] || c.Options["redispatch"] || l.Options["redispatch"] || !a.HTTP || c.HTTP {
 		t.Errorf("defaults are not where they belong: %+v", f)
+	}
+	if !a.Private() || !b.Private() || c.Private() {
+		t.Errorf("http-reuse: %q, %q, %q", a.Reuse, b.Reuse, c.Reuse)
 	}
 	if len(a.Templates) != 1 || a.Templates[0] != (Template{"slot.invalid", "last,::1"}) {
 		t.Errorf("%+v", a.Templates)

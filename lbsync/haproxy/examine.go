@@ -69,6 +69,7 @@ type BackendFacts struct {
 	Algorithm string // of balance; empty if the socket does not tell
 	Dynamics  Answer // whether it takes servers at run time, and weights
 	Servers   []ServerFacts
+	Fault     string // why lbsync cannot drive it, and the line to change; empty if it can
 }
 
 // Answer is yes, no, or not known.
@@ -84,9 +85,8 @@ const (
 // ServerFacts is one server with what lbsync itself has no use for.
 type ServerFacts struct {
 	lbsync.Server
-	Disabled   bool // the configuration says `disabled`
-	Settable   bool // it has an address, so another can take its place
-	Configured int  // the weight of the configuration
+	Disabled bool // the configuration says `disabled`
+	Settable bool // it has an address, so another can take its place
 }
 
 // ExamineBackend asks for one backend, or returns lbsync.ErrNoBackend.
@@ -105,7 +105,12 @@ func (c *Client) ExamineBackend(ctx context.Context, backend string) (BackendFac
 	if err != nil {
 		return fail(err)
 	}
-	var f BackendFacts
+	in, err := c.inspect(ctx, backend, r, servers)
+	if err != nil {
+		return fail(err)
+	}
+	in.mark(servers)
+	f := BackendFacts{Fault: in.fault}
 	_, rows, _ := strings.Cut(r.states[0], "\n")
 	for i, row := range strings.Split(strings.TrimSuffix(rows, "\n"), "\n") {
 		if i == len(servers) { // no rows at all
@@ -141,23 +146,18 @@ func (c *Client) ExamineBackend(ctx context.Context, backend string) (BackendFac
 	return f, nil
 }
 
-// Columns that only ServerFacts uses.
-const (
-	colConfiguredWeight = 8
-	adminConfigured     = 4 // the configuration says `disabled`, whatever was set later
-)
+const adminConfigured = 4 // the configuration says `disabled`, whatever was set later
 
 func parseServerFacts(row string, s lbsync.Server) (ServerFacts, error) {
 	col := strings.Fields(row)
 	if len(col) < stateColumns {
 		return ServerFacts{}, fmt.Errorf("%w: malformed row: %q", lbsync.ErrUnknown, row)
 	}
-	admin, err1 := strconv.Atoi(col[colAdmin])
-	weight, err2 := strconv.Atoi(col[colConfiguredWeight])
-	if err1 != nil || err2 != nil {
+	admin, err := strconv.Atoi(col[colAdmin])
+	if err != nil {
 		return ServerFacts{}, fmt.Errorf("%w: malformed row: %q", lbsync.ErrUnknown, row)
 	}
-	return ServerFacts{Server: s, Disabled: admin&adminConfigured != 0, Settable: col[colAddr] != "-", Configured: weight}, nil
+	return ServerFacts{Server: s, Disabled: admin&adminConfigured != 0, Settable: col[colAddr] != "-"}, nil
 }
 
 func (f *BackendFacts) parseStat(block, backend string) error {

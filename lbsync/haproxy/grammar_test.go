@@ -213,6 +213,8 @@ func TestNothingDumpsAllServers(t *testing.T) {
 			switch {
 			case len(f) == 4 && f[1] == "servers" && f[3] == "be": // of one backend
 			case len(f) == 5 && f[1] == "stat" && f[2] == "be" && f[4] != "-1": // one server
+			case (grammar{}).number(f[2], 1, 1000) && f[3] == "4" && f[4] == "-1": // of one backend, by number
+				f[2] = "N"
 			case command == "show stat -1 2 -1": // backends, without servers
 			default:
 				t.Errorf("HAProxy was sent %q", command)
@@ -262,7 +264,7 @@ func TestOnlyGrammarReachesHAProxy(t *testing.T) {
 					}
 				}
 			}
-			if err := s.Once(ctx); err != nil {
+			if err := s.Once(ctx); err != nil && !strings.Contains(err.Error(), "are not served") {
 				t.Fatal(err)
 			}
 		}

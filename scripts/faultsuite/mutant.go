@@ -41,7 +41,7 @@ var (
 	beatRefused  = edit{"registrar/lua/beat.lua", "#!lua flags=allow-oom\n", "#!lua\n"}
 	noPull       = edit{"registrar/lua/reap.lua", "  redis.call('ZADD', KEYS[1], 'XX', now, a)\n", ""}
 	noPoll       = edit{"notifier/watcher.go", "\t\t\tpoll.Reset(registrar.Shorten(w.cfg.Poll))\n\t\t\tw.due = true\n", ""}
-	noHuman      = edit{"lbsync/plan.go", "if Human(*s) && w.State != Maint {", "if false {"}
+	noHuman      = edit{"lbsync/plan.go", "if inv.Human(*s) || s.Agent && !w.Insist {", "if s.Agent && !w.Insist {"}
 	noLast       = edit{"lbsync/backend.go", "if state != Drain || serves(&s) == 0 || serving > max(1, floor()) {", "if true {"}
 	noProbe      = edit{"lbsync/lbsync.go", "if last != (Process{}) {", "if false {"}
 	noCold       = edit{"lbsync/backend.go", "\t\tb.cold = &l\n", "\t\t_ = l\n"}

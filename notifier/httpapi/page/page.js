@@ -574,7 +574,8 @@ function updateRow(tr, d, i, columns) {
 // inHAProxy is a chip of what one balancer has, with its name where there is
 // more than one.
 function inHAProxy(s, _, all) {
-  const said = !s.server ? ["off", s.note || "not there"]
+  const said = !s.server && s.state === "maint" ? ["maint", "maint"] // it needs no server for that
+    : !s.server ? ["off", s.note || "not there"]
     : s.check === "down" ? ["bad", "check down"]
     : s.state === "maint" ? ["maint", "maint"]
     : s.state === "drain" ? ["drain", "drain"]
