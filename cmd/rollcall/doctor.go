@@ -769,6 +769,9 @@ func (d *doctor) haproxy(ctx context.Context, socket string, client *haproxy.Cli
 			d.unknown(at, err, "try again")
 			continue
 		}
+		if facts.Level == haproxy.LevelAdmin { // others cannot ask
+			d.add(at+" driven", worst(f.Fault != "", false), "lbsync leaves such a backend as it is", "as the line says, and reload HAProxy", "%s", cmp.Or(f.Fault, "nothing of what its servers are keeps lbsync from it"))
+		}
 		slots := d.backend(at, b, f, facts.Version)
 		if config == nil {
 			d.unknown(at+" configuration", why, fix)
@@ -861,7 +864,6 @@ func (d *doctor) backend(at string, b lbsync.BackendConfig, f haproxy.BackendFac
 			weightless = append(weightless, s.Name)
 		}
 	}
-	d.add(at+" driven", worst(f.Fault != "", false), "lbsync leaves such a backend as it is", "see the line", "%s", cmp.Or(f.Fault, "nothing of what its servers are keeps lbsync from it"))
 	if len(backups) > 0 {
 		d.add(at+" backups", stateWarn, "a backup gets no request while another server is up, so no instance is placed there", "a server-template of "+lbsync.SlotHost+" without `backup`", "slots that take nobody: %s", few(backups))
 	}

@@ -472,7 +472,12 @@ func TestDoctorHAProxy(t *testing.T) {
 		{Name: "weightless", Balance: "static-rr", Extra: template("slot.invalid:1 check disabled weight 0 init-addr last,127.0.0.1")},
 		{Name: "others", Extra: template("127.0.0.1:1 check disabled")},
 		{Name: "tcp", TCP: true, Slots: 3},
-	}})}
+		{Name: "resolved", Extra: template("slot.invalid:1 check disabled resolvers dns init-addr last,127.0.0.1")},
+		{Name: "agents", Extra: template("slot.invalid:1 check agent-check agent-port 9 disabled init-addr last,127.0.0.1")},
+		{Name: "spares", Slots: 3, Check: true, Extra: []string{"server-template spare 1-3 slot.invalid:1 check backup disabled init-addr last,127.0.0.1"}},
+		{Name: "odd", Extra: template("slot.invalid:8080 check disabled init-addr last,192.0.2.1")},
+		{Name: "kept", Balance: "static-rr", Slots: 3, Check: true},
+	}, Sections: []string{"resolvers dns\n  nameserver none 127.0.0.1:9\n  hold other 1h\n  hold refused 1h\n  hold nx 1h\n  hold timeout 1h"}})}
 	s.dump(t)
 	rdb := s.redis.Client(t)
 	fill := func(n int) {
@@ -513,6 +518,11 @@ func TestDoctorHAProxy(t *testing.T) {
 		{"others", [][3]string{{"warn", "mode", "dynamic"}, {"unknown", "check", "no server"}, {"bad", "templates", "slot.invalid"}}},
 		{"tcp", [][3]string{{"warn", "check", "0 of 3"}}},
 		{"few", nil},
+		{"resolved", [][3]string{{"bad", "driven", "resolvers"}}},
+		{"agents", [][3]string{{"bad", "driven", "weight 100"}}},
+		{"spares", [][3]string{{"warn", "backups", "spare1"}}},
+		{"odd", nil},
+		{"kept", [][3]string{{"warn", "balance", "static-rr"}}},
 	} {
 		t.Run(tt.backend, func(t *testing.T) {
 			expect(t, look(t, tt.backend, string(config)), tt.want...)
@@ -535,6 +545,8 @@ func TestDoctorHAProxy(t *testing.T) {
 		{"a file of its own name", "  load-server-state-from-file global\n", "  load-server-state-from-file local\n", [][3]string{{"unknown", "state file", "few"}}},
 		{"no init-addr", "slot.invalid:1 check disabled init-addr last,127.0.0.1", "slot.invalid:1 check disabled", [][3]string{{"bad", "init-addr", "none"}}},
 		{"init-addr of default-server", "slot.invalid:1 check disabled init-addr last,127.0.0.1", "slot.invalid:1\n  default-server init-addr last,127.0.0.1", [][3]string{{"bad", "init-addr", "none"}}},
+		{"connections of one client", "backend few\n", "backend few\n  http-reuse never\n", [][3]string{{"warn", "reuse", "http-reuse never"}}},
+		{"and of all", "defaults\n", "defaults\n  http-reuse never\n", [][3]string{{"warn", "reuse", "http-reuse never"}}},
 		{"conditions", "global\n", ".if defined(X)\n.endif\nglobal\n", [][3]string{{"unknown", "configuration", "not understood"}}},
 		{"another file", string(config), "global\n", [][3]string{{"unknown", "configuration", "does not have"}}},
 	} {
@@ -546,6 +558,8 @@ func TestDoctorHAProxy(t *testing.T) {
 			expect(t, look(t, "few", changed), tt.want...)
 		})
 	}
+	expect(t, look(t, "kept", strings.Replace(string(config), "\nbackend kept\n", "\nbackend kept\n  http-reuse never\n", 1)),
+		[3]string{"bad", "reuse", "http-reuse never"}, [3]string{"warn", "balance", "static-rr"})
 	fill(3)
 	expect(t, look(t, "few", string(config)), [3]string{"warn", "slots", "3 for 3"})
 	fill(4)
