@@ -544,6 +544,41 @@ func TestHAProxyReplaced(t *testing.T) {
 	}
 }
 
+// A HAProxy that hangs does not keep lbsync from the one that takes its place, and what the
+// old one runs when it wakes does not reach the new one.
+func TestHungHAProxyReplaced(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(mode.name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, mode.backend, mode.options)
+			w.run(t, w.client(t))
+			a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+			w.beat(t, a.Addr(), 100)
+			w.beat(t, b.Addr(), 50)
+			all := map[string]string{a.Addr().String(): "ready 100", b.Addr().String(): "ready 50"}
+			w.want(t, "be", all)
+			w.ha.Stop(t)
+			w.leave(t, b.Addr()) // a line that it finds when it wakes
+			delete(all, b.Addr().String())
+			old := w.ha.Replace(t)
+			begun := time.Now()
+			w.want(t, "be", all)
+			took := time.Since(begun)
+			t.Logf("right %v after the new one answered", took.Round(time.Millisecond))
+			if took > 10*time.Second { // it took 24 s once
+				t.Errorf("took %v", took)
+			}
+			w.answers(t, a)
+			old.Cont(t)
+			c := haproxytest.NewInstance(t)
+			w.beat(t, c.Addr(), 100)
+			all[c.Addr().String()] = "ready 100"
+			w.want(t, "be", all)
+			w.answers(t, a, c)
+		})
+	}
+}
+
 func TestSecondWitness(t *testing.T) {
 	for _, mode := range modes {
 		t.Run(mode.name, func(t *testing.T) {

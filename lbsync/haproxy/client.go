@@ -13,7 +13,12 @@
 // A line runs in one process from its beginning to its end: that which accepted
 // the connection. The commands go through client-native's ExecuteRaw, which dials once per
 // line, returns what it has read when reading fails, and gives up only after
-// 30 seconds. The report makes up for the second and the Timeout for the third.
+// 30 seconds. The report makes up for the second and call.go for the third.
+//
+// After a line that got no whole answer in time, which HAProxy may still run, the next
+// one is a report alone, until that is answered, and nothing else is sent to the same
+// process before it has ended the earlier line. So a HAProxy that hangs finds one line
+// with commands when it wakes, not hundreds, and runs it before what comes later.
 package haproxy
 
 import (
@@ -124,13 +129,11 @@ type Client struct {
 	options string
 	checks  bool
 	log     zerolog.Logger
-	native  *runtime.SingleRuntime
 
 	turn  chan struct{}  // holds one token; exchange takes it itself
-	lines chan string    // to the goroutine that makes the calls, nil before the first; guarded by turn
-	calls chan answer    // what they came to; of capacity 1: a call given up on can end unheard
-	stuck bool           // a call was given up on, and its answer has not been taken; guarded by turn
+	calls caller         // guarded by turn
 	last  lbsync.Process // that answered; guarded by turn
+	hung  lbsync.Process // that had answered last before the silence; guarded by turn
 	form  *form          // of its reports, nil if it is to be learned; guarded by turn
 
 	mu        sync.Mutex
@@ -138,12 +141,6 @@ type Client struct {
 }
 
 var _ lbsync.Balancer = (*Client)(nil)
-
-// answer is what ExecuteRaw returned.
-type answer struct {
-	text string
-	err  error
-}
 
 // New returns a Client for cfg. It does no I/O.
 func New(cfg Config, log zerolog.Logger) (*Client, error) {
@@ -154,12 +151,12 @@ func New(cfg Config, log zerolog.Logger) (*Client, error) {
 	if cfg.Timeout == 0 {
 		cfg.Timeout = DefaultTimeout
 	}
+	native := &runtime.SingleRuntime{}
 	c := &Client{
-		cfg:    cfg,
-		log:    log.With().Str("component", "haproxy").Str("socket", cfg.Socket).Logger(),
-		native: &runtime.SingleRuntime{},
-		turn:   make(chan struct{}, 1),
-		calls:  make(chan answer, 1),
+		cfg:   cfg,
+		log:   log.With().Str("component", "haproxy").Str("socket", cfg.Socket).Logger(),
+		turn:  make(chan struct{}, 1),
+		calls: newCaller(native, cfg.Socket),
 
 		inspected: map[string]inspection{},
 	}
@@ -168,7 +165,7 @@ func New(cfg Config, log zerolog.Logger) (*Client, error) {
 		c.checks = c.checks || w == "check"
 	}
 	c.turn <- struct{}{}
-	if err := c.native.Init(cfg.Socket, 0, 0, options.RuntimeOptions{DoNotCheckRuntimeOnInit: true}); err != nil {
+	if err := native.Init(cfg.Socket, 0, 0, options.RuntimeOptions{DoNotCheckRuntimeOnInit: true}); err != nil {
 		return nil, fmt.Errorf("haproxy: %w", err)
 	}
 	return c, nil
@@ -177,41 +174,17 @@ func New(cfg Config, log zerolog.Logger) (*Client, error) {
 // Checks tells whether the servers that Apply adds have a health check.
 func (c *Client) Checks() bool { return c.checks }
 
-// Close ends the goroutine of the calls, and waits for it: for a call that was given
-// up on, if there is one, or for ctx. Such a call ends as soon as HAProxy answers or
-// dies, and after a minute at most: two tries of client-native's 30 s. c must not be
-// used afterwards.
+// Close waits for its turn, at most the Timeout of an exchange that is under way, ends
+// what Client has started, and frees what it holds. c must not be used afterwards.
 func (c *Client) Close(ctx context.Context) error {
 	if err := c.take(ctx); err != nil {
-		return err
+		return fmt.Errorf("close %s: %w", c.cfg.Socket, err)
 	}
 	defer c.release()
-	if c.lines == nil {
-		return nil
+	if err := c.calls.close(ctx); err != nil {
+		return fmt.Errorf("close %s: %w", c.cfg.Socket, err)
 	}
-	close(c.lines)
-	c.lines = nil
-	for {
-		select {
-		case _, more := <-c.calls:
-			if !more {
-				c.stuck = false
-				return nil
-			}
-		case <-ctx.Done():
-			return fmt.Errorf("close %s: a call has not ended: %w", c.cfg.Socket, ctx.Err())
-		}
-	}
-}
-
-// call makes the calls, until Close. It is one goroutine for all of them: to make a
-// new one for each takes 40 us, with all the stack that client-native needs.
-func (c *Client) call(lines <-chan string) {
-	defer close(c.calls)
-	for line := range lines {
-		text, err := c.native.ExecuteRaw(line)
-		c.calls <- answer{text, err}
-	}
+	return nil
 }
 
 // Probe says which process answers. It returns lbsync.ErrReplaced from one
@@ -501,55 +474,60 @@ func (c *Client) take(ctx context.Context) error {
 
 func (c *Client) release() { c.turn <- struct{}{} }
 
-// exchange sends one line in its turn and returns the complete reply. While a
-// call that was given up on is still under way it sends nothing: so a HAProxy
-// that hangs finds one line in its socket when it wakes, not hundreds.
+// exchange sends one line in its turn and returns the complete reply. After one that was
+// cut it first asks for a report alone, and has the same process end that one first.
 func (c *Client) exchange(ctx context.Context, commands []string) (reply, error) {
 	if err := c.take(ctx); err != nil {
 		return reply{}, err
 	}
 	defer c.release()
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
+	defer cancel()
+	if err := ctx.Err(); err != nil {
+		return reply{}, fmt.Errorf("%w: nothing was sent: %w", lbsync.ErrUnknown, err)
+	}
+	if c.calls.suspect {
+		r, err := c.round(ctx, nil)
+		if err != nil {
+			return reply{}, err
+		}
+		for r.process.Same(c.hung) && !c.calls.finished() {
+			if err := sleep(ctx, lookEvery); err != nil {
+				return reply{}, fmt.Errorf("%s still runs an earlier line, no command was sent: %w", c.cfg.Socket, err)
+			}
+		}
+		c.calls.trust()
+		if len(commands) == 0 {
+			return r, nil
+		}
+	}
+	return c.round(ctx, commands)
+}
+
+// round sends one line and returns the complete reply. The caller has the turn.
+func (c *Client) round(ctx context.Context, commands []string) (reply, error) {
 	line, err := frame(commands, c.form == nil)
 	if err != nil {
 		return reply{}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
-	defer cancel()
-	if c.stuck {
-		select {
-		case <-c.calls:
-			c.stuck = false
-		case <-ctx.Done():
-			return reply{}, fmt.Errorf("%w: %s still owes an earlier answer, nothing was sent: %w",
-				lbsync.ErrUnknown, c.cfg.Socket, ctx.Err())
+	start, suspect := time.Now(), c.calls.suspect
+	a, why := c.calls.execute(ctx, line)
+	if why != nil {
+		if !suspect {
+			c.hung = c.last
 		}
-	}
-	if err := ctx.Err(); err != nil {
-		return reply{}, fmt.Errorf("%w: nothing was sent: %w", lbsync.ErrUnknown, err)
-	}
-
-	start := time.Now()
-	if c.lines == nil {
-		c.lines = make(chan string)
-		go c.call(c.lines)
-	}
-	c.lines <- line // at once: no call is under way
-	select {
-	case a := <-c.calls:
-		if a.err != nil {
-			return reply{}, fmt.Errorf("%w: %w (is HAProxy running, and may this user write to the socket? it must be of level admin)",
-				lbsync.ErrUnknown, a.err)
-		}
-		c.log.Debug().Int("commands", len(commands)).Int("sent", len(line)).Int("received", len(a.text)).
-			Dur("took", time.Since(start)).Msg("exchange")
-		r, err := parseReply(a.text, c.form)
-		c.last, c.form = r.process, r.form
-		return r, err
-	case <-ctx.Done():
-		c.stuck = true
 		return reply{}, fmt.Errorf("%w: %s did not answer within %s: %w",
-			lbsync.ErrUnknown, c.cfg.Socket, time.Since(start).Round(time.Millisecond), ctx.Err())
+			lbsync.ErrUnknown, c.cfg.Socket, time.Since(start).Round(time.Millisecond), why)
 	}
+	if a.err != nil {
+		return reply{}, fmt.Errorf("%w: %w (is HAProxy running, and may this user write to the socket? it must be of level admin)",
+			lbsync.ErrUnknown, a.err)
+	}
+	c.log.Debug().Int("commands", len(commands)).Int("sent", len(line)).Int("received", len(a.text)).
+		Dur("took", time.Since(start)).Msg("exchange")
+	r, err := parseReply(a.text, c.form)
+	c.last, c.form = r.process, r.form
+	return r, err
 }
 
 // sleep waits for d or ctx.

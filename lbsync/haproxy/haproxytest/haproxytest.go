@@ -311,6 +311,21 @@ func (h *HAProxy) Reload(tb testing.TB) {
 	h.run(tb, "-sf", strconv.Itoa(h.PID()), "-x", h.Socket)
 }
 
+// Replace starts a process that binds everything anew while the old one lives on, stopped
+// or not, and returns the old one. The socket's path is the same. The frontends move to
+// other addresses, as two processes would share the traffic of one.
+func (h *HAProxy) Replace(tb testing.TB) (old *HAProxy) {
+	tb.Helper()
+	before := *h
+	h.addrs = make(map[string]string, len(before.addrs))
+	for name, addr := range before.addrs {
+		h.addrs[name] = freeAddr(tb)
+		h.Edit(tb, "bind "+addr+"\n", "bind "+h.addrs[name]+"\n")
+	}
+	h.run(tb)
+	return &before
+}
+
 // Kill ends the process at once. The state file stays as old as it is.
 func (h *HAProxy) Kill(tb testing.TB) {
 	tb.Helper()
