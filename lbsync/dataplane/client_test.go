@@ -22,6 +22,7 @@ import (
 	"go.uber.org/goleak"
 
 	"rollcall/lbsync"
+	"rollcall/lbsync/balancertest"
 	"rollcall/lbsync/dataplane/dataplanetest"
 	"rollcall/lbsync/haproxy/haproxytest"
 )
@@ -611,6 +612,72 @@ func TestHungAPI(t *testing.T) {
 			c.cfg.Timeout = 5 * time.Second
 			if _, err := c.Apply(t.Context(), backend, []lbsync.Op{weigh(6)}); err != nil || changes(a) != 1 {
 				t.Errorf("%d changes, %v", changes(a), err)
+			}
+		})
+	}
+}
+
+// TestEndlessAnswers has answers that drip and answers without end, in the header and in
+// the body: they end within the Timeout and 64 MB, and the next exchange is a good one.
+func TestEndlessAnswers(t *testing.T) {
+	const (
+		header = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+		body   = header + "Transfer-Encoding: chunked\r\n\r\n"
+	)
+	chunk := strings.Repeat(" ", 1<<16)
+	for _, tt := range []struct {
+		name, head, more string
+		pause            time.Duration
+	}{
+		{"body drips", body, "1\r\n \r\n", 50 * time.Millisecond},
+		{"header drips", header, "X", 50 * time.Millisecond},
+		{"body has no end", body, "10000\r\n" + chunk + "\r\n", 0},
+		{"header has no end", header, "X-A: " + chunk + "\r\n", 0},
+		{"progress has no end", "", "HTTP/1.1 102 Processing\r\n\r\n", 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ended := make(chan struct{})
+			f := newFault("GET", processPath, nil)
+			a, c := start(t, dataplanetest.Options{Wrap: f.wrap}, Config{})
+			if _, err := c.Probe(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			f.set(func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+				defer close(ended)
+				conn, _, err := w.(http.Hijacker).Hijack()
+				if err != nil {
+					panic(err)
+				}
+				defer conn.Close()
+				more := []byte(tt.more)
+				for text := []byte(tt.head); ; text = more {
+					if _, err := conn.Write(text); err != nil {
+						return
+					}
+					time.Sleep(tt.pause) // that is the dripping
+				}
+			})
+			c.cfg.Timeout = time.Second
+			grown := balancertest.Memory(t)
+			began := time.Now()
+			_, err := c.Probe(t.Context())
+			took := time.Since(began)
+			t.Logf("ended after %s, memory grew by %d MB: %v", took.Round(time.Millisecond), grown()>>20, err)
+			if !errors.Is(err, lbsync.ErrUnknown) {
+				t.Errorf("got %v", err)
+			}
+			if took > 10*time.Second || grown() > 64<<20 {
+				t.Errorf("took %s, memory grew by %d MB", took, grown()>>20)
+			}
+			select {
+			case <-ended:
+			case <-time.After(10 * time.Second):
+				t.Error("the connection lives")
+			}
+			f.set(nil)
+			c.cfg.Timeout = 5 * time.Second
+			if _, err := c.Apply(t.Context(), backend, []lbsync.Op{weigh(6)}); err != nil {
+				t.Errorf("afterwards: %v, asked %q", err, a.Requests())
 			}
 		})
 	}

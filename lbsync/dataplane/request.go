@@ -21,8 +21,11 @@ import (
 	"rollcall/lbsync"
 )
 
-// maxBody bounds an answer. The statistics of 10,000 servers are some 15 MB.
-const maxBody = 256 << 20
+// maxBody and maxHeader bound an answer. The statistics of 10,000 servers are some 15 MB.
+const (
+	maxBody   = 24 << 20
+	maxHeader = 1 << 20
+)
 
 // The paths of the specification (client-native v6, haproxy-spec.yaml), under
 // the base path /v3.
@@ -121,12 +124,10 @@ func (c *Client) send(ctx context.Context, r request) (received int, err error) 
 		return 0, err
 	}
 	defer resp.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(resp.Body, maxBody+1))
+	text, err := readBody(resp.Body)
 	switch {
 	case err != nil:
-		return len(text), fmt.Errorf("status %d, body was cut after %d bytes: %w", resp.StatusCode, len(text), err)
-	case len(text) > maxBody:
-		return len(text), fmt.Errorf("status %d, body of more than %d bytes", resp.StatusCode, maxBody)
+		return 0, fmt.Errorf("status %d: %w", resp.StatusCode, err)
 	case resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden:
 		return len(text), fmt.Errorf("status %d: the API does not accept the user and password", resp.StatusCode)
 	case resp.StatusCode == r.status && r.answer == nil && len(text) == 0:
@@ -148,6 +149,29 @@ func (c *Client) send(ctx context.Context, r request) (received int, err error) 
 	return len(text), &statusError{resp.StatusCode, strings.Join(strings.Fields(*no.Message), " ")}
 }
 
+// readBody is io.ReadAll of at most maxBody bytes. Of more it makes no copy.
+func readBody(r io.Reader) ([]byte, error) {
+	var chunks [][]byte
+	total := 0
+	for size := 8 << 10; ; size = min(2*size, 1<<20) {
+		chunk, err := make([]byte, 0, size), error(nil)
+		for len(chunk) < size && err == nil {
+			var n int
+			n, err = r.Read(chunk[len(chunk):size])
+			chunk = chunk[:len(chunk)+n]
+		}
+		chunks, total = append(chunks, chunk), total+len(chunk)
+		switch {
+		case total > maxBody:
+			return nil, fmt.Errorf("body of more than %d bytes", maxBody)
+		case errors.Is(err, io.EOF):
+			return bytes.Join(chunks, nil), nil
+		case err != nil:
+			return nil, fmt.Errorf("body was cut after %d bytes: %w", total, err)
+		}
+	}
+}
+
 // connect makes c.http if there is none.
 func (c *Client) connect() error {
 	if c.http != nil {
@@ -157,6 +181,8 @@ func (c *Client) connect() error {
 		MaxIdleConnsPerHost: 1,
 		IdleConnTimeout:     time.Minute,
 		DisableCompression:  true,
+
+		MaxResponseHeaderBytes: maxHeader,
 	}
 	if c.cfg.CAFile != "" {
 		pem, err := os.ReadFile(c.cfg.CAFile)
