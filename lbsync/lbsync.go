@@ -434,6 +434,9 @@ func (s *Syncer) Acknowledge(ctx context.Context, all bool) error {
 	var telling sync.WaitGroup
 	for svc, bs := range s.backends {
 		t, ok := lowest(bs)
+		if !ok {
+			t, ok = refusing(bs)
+		}
 		if !ok || !all && s.acked[svc] == t {
 			continue
 		}
@@ -468,6 +471,17 @@ func (s *Syncer) Acknowledge(ctx context.Context, all bool) error {
 		errs = append(errs, s.retire(ctx))
 	}
 	return errors.Join(errs...)
+}
+
+// refusing is version 0, if one of bs is not driven: so those who ask the register hear
+// that a live balancer follows the service, and has applied nothing of it.
+func refusing(bs []*backend) (registrar.Token, bool) {
+	for _, b := range bs {
+		if t := b.history(); b.standing().Fault != "" && t != (registrar.Token{}) {
+			return t, true
+		}
+	}
+	return registrar.Token{}, false
 }
 
 // lowest is the state that all of bs have applied.

@@ -161,6 +161,7 @@ func (b *backend) observeFault() {
 	}
 	b.mu.Unlock()
 	b.looked()
+	b.acked()
 }
 
 // unserved says which instances have no server as they should, after a step; nil if all

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -9,7 +10,57 @@ import (
 	"github.com/rs/zerolog"
 
 	"rollcall/lbsync"
+	"rollcall/lbsync/haproxy/haproxytest"
+	"rollcall/registrar/redistest"
 )
+
+// TestRefusedBackend has haproxy.cfg of people who come from Consul's DNS: what cannot
+// work is said once, with the line to change, by every way to ask, and the others go on.
+func TestRefusedBackend(t *testing.T) {
+	t.Parallel()
+	s := &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{
+		Sections: []string{"resolvers dns\n  nameserver none 127.0.0.1:9"},
+		Backends: []haproxytest.Backend{
+			{Name: "be", Extra: []string{"server-template s 1-3 slot.invalid:1 disabled resolvers dns init-addr last,127.0.0.1"}},
+			{Name: "good", Slots: 3},
+		},
+	})}
+	a, b := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
+	s.spawn(t, "register", "--service", "web", "--addr", a.Addr().String())
+	s.spawn(t, "register", "--service", "api", "--addr", b.Addr().String())
+	for svc, i := range map[string]*haproxytest.Instance{"web": a, "api": b} {
+		haproxytest.Poll(t, svc+" is registered", func() error {
+			if out, stderr, _ := s.rollcall(t, "instances", svc); !strings.Contains(out, i.Addr().String()) {
+				return errors.New(out + stderr)
+			}
+			return nil
+		})
+	}
+	args := []string{"lbsync", "--socket", s.ha.Socket, "--backend", "web=be", "--backend", "api=good", "--allow", "127.0.0.0/8"}
+	if out, stderr, code := s.rollcall(t, append(args, "--once")...); code != 1 || !strings.Contains(stderr, "`resolvers`") || !strings.Contains(stderr, "backend be") {
+		t.Errorf("--once: exit %d, %s%s", code, out, stderr)
+	}
+	answered(t, "http://"+s.ha.Addr("good")+"/", b)
+
+	m := s.monitor(t, args...)
+	m.ready(t, "backend be is not driven: its server-template of s1 has `resolvers`")
+	haproxytest.Poll(t, "explain says why", func() error {
+		out, stderr, _ := s.rollcall(t, "explain", "web", a.Addr().String())
+		if !strings.Contains(out, "not served: its server-template of s1 has `resolvers`") || strings.Contains(out, "--allow") {
+			return errors.New(out + stderr)
+		}
+		return nil
+	})
+	if out, _, code := s.rollcall(t, "wait", "web", "--timeout", "1s"); code != 4 {
+		t.Errorf("wait: exit %d, want 4: %s", code, out)
+	}
+	if out, stderr, code := s.rollcall(t, "wait", "api"); code != 0 || !strings.Contains(out, "1 balancer") {
+		t.Errorf("wait for the other service: exit %d, %s%s", code, out, stderr)
+	}
+	if n := strings.Count(m.out.String(), "is not driven"); n != 1 {
+		t.Errorf("said %d times: %s", n, m.out.String())
+	}
+}
 
 // TestConfigOfHAProxy: lbsync's --config tells what no socket does, and says what it
 // cannot use.

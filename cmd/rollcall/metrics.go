@@ -420,6 +420,9 @@ func (m *monitor) syncer(status func() (st lbsync.Status, drives bool), bal *met
 			return errors.New("HAProxy does not answer")
 		}
 		for _, b := range st.Backends {
+			if b.Fault != "" {
+				return fmt.Errorf("backend %s is not driven: %s", b.Backend, b.Fault)
+			}
 			if !b.Synced {
 				return fmt.Errorf("backend %s has not had all of service %s yet", b.Backend, b.Service)
 			}
