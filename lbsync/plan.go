@@ -69,6 +69,7 @@ type Inventory struct {
 	took    map[string]bool           // templates of which a slot has taken an instance's address
 	blank   map[string]netip.AddrPort // the address of a template's unused slots, where that is not Placeholder
 	lone    map[string]netip.AddrPort // the same of a slot, by name, where it is the only one to tell by
+	blanks  map[netip.AddrPort]bool   // all of both
 
 	queues [restKinds][]*Server       // free slots, longest free first, and some that are free no more
 	free   map[*Server]rest           // which of them are
@@ -134,21 +135,12 @@ func (inv *Inventory) parked(s *Server) bool {
 	case !s.Slot || !s.Addr.IsValid():
 		return false
 	}
-	return s.Addr == inv.blank[template(s)] || s.Addr == inv.lone[s.Name]
+	return inv.blanks[s.Addr] && (s.Addr == inv.blank[template(s)] || s.Addr == inv.lone[s.Name])
 }
 
 // Blank tells whether a template has addr for its unused slots, so that it cannot be an
 // instance's.
-func (inv *Inventory) Blank(addr netip.AddrPort) bool {
-	for _, blanks := range []map[string]netip.AddrPort{inv.blank, inv.lone} {
-		for _, a := range blanks {
-			if a == addr {
-				return true
-			}
-		}
-	}
-	return placeholder(addr)
-}
+func (inv *Inventory) Blank(addr netip.AddrPort) bool { return placeholder(addr) || inv.blanks[addr] }
 
 // Human tells whether somebody else than lbsync put s into maint: lbsync leaves no
 // instance's address on a server in maint. It stays there, whatever its weight and
@@ -180,6 +172,12 @@ func NewInventory(st State, k Known) *Inventory {
 		left:   map[*Server]netip.AddrPort{},
 	}
 	inv.blank, inv.lone = blanks(st.Servers, k)
+	inv.blanks = make(map[netip.AddrPort]bool, len(inv.blank)+len(inv.lone))
+	for _, of := range []map[string]netip.AddrPort{inv.blank, inv.lone} {
+		for _, a := range of {
+			inv.blanks[a] = true
+		}
+	}
 	for i := range st.Servers {
 		s := &st.Servers[i]
 		inv.ids[s.ID] = true

@@ -20,6 +20,7 @@ import (
 // server behind the Data Plane API, which cannot cut it. The server stays in maint,
 // looked at and not touched, and is deleted when the session has ended.
 func TestSessionThatCannotBeCut(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, haproxytest.Backend{Name: "be", TCP: true, Balance: "leastconn"}, "")
 	said := &lockedLog{}
 	w.log = zerolog.New(said).Level(zerolog.InfoLevel)
@@ -93,6 +94,7 @@ func TestSessionThatCannotBeCut(t *testing.T) {
 // TestSessionOfMaint has an instance leave that an operator has put into maint
 // before, with a session that goes on. It is cut when the drain's time is over.
 func TestSessionOfMaint(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, haproxytest.Backend{Name: "be", TCP: true, Balance: "leastconn"}, "")
 	w.cfg.DrainTimeout = time.Second
 	w.run(t, w.client(t))

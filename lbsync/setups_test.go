@@ -63,6 +63,7 @@ func (w *world) looks(t *testing.T, bal *counting, n int64) {
 }
 
 func TestAnyPlaceholder(t *testing.T) {
+	t.Parallel()
 	for name, template := range map[string]string{
 		"a port":                  "s 1-2 slot.invalid:8080 disabled init-addr last,127.0.0.1",
 		"a documentation address": "s 1-2 slot.invalid:80 disabled init-addr last,192.0.2.1",
@@ -117,6 +118,7 @@ func TestAnyPlaceholder(t *testing.T) {
 }
 
 func TestResolversAreRefused(t *testing.T) {
+	t.Parallel()
 	const dns = "resolvers dns\n  nameserver none 127.0.0.1:9\n  hold nx 1s\n  timeout resolve 1s\n  timeout retry 1s"
 	for name, lines := range map[string][]string{
 		"in default-server": {"default-server resolvers dns", "server-template s 1-2 slot.invalid:1 disabled init-addr last,127.0.0.1"},
@@ -203,6 +205,7 @@ func h2c(t *testing.T) netip.AddrPort {
 // TestUsedSlotServesItsInstanceAlone has a slot's instance leave while one of its
 // requests goes on over a connection of many, and live on.
 func TestUsedSlotServesItsInstanceAlone(t *testing.T) {
+	t.Parallel()
 	for _, reuse := range []string{"always", "aggressive", "safe"} {
 		t.Run(reuse, func(t *testing.T) {
 			w := newWorldOn(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Extra: []string{
@@ -241,6 +244,7 @@ func TestUsedSlotServesItsInstanceAlone(t *testing.T) {
 // to the server that it used last, and 2.6 uses that again whatever address the server
 // has by then.
 func TestPrivateConnections(t *testing.T) {
+	t.Parallel()
 	w := newWorldOn(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Extra: []string{
 		"http-reuse never", "server-template s 1 slot.invalid:1 disabled init-addr last,127.0.0.1",
 	}}}}, "")
@@ -333,6 +337,7 @@ const agentTemplate = "server-template s 1-3 slot.invalid:1 weight 100 agent-che
 // TestAgentHasItsWay: what an agent says of weight and state is not lbsync's to change,
 // nor a human's word, and is told.
 func TestAgentHasItsWay(t *testing.T) {
+	t.Parallel()
 	w := newWorldOn(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Extra: []string{agentTemplate}}}}, "")
 	said := &lockedLog{}
 	w.log = zerolog.New(said).Level(zerolog.InfoLevel)
@@ -389,6 +394,7 @@ func TestAgentHasItsWay(t *testing.T) {
 }
 
 func TestAgentOfWeightOneIsRefused(t *testing.T) {
+	t.Parallel()
 	w := newWorldOn(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Extra: []string{strings.Replace(agentTemplate, "weight 100", "", 1)}}}}, "")
 	a := haproxytest.NewInstance(t)
 	w.beat(t, a.Addr(), 100)
@@ -399,6 +405,7 @@ func TestAgentOfWeightOneIsRefused(t *testing.T) {
 
 // TestBackupIsNobodyElse: a sorry page that is up is no reason to let the last instance go.
 func TestBackupIsNobodyElse(t *testing.T) {
+	t.Parallel()
 	for _, check := range []bool{false, true} {
 		t.Run(fmt.Sprintf("check=%t", check), func(t *testing.T) {
 			sorry := haproxytest.NewInstance(t)
@@ -437,6 +444,7 @@ func TestBackupIsNobodyElse(t *testing.T) {
 }
 
 func TestBackupTemplateTakesNobody(t *testing.T) {
+	t.Parallel()
 	const spare = "server-template spare 1-2 slot.invalid:1 backup disabled init-addr last,127.0.0.1"
 	t.Run("beside another", func(t *testing.T) {
 		w := newWorld(t, haproxytest.Backend{Name: "be", Slots: 2, Extra: []string{spare}}, "")
@@ -458,6 +466,7 @@ func TestBackupTemplateTakesNobody(t *testing.T) {
 
 // TestServersOfOthers: a name that begins as ours do is not enough.
 func TestServersOfOthers(t *testing.T) {
+	t.Parallel()
 	legacy := haproxytest.NewInstance(t)
 	w := newWorld(t, haproxytest.Backend{Name: "be", Balance: "leastconn", Extra: []string{
 		"server rc_legacy " + legacy.Addr().String(), "server rc_10.0.0.1:080 " + legacy.Addr().String() + " disabled",
@@ -476,8 +485,12 @@ func TestServersOfOthers(t *testing.T) {
 // TestHumanMaintStays: whatever the server's weight, and whatever happens to the
 // instance and to lbsync, until a human says ready.
 func TestHumanMaintStays(t *testing.T) {
+	t.Parallel()
 	for _, mode := range modes {
-		for _, weight := range []int{100, 0, 1} {
+		for _, weight := range []int{0, 1, 100} {
+			if weight > 0 && mode.name != "slots" {
+				continue // the weight is no mark in any of them
+			}
 			t.Run(fmt.Sprintf("%s, weight %d", mode.name, weight), func(t *testing.T) {
 				w := newWorld(t, mode.backend, mode.options)
 				w.cfg.Full = 50 * time.Millisecond
@@ -547,6 +560,7 @@ func TestHumanMaintStays(t *testing.T) {
 // TestOverflowWhileSlotsRest: a free slot that may not be used again yet is no reason
 // to let a newcomer wait, and what is added beside slots with a check has one.
 func TestOverflowWhileSlotsRest(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, haproxytest.Backend{Name: "be", Slots: 1, Check: true}, "")
 	said := &lockedLog{}
 	w.log = zerolog.New(said).Level(zerolog.InfoLevel)
@@ -572,6 +586,7 @@ func TestOverflowWhileSlotsRest(t *testing.T) {
 
 // TestSocketThatOnlyReads: said once, and nothing is tried again and again.
 func TestSocketThatOnlyReads(t *testing.T) {
+	t.Parallel()
 	for _, mode := range modes {
 		t.Run(mode.name, func(t *testing.T) {
 			w := newWorld(t, mode.backend, mode.options)
@@ -599,6 +614,7 @@ func TestSocketThatOnlyReads(t *testing.T) {
 
 // TestOnceSaysWhatIsNotServed: an exit code of 0 is no word for nothing done.
 func TestOnceSaysWhatIsNotServed(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name  string
 		be    haproxytest.Backend
