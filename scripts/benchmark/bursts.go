@@ -180,11 +180,11 @@ func byHand(h *harness, ha *haproxytest.HAProxy, mode lbsync.Mode, size int, add
 	for i := range size {
 		a := addr(1 + i)
 		server := fmt.Sprintf("floor/s%d", i+1)
-		place := fmt.Sprintf("set server %s weight 0;set server %s addr %s port %d", server, server, a.Addr(), a.Port())
+		place := fmt.Sprintf("set server %s weight 0", server)
 		if mode == lbsync.Dynamic {
-			place = fmt.Sprintf("add server %s %s id %d weight 0 pool-purge-delay 1s pool-max-conn -1", server, a, 1_000_000+i)
+			place = fmt.Sprintf("add server %s %s id %d weight 0 pool-purge-delay 1s pool-max-conn -1", server, lbsync.Placeholder, 1_000_000+i)
 		}
-		servers = append(servers, fmt.Sprintf("%s;set server %s state ready;set server %s weight 100", place, server, server))
+		servers = append(servers, fmt.Sprintf("%s;set server %s state drain;set server %s addr %s port %d;set server %s state ready;set server %s weight 100", place, server, server, a.Addr(), a.Port(), server, server))
 	}
 	for part := range slices.Chunk(servers, 12) {
 		lines = append(lines, strings.Join(part, ";"))

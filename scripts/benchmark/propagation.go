@@ -552,21 +552,24 @@ func (l *lab) commands(a netip.AddrPort, careful bool) map[string][]string {
 		}
 		return lines
 	}
-	if l.mode == lbsync.Slots {
-		join = append([]string{set + " weight 0"}, join...)
-		checked = checked[1:]
-	} else {
-		join[0] = fmt.Sprintf("add server %s %s id %d weight 0 pool-purge-delay 1s pool-max-conn -1%s", server, a, id, l.options)
+	address := fmt.Sprintf("%s addr %s port %d", set, a.Addr(), a.Port())
+	join = []string{set + " weight 0"}
+	if l.mode == lbsync.Dynamic {
+		join[0] = fmt.Sprintf("add server %s %s id %d weight 0 pool-purge-delay 1s pool-max-conn -1%s", server, lbsync.Placeholder, id, l.options)
+		if l.checks {
+			join = append(join, checked[0])
+		}
 	}
-	join = append(join, set+" state ready")
+	join = append(join, set+" state drain")
 	if l.checks {
-		join = append(join, checked...)
+		join = append(join, checked[1])
 	}
+	join = append(join, address, set+" state ready", set+" weight 100", look)
 	lines := map[string][]string{
-		"join":   {strings.Join(append(join, set+" weight 100", look), ";")},
+		"join":   {strings.Join(join, ";")},
 		"weight": {look, set + " weight 10;" + look},
 		"leave":  {look, set + " state drain;" + look},
-		"after":  {set + " weight 0;" + set + " state maint"},
+		"after":  {fmt.Sprintf("%s weight 0;%s addr %s port %d;%s state maint", set, set, lbsync.Placeholder.Addr(), lbsync.Placeholder.Port(), set)},
 	}
 	if l.mode == lbsync.Dynamic {
 		lines["after"] = append(lines["after"], "del server "+server)
