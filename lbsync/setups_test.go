@@ -248,8 +248,13 @@ func TestPrivateConnections(t *testing.T) {
 	w := newWorldOn(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Extra: []string{
 		"http-reuse never", "server-template s 1 slot.invalid:1 disabled init-addr last,127.0.0.1",
 	}}}}, "")
-	w.cfg.Backends[0].Private = true
-	w.run(t, w.client(t))
+	w.cfg.Backends[0].Private, w.cfg.Quarantine = true, time.Nanosecond // that is no reason to leave the slot alone
+	client := w.client(t)
+	process, err := client.Probe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.run(t, client)
 	a, c := haproxytest.NewInstance(t), haproxytest.NewInstance(t)
 	w.beat(t, a.Addr(), 100)
 	w.want(t, "be", ready(100, a))
@@ -277,6 +282,10 @@ func TestPrivateConnections(t *testing.T) {
 		if got := by(); got != c.Addr().String() {
 			t.Fatalf("%s answered, which has left", got)
 		}
+	}
+	// 3.0 needs no such care.
+	if added := strings.Contains(w.ha.Command(t, "show servers state be"), " "+lbsync.DynamicName(c.Addr())+" "); added == process.AtLeast(3, 0) {
+		t.Errorf("added beside the slot: %v, by HAProxy %s", added, process.Version)
 	}
 	// The instance itself gets its slot again.
 	w.leave(t, c.Addr())
