@@ -712,6 +712,11 @@ func (b *backend) choose(addrs []netip.AddrPort, goal Goal, now time.Time, kept 
 	for _, s := range b.have.extra {
 		serving -= serves(s)
 	}
+	for _, addr := range addrs {
+		if e := b.view.Lookup(addr); e.Present || e.Gone != nil || e.Garbage != "" {
+			b.have.Hear(addr)
+		}
+	}
 	// Who is drained or goes by absence must not count on who goes by a word.
 	for _, addr := range addrs {
 		s, there := b.have.Lookup(addr)

@@ -193,6 +193,7 @@ type machineServer struct {
 	later netip.AddrPort
 	idle  time.Time      // free since; zero: it is not, or was from the beginning
 	last  netip.AddrPort // the instance before
+	lost  bool           // see forgotten
 	human bool           // the last to say maint
 	drain time.Time      // it has not been ready since; zero: it is, or was not from the beginning
 	busy  int
@@ -428,11 +429,13 @@ func (m *machine) carryOut(o Op, judged bool) (refused string) {
 	if s == nil {
 		return "No such server."
 	}
+	s.lost = s.lost || s.human && m.forgotten(s.told) // whatever becomes of it then, until it has another address
 	before := *s
 	now := time.Now()
 	s.Untouched = false
 	switch o.Kind {
 	case SetAddr:
+		s.lost = false
 		if m.process.DefersAddr() {
 			s.later = o.Addr
 		} else {
@@ -517,10 +520,10 @@ func (m *machine) judge(o Op, before, after machineServer) {
 	if !before.Ours() {
 		rt.Fatalf("%s is not ours: %s", before.Name, words([]Op{o}))
 	}
-	if told := before.told; before.human && before.tellAny && told.Admin == Maint && told.Addr == a && !before.nobody() && !m.forgotten(told) {
+	if told := before.told; before.human && before.tellAny && told.Admin == Maint && told.Addr == a && !before.nobody() && !before.lost {
 		rt.Fatalf("%s is in a human's maint: %s; it was told %+v, and is believed %+v", before.Name, words([]Op{o}), told, b)
 	}
-	if after.Admin == Maint && !after.human && !after.nobody() {
+	if after.Admin == Maint && !after.human && !after.nobody() && !after.lost {
 		rt.Fatalf("%s is in maint with %v, as if a human had put it there: %s", before.Name, after.Addr, words([]Op{o}))
 	}
 	holders := m.holders(a)

@@ -75,6 +75,7 @@ type Inventory struct {
 	free   map[*Server]rest           // which of them are
 	vacant map[netip.AddrPort]*Server // free slots by the instance that they held last
 	left   map[*Server]netip.AddrPort // that instance, of slots that are not in maint yet
+	spent  map[string]time.Time       // added servers beside another of their instance, by name, and since when they hold none
 }
 
 // rest is the time of a slot, or of a dynamic server, without an instance.
@@ -115,6 +116,7 @@ type Known struct {
 	Lone     map[string]netip.AddrPort // of the inventory before, by slot
 	Rests    map[string]rest           // the free slots of the inventory before, by name
 	Held     map[string]netip.AddrPort // the instances of its other slots
+	Spent    map[string]time.Time      // of the inventory before
 	Now      time.Time                 // other slots are free since then; zero: since before we looked
 }
 
@@ -141,6 +143,27 @@ func (inv *Inventory) parked(s *Server) bool {
 // Blank tells whether a template has addr for its unused slots, so that it cannot be an
 // instance's.
 func (inv *Inventory) Blank(addr netip.AddrPort) bool { return placeholder(addr) || inv.blanks[addr] }
+
+// Hear takes in that the register knows an instance at addr. So a lone slot with it was
+// no unused one.
+func (inv *Inventory) Hear(addr netip.AddrPort) {
+	if !inv.blanks[addr] {
+		return
+	}
+	for name, a := range inv.lone {
+		if s := inv.byName[name]; a == addr {
+			delete(inv.lone, name)
+			delete(inv.blanks, addr)
+			if s != nil && s.Addr == addr {
+				inv.occupy(s)
+				inv.index(s)
+			}
+		}
+	}
+	for _, a := range inv.blank {
+		inv.blanks[a] = true
+	}
+}
 
 // Human tells whether somebody else than lbsync put s into maint: lbsync leaves no
 // instance's address on a server in maint. It stays there, whatever its weight and
@@ -170,7 +193,9 @@ func NewInventory(st State, k Known) *Inventory {
 		free:   map[*Server]rest{},
 		vacant: map[netip.AddrPort]*Server{},
 		left:   map[*Server]netip.AddrPort{},
+		spent:  map[string]time.Time{},
 	}
+	maps.Copy(inv.spent, k.Spent)
 	inv.blank, inv.lone = blanks(st.Servers, k)
 	inv.blanks = make(map[netip.AddrPort]bool, len(inv.blank)+len(inv.lone))
 	for _, of := range []map[string]netip.AddrPort{inv.blank, inv.lone} {
@@ -201,6 +226,8 @@ func NewInventory(st State, k Known) *Inventory {
 		case s.Slot && s.Backup && (parked || inv.Human(*s)):
 		case s.Slot && s.Backup:
 			inv.extra = append(inv.extra, s) // it holds an instance that belongs elsewhere
+		case s.Slot && parked && s.Admin != Maint && !placeholder(s.Addr):
+			inv.extra = append(inv.extra, s) // free when it has the Placeholder
 		case s.Slot && parked:
 			r, before := k.Rests[s.Name]
 			if !before {
@@ -286,6 +313,12 @@ func (inv *Inventory) index(s *Server) {
 	}
 }
 
+// beside tells whether another server than s has the instance that s is filed under.
+func (inv *Inventory) beside(s *Server) bool {
+	other, taken := inv.byAddr[inv.key(s)]
+	return taken && other != s
+}
+
 // vacate makes a slot free.
 func (inv *Inventory) vacate(s *Server, r rest) {
 	kind := r.kind()
@@ -306,7 +339,7 @@ func (inv *Inventory) occupy(s *Server) {
 
 // remember returns what the next Inventory must know of this one's slots.
 func (inv *Inventory) remember() (k Known) {
-	k = Known{Blank: inv.blank, Lone: inv.lone, Rests: make(map[string]rest, len(inv.free)), Held: make(map[string]netip.AddrPort, len(inv.byAddr))}
+	k = Known{Blank: inv.blank, Lone: inv.lone, Spent: inv.spent, Rests: make(map[string]rest, len(inv.free)), Held: make(map[string]netip.AddrPort, len(inv.byAddr))}
 	for s, r := range inv.free {
 		k.Rests[s.Name] = r
 	}
@@ -380,6 +413,7 @@ func (inv *Inventory) Update(ops []Op, servers []Server, now time.Time) {
 			if known {
 				delete(inv.byName, old.Name)
 				delete(inv.ids, old.ID)
+				delete(inv.spent, old.Name)
 				inv.occupy(old)
 			}
 			continue
@@ -398,7 +432,10 @@ func (inv *Inventory) Update(ops []Op, servers []Server, now time.Time) {
 		}
 		r, free := inv.free[old]
 		switch parked := inv.parked(old); {
+		case !old.Slot && parked && inv.beside(old):
+			inv.spent[old.Name] = now // the next whole look finds it
 		case !old.Slot:
+			delete(inv.spent, old.Name)
 			inv.index(old)
 		case !parked:
 			inv.occupy(old)
@@ -438,6 +475,9 @@ func (inv *Inventory) can(k Kind) bool { return !slices.Contains(inv.lacks, k) }
 // right address before it may be made ready.
 func Plan(wants []Want, inv *Inventory, now time.Time, quarantine time.Duration) (ops []Op, unplaced []netip.AddrPort) {
 	for _, s := range inv.extra {
+		if since, ok := inv.spent[s.Name]; ok && now.Sub(since) < quarantine {
+			continue // a later whole look finds it again
+		}
 		ops = inv.clear(ops, s)
 	}
 	inv.extra = nil
