@@ -176,6 +176,7 @@ func TestPlan(t *testing.T) {
 		{name: "a backup slot takes nobody", have: []Server{with(slot(1, unset, Maint, 1), backup)}, want: serveA, without: true},
 		{name: "and gives up whom it has", have: []Server{with(slot(1, addrA, Ready, 100), backup), slot(2, addrB, Ready, 9), slot(3, unset, Maint, 1)}, want: serveA,
 			ops: "weight s1 0; drain s1; addr s1 127.0.0.1:1; maint s1; weight s3 0; drain s3; addr s3 10.0.0.1:80; ready s3; weight s3 100"},
+		{name: "but not what a human holds there", have: []Server{with(slot(1, addrA, Maint, 0), backup)}, want: Want{}},
 		{name: "with an agent the weight is the configured one", have: []Server{slot(1, addrB, Ready, 9), with(slot(2, unset, Maint, 100), agent)}, want: serveA,
 			ops: "weight s2 0%; drain s2; addr s2 10.0.0.1:80; agent s2; ready s2; weight s2 100%"},
 		{name: "what an agent has made of it stays", have: []Server{with(slot(1, addrA, Drain, 75), agent)}, want: serveA},
@@ -270,6 +271,25 @@ func TestSlotsAreUsedAgainAfterQuarantine(t *testing.T) {
 			t.Fatalf("got %s, want %s", words(ops), step.ops)
 		}
 		inv.Update(ops, []Server{step.read}, now.Add(2*time.Second))
+	}
+}
+
+// A lone slot in maint was taken for one that was never used. It is a human's as soon as
+// the register knows an instance at its address.
+func TestHearOfALoneSlot(t *testing.T) {
+	lone := with(slot(1, addrA, Maint, 1), func(s *Server) { s.Untouched = true })
+	inv := NewInventory(State{Process: debian12, Servers: []Server{lone}}, Known{Instance: func(netip.AddrPort) bool { return false }})
+	if inv.Human(lone) || inv.Free() != 1 || !inv.Blank(addrA) {
+		t.Fatal("it is no unused slot")
+	}
+	inv.Hear(addrB) // says nothing of it
+	inv.Hear(addrA)
+	if !inv.Human(lone) || inv.Free() != 0 || inv.Blank(addrA) {
+		t.Error("it is no human's")
+	}
+	ops, unplaced := Plan([]Want{{Addr: addrA, Goal: Serve, Weight: 1}, {Addr: addrB, Goal: Serve, Weight: 1}}, inv, time.Now(), time.Second)
+	if len(ops) > 0 || len(unplaced) != 1 || unplaced[0] != addrB {
+		t.Errorf("%s; without a slot: %v", words(ops), unplaced)
 	}
 }
 
