@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/netip"
 	"regexp"
 	"slices"
 	"sync"
@@ -60,6 +61,8 @@ type Store interface {
 	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
 	Survey(ctx context.Context, svcs []registrar.Service, now, cutoff, suspect int64) ([]registrar.Count, error)
 	Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (registrar.Reaped, error)
+	Stale(ctx context.Context, svc registrar.Service, cutoff int64, nth, most int) ([]netip.AddrPort, error)
+	Elsewhere(ctx context.Context, svc registrar.Service, within []registrar.Service, addrs []netip.AddrPort, ttl time.Duration) (found map[netip.AddrPort]registrar.Service, looked int, err error)
 	Announce(ctx context.Context, u registrar.Unsaid) error
 	Report(ctx context.Context, id string, st *registrar.ReaperStatus) error
 }
@@ -136,6 +139,7 @@ type Reaper struct {
 	voice      *voice
 	pulses     int              // accepted ones until the next canary
 	unsaid     registrar.Unsaid // what it must still announce
+	looking    looking          // where the search for replaced instances goes on
 
 	mu     sync.Mutex
 	status registrar.ReaperStatus // guarded by mu
@@ -213,7 +217,7 @@ func (r *Reaper) Run(ctx context.Context) error {
 				if ctx.Err() == nil {
 					r.complain(err)
 				}
-				due = r.due(report, err, next)
+				due = r.due(report, err, r.elapsed()-began, next)
 			}
 			soonest := began + pace(r.elapsed()-began, r.proof.period)
 			next = min(next, max(due, soonest))
@@ -251,8 +255,10 @@ func (r *Reaper) announce(ctx context.Context) (next time.Duration) {
 
 // due returns when to sweep after this report: when the oldest heartbeat runs
 // out, and no later than the sweep interval; with the next pulse if something
-// waits that could not be removed or was not seen.
-func (r *Reaper) due(report Report, err error, next time.Duration) time.Duration {
+// waits that could not be removed or was not seen. It is sooner while the protection
+// holds stale instances, one of which another service may have replaced; took is how
+// long the sweep took.
+func (r *Reaper) due(report Report, err error, took, next time.Duration) time.Duration {
 	now := r.elapsed()
 	at := now + registrar.Shorten(r.cfg.Sweep)
 	// Who arrives after the pulse runs out a TTL after it.
@@ -260,6 +266,8 @@ func (r *Reaper) due(report Report, err error, next time.Duration) time.Duration
 	switch {
 	case len(report.Removed) > 0:
 		return now // the oldest went, so the next one is not known yet
+	case report.Armed && report.Stale > 0 && len(report.Held) > 0:
+		at = min(at, next, now+max(r.proof.period/looksPerPulse, looksRest*took))
 	case report.waits || err != nil && !report.surveyed:
 		at = min(at, next)
 	}

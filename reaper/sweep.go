@@ -87,7 +87,7 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 		w := registrar.Sweep{Cutoff: cutoff}
 		if r.protection.held(c.Service) {
 			if c.Future == 0 {
-				continue
+				continue // what is replaced is looked for below
 			}
 			w.Cutoff = 0 // nobody: only the scores from the future
 		}
@@ -99,6 +99,9 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 		case err != nil:
 			return report, fmt.Errorf("sweep: %w", errors.Join(append(broken, err)...))
 		}
+	}
+	if err := r.replace(ctx, &report, counts, cutoff, resets); err != nil {
+		broken = append(broken, err)
 	}
 	for _, c := range r.protection.release(now, counts) {
 		addrs, err := r.reap(ctx, c.Service, registrar.Sweep{Cutoff: cutoff, LetGo: LetGoEvery}, resets)
@@ -230,14 +233,19 @@ func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sw
 			return addrs, err
 		}
 		if n := len(out.Addrs); n > 0 {
-			r.log.Info().Str("service", string(svc)).Int64("version", out.Version).Int("count", n).
-				Strs("addrs", out.Addrs[:min(n, shownAddrs)]).Int64("left", out.Left).Msg("took out who stopped answering")
+			line := r.log.Info().Str("service", string(svc)).Int64("version", out.Version).Int("count", n).
+				Strs("addrs", out.Addrs[:min(n, shownAddrs)]).Int64("left", out.Left)
+			if len(w.Replaced) > 0 {
+				line.Msg("took out, though held, instances at whose addresses another service beats")
+			} else {
+				line.Msg("took out who stopped answering")
+			}
 		}
 		addrs = append(addrs, out.Addrs...)
 		if !out.Unsaid.At.IsZero() {
 			r.unsaid = out.Unsaid
 		}
-		if out.Left == 0 || len(out.Addrs) == 0 || w.LetGo > 0 {
+		if out.Left == 0 || len(out.Addrs) == 0 || w.LetGo > 0 || len(w.Replaced) > 0 {
 			return addrs, nil
 		}
 	}

@@ -101,7 +101,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce *redis.Script
+	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -117,7 +117,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		reap: script("reap"), latest: script("latest"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), retire: script("retire"), applied: script("applied"), report: script("report"),
-		seen: script("seen"), entry: script("entry"), announce: script("announce"),
+		seen: script("seen"), entry: script("entry"), announce: script("announce"), elsewhere: script("elsewhere"),
 	}
 	if _, s.keys.cluster = rdb.(*redis.ClusterClient); s.keys.cluster {
 		s.listing = &listing{timeout: listTimeout, at: map[Service]time.Time{}}
@@ -534,6 +534,24 @@ func (s *Store) Survey(ctx context.Context, svcs []Service, now, cutoff, suspect
 	return counts, nil
 }
 
+// Stale returns the addresses of svc that beat before the cut-off, unix ms by Redis'
+// clock, the oldest first, at most as many as most, from the nth on. What is no address
+// is left out.
+func (s *Store) Stale(ctx context.Context, svc Service, cutoff int64, nth, most int) ([]netip.AddrPort, error) {
+	key := s.keys.Instances(svc)
+	members, err := s.rdb.ZRangeByScore(ctx, key, &redis.ZRangeBy{Min: "-inf", Max: "(" + strconv.FormatInt(cutoff, 10), Offset: int64(nth), Count: int64(most)}).Result()
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", key, ofService(err))
+	}
+	var addrs []netip.AddrPort
+	for _, m := range members {
+		if a, err := ParseAddr(m); err == nil {
+			addrs = append(addrs, a)
+		}
+	}
+	return addrs, nil
+}
+
 // discard takes garbage out of the counts. The suspects that were read are the
 // oldest ones, so the stale ones are the first of them.
 func (c *Count) discard(suspects any) {
@@ -564,6 +582,9 @@ type Sweep struct {
 	// can be read, and nobody of any service if a reaper has let go within so long
 	// before.
 	LetGo time.Duration
+	// Replaced, if not empty, takes out only these, also the last of the service: each
+	// with the service that beats at its address; see Elsewhere. At most 100.
+	Replaced map[netip.AddrPort]Service
 }
 
 // Reaped is what one call of Reap did.
@@ -581,7 +602,13 @@ type Reaped struct {
 func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) {
 	mark := rand.Text()
 	argv := []any{s.keys.Changes(), string(svc), s.now, mark, w.Token, w.Last, w.MaxAge.Milliseconds(), w.Cutoff, reapLimit, w.LetGo.Milliseconds(), w.ReplID}
-	if w.LetGo > 0 {
+	switch {
+	case len(w.Replaced) > 0:
+		argv[9] = -1
+		for a, other := range w.Replaced {
+			argv = append(argv, a.String(), string(other))
+		}
+	case w.LetGo > 0:
 		stay, err := s.readable(ctx, svc)
 		if err != nil {
 			return Reaped{}, fmt.Errorf("reap %s: %w", svc, err)

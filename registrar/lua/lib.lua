@@ -108,11 +108,12 @@ local function prune(now)
   if pruned > 0 and #old > 0 then redis.call('ZADD', KEYS[6], pruned, 'pruned') end
 end
 
--- Takes addr out. The caller has bumped and announces.
-local function take_out(addr, reason, now, v)
+-- Takes addr out; more, if not nil, is added to the reason in the log. The caller has
+-- bumped and announces.
+local function take_out(addr, reason, now, v, more)
   local token, why = token_of(addr), ''
   if reason == 'expired' or reason == 'operator' then
-    why = string.format('silent for %.0f ms', now - redis.call('ZSCORE', KEYS[1], addr))
+    why = string.format('silent for %.0f ms', now - redis.call('ZSCORE', KEYS[1], addr)) .. (more or '')
   end
   redis.call('ZREM', KEYS[1], addr)
   redis.call('HDEL', KEYS[2], addr)

@@ -8,8 +8,9 @@
 --       8 cut-off, ms: out is who beat before it, not at it   9 most addresses a call
 --       10 let go, ms: above 0, only one is out, the oldest beside which one of the
 --          instances from ARGV[12] on stays, and none of any service within so long after
---          the one before
---       11 replid that the last pulse saw   12… with let go: instances of the service
+--          the one before. -1: out are only those that are named, whatever holds them
+--       11 replid that the last pulse saw   12… with let go: instances of the service;
+--          with -1: an address and the service that beats at it, an address…
 -- Returns {status, service version, stale ones left, addr…}, and what announce of lib.lua may add
 --   OK      each addr is out by this very call
 --   FENCED  Redis does not hold the pulse: other data, or it expired; or it holds
@@ -36,8 +37,17 @@ end
 
 local stale = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. cut, 'LIMIT', 0, ARGV[9])
 if #stale == 0 then return {'OK', 0, 0} end
-local pace = tonumber(ARGV[10])
-if pace > 0 then
+local pace, other = tonumber(ARGV[10]), {}
+if pace < 0 then
+  stale = {}
+  for i = 12, #ARGV, 2 do
+    local score = redis.call('ZSCORE', KEYS[1], ARGV[i])
+    if score and tonumber(score) < tonumber(cut) then
+      stale[#stale + 1], other[ARGV[i]] = ARGV[i], ARGV[i + 1]
+    end
+  end
+  if #stale == 0 then return {'OK', 0, redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. cut)} end
+elseif pace > 0 then
   local left = redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. cut)
   local function stays_without(a)
     for i = 12, #ARGV do
@@ -57,6 +67,6 @@ if pace > 0 then
 end
 local g, v = bump()
 if not g then return v end
-for _, a in ipairs(stale) do take_out(a, 'expired', now, v) end
+for _, a in ipairs(stale) do take_out(a, 'expired', now, v, other[a] and '; ' .. other[a] .. ' beats at its address') end
 tidy(now)
 return announce(g, v, {'OK', v, redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. cut), unpack(stale)})
