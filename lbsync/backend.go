@@ -76,25 +76,26 @@ type backend struct {
 	seen       time.Time  // last complete answer
 	readAt     time.Time  // last whole read
 	nextFull   time.Duration
-	rising     int                          // who waited for its check at the last whole read, or since
-	riseIn     time.Duration                // from that read to the next look at them
-	fast       map[netip.AddrPort]time.Time // up in the process before, and when it was last known
-	leaving    map[netip.AddrPort]*leaving  // being drained
-	held       map[netip.AddrPort]time.Time // due to leave, but kept; since when
-	stale      bool                         // a hold must not end before another read
-	many       bool                         // so many are absent without a note that they go one by one
-	letGo      time.Time                    // the last of them went
-	asked      time.Time                    // for a whole read of the register, because of these two
-	unplaced   map[netip.AddrPort]bool      // no slot for it
-	static     bool                         // HAProxy refused a weight for the balance algorithm
-	process    Process                      // that static and noOverflow are of
-	memory     Known                        // of the inventory that was forgotten
-	noOverflow bool                         // HAProxy refused a server beside the slots
-	postponed  map[netip.AddrPort]bool      // drain would leave nobody
-	undone     bool                         // HAProxy did not take all of it; a whole look shows what
-	told       map[netip.AddrPort]order     // what servers with an agent have been told, and had then
-	lookAt     time.Time                    // whether HAProxy has undone a placement; zero: nothing to look for
-	fault      string                       // why the backend is not driven
+	rising     int                                  // who waited for its check at the last whole read, or since
+	riseIn     time.Duration                        // from that read to the next look at them
+	fast       map[netip.AddrPort]time.Time         // up in the process before, and when it was last known
+	leaving    map[netip.AddrPort]*leaving          // being drained
+	held       map[netip.AddrPort]time.Time         // due to leave, but kept; since when
+	others     map[netip.AddrPort]registrar.Service // of silent ones, the service that beats there
+	stale      bool                                 // a hold must not end before another read
+	many       bool                                 // so many are absent without a note that they go one by one
+	letGo      time.Time                            // the last of them went
+	asked      time.Time                            // for a whole read of the register, because of these two
+	unplaced   map[netip.AddrPort]bool              // no slot for it
+	static     bool                                 // HAProxy refused a weight for the balance algorithm
+	process    Process                              // that static and noOverflow are of
+	memory     Known                                // of the inventory that was forgotten
+	noOverflow bool                                 // HAProxy refused a server beside the slots
+	postponed  map[netip.AddrPort]bool              // drain would leave nobody
+	undone     bool                                 // HAProxy did not take all of it; a whole look shows what
+	told       map[netip.AddrPort]order             // what servers with an agent have been told, and had then
+	lookAt     time.Time                            // whether HAProxy has undone a placement; zero: nothing to look for
+	fault      string                               // why the backend is not driven
 	said       said
 	refill     refill // of this step, or of one before that failed
 	refilled   int    // commands of it
@@ -152,7 +153,7 @@ func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registr
 		fast: map[netip.AddrPort]time.Time{}, leaving: map[netip.AddrPort]*leaving{}, held: map[netip.AddrPort]time.Time{},
 		outages: &registrar.Sparing{}, refills: &registrar.Sparing{},
 		unplaced: map[netip.AddrPort]bool{}, said: said{}, postponed: map[netip.AddrPort]bool{}, doubted: map[netip.AddrPort]bool{},
-		told: map[netip.AddrPort]order{},
+		told: map[netip.AddrPort]order{}, others: map[netip.AddrPort]registrar.Service{},
 	}
 }
 
@@ -262,6 +263,7 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	b.dirty = make(map[netip.AddrPort]time.Time, 1)
 	for addr := range b.back {
 		delete(b.held, addr) // who goes once more is held once more
+		delete(b.others, addr)
 		delete(b.leaving, addr)
 	}
 	clear(b.back)
@@ -335,9 +337,16 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 		}
 		b.since = time.Time{}
 	}
+	silent := map[netip.AddrPort]bool{}
 	b.mu.Lock()
+	for a := range b.held {
+		if b.silent(a, b.view.Lookup(a), now) {
+			silent[a] = true
+		}
+	}
 	b.status = BackendStatus{Serving: b.have.Serving, Held: len(b.held), Postponed: len(b.postponed), Unplaced: len(b.unplaced)}
 	b.mu.Unlock()
+	b.claims.keep(b, silent)
 	b.observe(addrs, whole)
 	return b.pause(time.Now()), nil
 }
@@ -694,8 +703,41 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 func (b *backend) read(addr netip.AddrPort, s Server, there bool) read {
 	return read{
 		ttl: b.view.TTL, interval: b.view.Interval, empty: b.have.Serving == 0, doubted: b.doubted[addr],
-		human: there && b.have.Human(s), parked: there && b.have.parked(&s), blank: b.have.Blank(addr),
+		human: there && b.have.Human(s), parked: there && b.have.parked(&s), blank: b.have.Blank(addr), other: b.others[addr],
 	}
+}
+
+// claimed notes that another service beats at addr, which is silent. One that the
+// register does not mention may have been lost with the register's data, and is to come
+// back within a TTL and two heartbeats. The caller has mu.
+func (b *backend) claimed(addr netip.AddrPort, e registrar.Entry, now time.Time, later *notes) {
+	if e.Present || e.Garbage != "" {
+		delete(b.others, addr)
+		return
+	}
+	if b.others[addr] != "" || !b.silent(addr, e, now) {
+		return
+	}
+	if other := b.claims.other(addr, b.service); other != "" {
+		b.others[addr] = other
+		delete(b.held, addr)
+		later.add(func() {
+			b.once("other service", addr.String()+string(other), func(l *zerolog.Event) {
+				l.Stringer("addr", addr).Str("other", string(other)).Msg("not held: another service has this address")
+			})
+		})
+	}
+}
+
+// silent tells whether addr, of which a server is kept, is known not to beat. The caller
+// has mu.
+func (b *backend) silent(addr netip.AddrPort, e registrar.Entry, now time.Time) bool {
+	since, held := b.held[addr]
+	if !held || e.Present || e.Garbage != "" {
+		return false
+	}
+	grace := b.view.TTL + 2*b.view.Interval
+	return e.Gone != nil || now.Sub(since) >= grace && b.viewAt.Sub(since) >= grace
 }
 
 // choose is wants with what it has to say left for later.
@@ -719,6 +761,7 @@ func (b *backend) choose(addrs []netip.AddrPort, goal Goal, now time.Time, kept 
 	}
 	// Who is drained or goes by absence must not count on who goes by a word.
 	for _, addr := range addrs {
+		b.claimed(addr, b.view.Lookup(addr), now, later)
 		s, there := b.have.Lookup(addr)
 		if v := b.rules.decide(b.view.Lookup(addr), s, there, b.read(addr, s, there)); v.goal == Leave && v.word && b.leaving[addr] == nil {
 			serving -= serves(&s)
@@ -773,16 +816,6 @@ func (b *backend) choose(addrs []netip.AddrPort, goal Goal, now time.Time, kept 
 			continue
 		}
 		if !v.word && b.leaving[addr] == nil {
-			// Only of who expired: that another service has an address says nothing
-			// of one that is absent because the register lost its data.
-			if other := b.claims.other(addr, b.service); other != "" && v.hold > 0 && e.Gone != nil {
-				v.hold, v.why = 0, fmt.Sprintf("service %s has its address", other)
-				later.add(func() {
-					b.once("other service", addr.String()+v.why, func(l *zerolog.Event) {
-						l.Stringer("addr", addr).Str("other", string(other)).Msg("not held: another service has this address")
-					})
-				})
-			}
 			paced := b.many && e.Gone == nil && serves(&s) == 1
 			if why, stays := b.mustStay(addr, v, serves(&s) == 1, serving, floor, now, paced && addr != next); stays {
 				if v.why = why; why != "" {
@@ -1013,6 +1046,7 @@ func (b *backend) finish(addrs []netip.AddrPort) {
 		if l := b.leaving[a]; l != nil {
 			if !there {
 				delete(b.leaving, a)
+				delete(b.others, a)
 				b.log.Info().Stringer("addr", a).Msg("gone")
 			} else if l.deletable(now, b.cfg.Quarantine) {
 				l.wait(now, b.cfg.Full)

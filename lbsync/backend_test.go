@@ -108,10 +108,22 @@ func TestClaimIsNoWord(t *testing.T) {
 		return c
 	}
 	be.change(read("web", false, a, b))
-	claims.note(read("api", false, a, b))
-	be.change(read("web", true)) // lost
-	if w := be.wants([]netip.AddrPort{a, b}, Leave, time.Now()); len(w) > 0 {
+	claims.answer("web", map[netip.AddrPort]registrar.Service{a: "api", b: "api"})
+	lost := read("web", true)
+	be.change(lost)
+	begun := time.Now()
+	if w := be.wants([]netip.AddrPort{a, b}, Leave, begun); len(w) > 0 {
 		t.Errorf("absence and another service's claim take out %+v", w)
+	}
+	// They had the time to come back, and a later read says that they have not.
+	if w := be.wants([]netip.AddrPort{a, b}, Leave, begun.Add(2*ttl)); len(w) > 0 {
+		t.Errorf("without another read %+v go", w)
+	}
+	lost.Now += 2 * ttl.Milliseconds()
+	be.change(lost)
+	be.viewAt = begun.Add(2 * ttl)
+	if w := be.wants([]netip.AddrPort{a, b}, Leave, begun.Add(2*ttl)); len(w) != 2 || !w[0].Now {
+		t.Errorf("after the grace %+v go, want both at once", w)
 	}
 }
 

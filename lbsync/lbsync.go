@@ -241,8 +241,8 @@ func (s *Syncer) Run(ctx context.Context) error {
 	running.Go(func() { s.probe(ctx) })
 	running.Go(func() { s.acknowledge(ctx) })
 	running.Go(func() { s.publish(ctx) })
+	running.Go(func() { s.ask(ctx) })
 	return s.watcher.Run(ctx, func(c notifier.Change) {
-		s.claims.note(c)
 		for _, b := range s.backends[c.Service] {
 			b.change(c)
 		}
@@ -294,6 +294,9 @@ func (s *Syncer) Once(ctx context.Context) error {
 		for _, b := range bs {
 			b.change(notifier.Change{Snapshot: snap, Heard: time.Now()})
 			_, err := b.Step(ctx)
+			if s.look(ctx, &look{}) > 0 && err == nil { // a server is kept that another service may have replaced
+				_, err = b.Step(ctx)
+			}
 			errs = append(errs, err, b.unserved())
 		}
 	}

@@ -63,6 +63,9 @@ type read struct {
 	human, parked bool
 	// blank says that the address is that of slots without an instance.
 	blank bool
+	// other is the service that beats at the address while this one is silent; "" if
+	// there is none.
+	other registrar.Service
 }
 
 // decide says what shall become of one address: e is what the register says of
@@ -99,6 +102,8 @@ func (r rules) decide(e registrar.Entry, s Server, there bool, rd read) verdict 
 	}
 	vouched := s.Checked && s.Up && s.Passed
 	switch {
+	case rd.other != "":
+		return verdict{goal: Leave, word: true, now: true, why: fmt.Sprintf("service %s has its address", rd.other)}
 	case vouched:
 		return verdict{goal: Leave, hold: r.hold, why: "it stopped beating, but its health check is up"}
 	case e.Gone != nil:

@@ -264,7 +264,7 @@ func TestRolesBounds(t *testing.T) {
 		{"publish rollcall:changes x", []string{sidecar, agent, reap, operate}}, {"publish other x", no},
 		// Reading.
 		{"xrevrange rollcall:events + - count 1", []string{operate, watch}}, {"xread count 1 streams rollcall:events 0", []string{operate, watch}},
-		{"smembers rollcall:services", []string{reap, operate, watch}}, {"srandmember rollcall:services 9", []string{reap, operate, watch}},
+		{"smembers rollcall:services", []string{reap, operate, watch}}, {"srandmember rollcall:services 9", []string{reap, sync, operate, watch}},
 		{"scard rollcall:services", []string{sidecar, agent}}, {"hlen rollcall:{web}:meta", []string{sync, operate, watch}}, {"zcard rollcall:{web}:instances", []string{sidecar, agent, reap, sync, operate, watch}},
 		{"hgetall rollcall:config", []string{sidecar, agent, sync, operate, watch}},
 		{"hgetall rollcall:{web}:meta", []string{sidecar, agent, sync, operate, watch}}, {"hgetall rollcall:{api}:meta", []string{agent, sync, operate, watch}},
