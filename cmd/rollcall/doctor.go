@@ -513,8 +513,8 @@ func (d *doctor) config(reg registrar.Registry, ttl, heartbeat time.Duration) {
 // should have been taken out.
 func (d *doctor) instances(ctx context.Context, inv registrar.Inventory, reg registrar.Registry) {
 	var garbage, stale, shared []string
-	in := map[netip.AddrPort]registrar.Service{}
-	var fix string // of the first
+	in := map[netip.AddrPort]string{} // the service, and for how long it has been silent there if it has
+	var fix string                    // of the first
 	d.sizes = map[registrar.Service]int64{}
 	for _, svc := range inv.Services {
 		tctx, cancel := registrar.WithTimeout(ctx)
@@ -535,10 +535,14 @@ func (d *doctor) instances(ctx context.Context, inv registrar.Inventory, reg reg
 				fix = cmp.Or(fix, fmt.Sprintf("rollcall deregister --service %s --addr %s --force", svc, e.Addr))
 			case e.Present:
 				d.sizes[svc]++
-				if other, twice := in[e.Addr]; twice {
-					shared = append(shared, fmt.Sprintf("%s in %s and %s", e.Addr, other, svc))
+				name := string(svc)
+				if silent := time.Duration(snap.Now-e.Instance.Beat) * time.Millisecond; silent > 2*reg.Interval {
+					name += fmt.Sprintf(" (silent for %v)", silent.Round(time.Second))
 				}
-				in[e.Addr] = svc
+				if other, twice := in[e.Addr]; twice {
+					shared = append(shared, fmt.Sprintf("%s in %s and %s", e.Addr, other, name))
+				}
+				in[e.Addr] = name
 				// One second more: the reaper's own promise.
 				if snap.Now-e.Instance.Beat > (reg.TTL + time.Second).Milliseconds() {
 					stale = append(stale, fmt.Sprintf("%s %s", svc, e.Addr))
@@ -548,7 +552,7 @@ func (d *doctor) instances(ctx context.Context, inv registrar.Inventory, reg reg
 	}
 	d.known = true
 	slices.Sort(stale)
-	d.add("registry addresses", worst(false, len(shared) > 0), "unless one process serves both, requests of one service reach the other", "take out the one that is wrong: rollcall deregister --service NAME --addr ADDR --force, and stop its sidecar",
+	d.add("registry addresses", worst(false, len(shared) > 0), "unless one process serves both, requests of one service reach the other", "the one that is silent goes by itself after its TTL; else take out the one that is wrong: rollcall deregister --service NAME --addr ADDR --force, and stop its sidecar",
 		"%s", cmp.Or(few(shared), "each in one service"))
 	d.add("registry members", worst(false, len(garbage) > 0), "what cannot be believed is not served", fix, "%s", cmp.Or(few(garbage), "all are instances"))
 	d.add("registry silence", worst(false, len(stale) > 0), "the dead are still served, if no check says otherwise", "see the reapers below; if they live, they hold back: their log says why", "%s", cmp.Or(few(stale), "nobody is silent for longer than the TTL"))
