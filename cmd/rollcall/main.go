@@ -15,6 +15,7 @@ import (
 	"os/signal"
 	"slices"
 	"syscall"
+	"time"
 
 	"github.com/urfave/cli/v2"
 )
@@ -55,14 +56,15 @@ func main() {
 }
 
 // run is main without the process: it parses, runs until the command ends or a
-// SIGINT or SIGTERM comes, and returns the exit code. A second signal kills.
+// SIGINT or SIGTERM comes, and returns the exit code. A second signal kills, unless
+// it is the same as the first.
 func run(args []string, stdout, stderr io.Writer) int {
 	if args[len(args)-1] == complete && slices.Contains(args, "--") {
 		return 0 // the library would run the command, and with it the app
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	context.AfterFunc(ctx, stop)
+	context.AfterFunc(ctx, func() { time.AfterFunc(sameStop, stop) })
 	app := newApp(stdout, stderr)
 	err := app.RunContext(ctx, flagsFirst(app, args))
 	if err == nil {

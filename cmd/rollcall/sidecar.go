@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"os"
-	"os/signal"
 	"runtime"
 	"runtime/debug"
 	"sync"
@@ -55,9 +54,8 @@ type sidecar struct {
 	// Of run's goroutine alone.
 	app     *child.Process
 	ended   <-chan struct{} // when the app ends; nil, which is never, without one
-	signals chan os.Signal
-	stops   int  // SIGINTs and SIGTERMs so far
-	owed    bool // the last of them has ended run's context, and not come here yet
+	signals <-chan heard
+	stops   stops // SIGINTs and SIGTERMs so far
 	hasty   bool
 	left    chan error // a Run's end; nil while none runs
 	cancel  context.CancelCauseFunc
@@ -71,11 +69,14 @@ var forwarded = []os.Signal{syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, sy
 // leaves and stops the app. It returns an appError if it was around one, unless
 // the register refused the instance.
 func (s *sidecar) run(ctx context.Context) error {
-	s.signals = make(chan os.Signal, 16)
-	signal.Notify(s.signals, syscall.SIGINT, syscall.SIGTERM)
-	defer signal.Stop(s.signals)
+	sigs := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
 	if s.command != nil {
-		signal.Notify(s.signals, forwarded...)
+		sigs = append(sigs, forwarded...)
+	}
+	var deaf func()
+	s.signals, deaf = listen(ctx.Done(), sigs...)
+	defer deaf()
+	if s.command != nil {
 		var err error
 		if s.app, err = s.children.Start(s.command, os.Environ(), [3]*os.File{os.Stdin, os.Stdout, os.Stderr}); err != nil {
 			return err
@@ -84,7 +85,6 @@ func (s *sidecar) run(ctx context.Context) error {
 		s.log.Info().Str("command", s.command[0]).Int("pid", s.app.PID()).Msg("app started")
 	}
 	// What follows ends when this goroutine says so.
-	stopped := ctx.Done()
 	ctx = context.WithoutCancel(ctx)
 	var changes chan health.Change // nil, which never says anything, without a check
 	if s.prober == nil {
@@ -98,7 +98,7 @@ func (s *sidecar) run(ctx context.Context) error {
 		probing.Go(func() { s.prober.Run(ctx, changes) })
 		s.notify.status("waiting for the first successful check")
 	}
-	for s.stops == 0 {
+	for s.stops.n == 0 {
 		select {
 		case c := <-changes:
 			if c.Healthy {
@@ -115,10 +115,8 @@ func (s *sidecar) run(ctx context.Context) error {
 			return err
 		case <-s.ended:
 			return s.appEnded()
-		case sig := <-s.signals:
-			s.hear(sig)
-		case <-stopped:
-			s.stops, s.owed = 1, true
+		case h := <-s.signals:
+			s.hear(h)
 		}
 	}
 	s.notify.send("STOPPING=1")
@@ -158,9 +156,8 @@ func (s *sidecar) leave(cause error) {
 		case <-ended:
 			ended = nil
 			s.hasten()
-		case sig := <-s.signals:
-			s.hear(sig)
-			if s.stops > 1 {
+		case h := <-s.signals:
+			if s.hear(h); s.stops.n > 1 {
 				s.hasten()
 			}
 		}
@@ -175,16 +172,14 @@ func (s *sidecar) hasten() {
 	}
 }
 
-func (s *sidecar) hear(sig os.Signal) {
+// hear passes a signal on to the app, or counts it.
+func (s *sidecar) hear(h heard) {
 	switch {
-	case sig != syscall.SIGINT && sig != syscall.SIGTERM:
-		if s.app != nil {
-			s.app.Signal(sig.(syscall.Signal))
-		}
-	case s.owed:
-		s.owed = false
-	default:
-		s.stops++
+	case h.sig == nil && s.stops.n > 0: // its signal has come here too
+	case h.sig == nil || isStop(h.sig):
+		s.stops.hear(h.at)
+	case s.app != nil:
+		s.app.Signal(h.sig.(syscall.Signal))
 	}
 }
 
@@ -197,15 +192,15 @@ func (s *sidecar) stopApp() {
 	s.app.Signal(syscall.SIGTERM)
 	timeout := time.NewTimer(s.stopTimeout)
 	defer timeout.Stop()
-	for stops := s.stops; ; {
+	for before := s.stops.n; ; {
 		select {
 		case <-s.ended:
 			return
 		case <-timeout.C:
 			s.log.Warn().Dur("timeout", s.stopTimeout).Msg("the app does not end; killing it")
 			s.app.Kill()
-		case sig := <-s.signals:
-			if s.hear(sig); s.stops > stops {
+		case h := <-s.signals:
+			if s.hear(h); s.stops.n > before {
 				s.app.Kill()
 			}
 		}

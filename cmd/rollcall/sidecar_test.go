@@ -25,6 +25,10 @@ func (s *system) around(t *testing.T, args ...string) *process {
 	t.Cleanup(func() {
 		for range 3 { // leave, stop, kill
 			_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+			select {
+			case <-p.done:
+			case <-time.After(sameStop * 5 / 4):
+			}
 		}
 		p.signal(t, syscall.SIGTERM)
 	})
