@@ -34,6 +34,12 @@ func TestBeat(t *testing.T) {
 	claim := other
 	claim.Claim = true
 	held := func(tb testing.TB, s *Store) { join(tb, s, a, "t1") }
+	agents := func(mark string) func(testing.TB, *Store) {
+		return func(tb testing.TB, s *Store) {
+			_, err := s.Beat(tb.Context(), web, Beat{Addr: a, Token: "t1", Meta: `{"id":"t1","agent":"` + mark + `"}`})
+			must(tb, err)
+		}
+	}
 	every := func(d time.Duration) Beat { b := mine; b.Interval = d; return b }
 	for _, c := range []struct {
 		name   string
@@ -57,6 +63,10 @@ func TestBeat(t *testing.T) {
 		}, 10, mine, "OK"},
 
 		{"claim on a live holder", held, 1, claim, "TAKEN"},
+		{"an agent on what it registered", agents("a1"), 1, Beat{Addr: a, Token: "t2", Meta: metaOf("t2"), Agent: "a1"}, "TAKEN"},
+		{"an agent on what another one registered", agents("a2"), 1, Beat{Addr: a, Token: "t2", Meta: metaOf("t2"), Agent: "a1"}, "NOTOWNER"},
+		{"an agent on what no agent registered", held, 1, Beat{Addr: a, Token: "t2", Meta: metaOf("t2"), Agent: "a1"}, "NOTOWNER"},
+		{"no agent on what an agent registered", agents("a1"), 1, other, "NOTOWNER"},
 		{"holder beat two intervals ago", held, 2 * intervalMS, other, "NOTOWNER"},
 		{"holder beat two intervals and 1 ms ago", held, 2*intervalMS + 1, other, "TAKEN"},
 		{"two intervals of the registry's own", func(tb testing.TB, s *Store) {

@@ -42,6 +42,10 @@ type BeaterConfig struct {
 	// registration again after a restart of its own, to the last byte.
 	Token string
 	Since time.Time
+	// Agent, if not empty, is the mark of the agent that registers the instance, of
+	// at most MaxName bytes. What the same agent registered at this address before is
+	// taken over at once; every other registration there must have missed its beats.
+	Agent string
 }
 
 // The causes for which a Run can be cancelled other than in order.
@@ -98,7 +102,7 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 	if err := CheckWeight(cfg.Weight); err != nil {
 		return nil, err
 	}
-	if err := checkText("zone", cfg.Zone, MaxName); err != nil {
+	if err := errors.Join(checkText("zone", cfg.Zone, MaxName), checkText("agent", cfg.Agent, MaxName)); err != nil {
 		return nil, err
 	}
 	for k, v := range cfg.Tags {
@@ -134,7 +138,7 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 // the address stays settled: who comes back does not take it from another.
 func (b *Beater) register(token string, since time.Time) error {
 	b.token = token
-	m := Meta{ID: token, Weight: b.cfg.Weight, Zone: b.cfg.Zone, Tags: b.cfg.Tags, Registered: since.UnixMilli()}
+	m := Meta{ID: token, Weight: b.cfg.Weight, Zone: b.cfg.Zone, Tags: b.cfg.Tags, Registered: since.UnixMilli(), Agent: b.cfg.Agent}
 	meta, err := json.Marshal(m)
 	if err != nil {
 		return fmt.Errorf("metadata: %w", err)
@@ -207,9 +211,11 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 	if b.cfg.Roll != nil {
 		send = b.cfg.Roll.Beat
 	}
-	reply, err := send(tctx, b.cfg.Service, Beat{
-		Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Claim: !b.answered, Interval: b.cfg.Interval,
-	})
+	beat := Beat{Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Interval: b.cfg.Interval}
+	if !b.answered {
+		beat.Claim, beat.Agent = b.cfg.Agent == "", b.cfg.Agent
+	}
+	reply, err := send(tctx, b.cfg.Service, beat)
 	b.beaten(ctx, err)
 	if err == nil || errors.Is(err, ErrNotOwner) || errors.Is(err, ErrFull) || errors.Is(err, ErrLeft) || errors.Is(err, ErrInterval) {
 		b.answered = true

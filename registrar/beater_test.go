@@ -182,6 +182,8 @@ func TestNewBeaterRefuses(t *testing.T) {
 		{"longer value", func(c *BeaterConfig) { c.Tags = map[string]string{"k": strings.Repeat("v", 256)} }, false},
 		{"a newline in a value", func(c *BeaterConfig) { c.Tags = map[string]string{"k": "a\nb"} }, false},
 		{"an escape in a key", func(c *BeaterConfig) { c.Tags = map[string]string{"\x1b[2J": "v"} }, false},
+		{"longest agent", func(c *BeaterConfig) { c.Agent = strings.Repeat("a", 63) }, true},
+		{"longer agent", func(c *BeaterConfig) { c.Agent = strings.Repeat("a", 64) }, false},
 		{"no UTF-8 in the zone", func(c *BeaterConfig) { c.Zone = "\xff" }, false},
 		{"many tags", func(c *BeaterConfig) { c.Tags = tagged(14) }, true},
 		{"too many tags", func(c *BeaterConfig) { c.Tags = tagged(16) }, false},
@@ -379,6 +381,31 @@ func TestBeatClaims(t *testing.T) {
 	join(t, s, host(1), "after")
 	if _, err := b.Beat(ctx); !errors.Is(err, ErrNotOwner) {
 		t.Errorf("the second beat: %v, want ErrNotOwner", err)
+	}
+}
+
+// TestBeatOfAnAgent takes over at once what the same agent registered, and nothing
+// else.
+func TestBeatOfAnAgent(t *testing.T) {
+	srv := redistest.Start(t)
+	s := fresh(t, srv)
+	for i, c := range []struct {
+		agent string
+		want  error
+	}{{"a", nil}, {"b", ErrNotOwner}} {
+		before, err := NewBeater(BeaterConfig{Service: web, Addr: host(i), Weight: 1, Agent: "a"}, s, zerolog.Nop())
+		must(t, err)
+		_, err = before.Beat(t.Context())
+		must(t, err)
+		b, err := NewBeater(BeaterConfig{Service: web, Addr: host(i), Weight: 1, Agent: c.agent}, s, zerolog.Nop())
+		must(t, err)
+		if _, err := b.Beat(t.Context()); !errors.Is(err, c.want) {
+			t.Errorf("agent %s on what a registered: %v, want %v", c.agent, err, c.want)
+		}
+		// Once it is settled, it is not settled again.
+		if _, err := before.Beat(t.Context()); !errors.Is(err, ErrNotOwner) && c.want == nil {
+			t.Errorf("the one before: %v", err)
+		}
 	}
 }
 

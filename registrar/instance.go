@@ -179,6 +179,7 @@ type Meta struct {
 	Tags       map[string]string `json:"tags,omitempty"`     //
 	Draining   bool              `json:"draining,omitempty"` // leaving: no new requests, please
 	Registered int64             `json:"registered"`         // unix ms, by the instance's own clock; for display
+	Agent      string            `json:"agent,omitempty"`    // the mark of the agent that registers it; at most MaxName bytes
 }
 
 // The most bytes of what people write into the register.

@@ -223,10 +223,10 @@ func TestInstanceInForce(t *testing.T) {
 
 // TestMetaWireForm fixes the JSON that other people's tools read.
 func TestMetaWireForm(t *testing.T) {
-	m := Meta{ID: "t", Weight: 0, Zone: "z", Tags: map[string]string{"k": "v"}, Draining: true, Registered: 5}
+	m := Meta{ID: "t", Weight: 0, Zone: "z", Tags: map[string]string{"k": "v"}, Draining: true, Registered: 5, Agent: "a"}
 	got, err := json.Marshal(m)
 	must(t, err)
-	if want := `{"id":"t","weight":0,"zone":"z","tags":{"k":"v"},"draining":true,"registered":5}`; string(got) != want {
+	if want := `{"id":"t","weight":0,"zone":"z","tags":{"k":"v"},"draining":true,"registered":5,"agent":"a"}`; string(got) != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 	back, err := parseMeta(string(got))

@@ -41,7 +41,7 @@ func (s *Store) BeatSteady(ctx context.Context, beats []ServiceBeat) []Steadied 
 	out := make([]Steadied, len(beats))
 	at := make([]int, 0, len(beats)) // of what is sent, service by service
 	for i, b := range beats {
-		if !b.Claim && len(b.Meta) <= MaxMeta {
+		if !b.Claim && b.Agent == "" && len(b.Meta) <= MaxMeta {
 			at = append(at, i)
 		}
 	}
@@ -142,7 +142,7 @@ func NewRoll(store *Store) *Roll { return &Roll{store: store, ticks: map[time.Du
 // Beat is Store.Beat, with others if it may be a steady one. Who comes first
 // sends for all: it waits for the answer, at most Timeout, even when ctx ends.
 func (r *Roll) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error) {
-	if b.Claim || len(b.Meta) > MaxMeta {
+	if b.Claim || b.Agent != "" || len(b.Meta) > MaxMeta {
 		return r.store.Beat(ctx, svc, b)
 	}
 	r.mu.Lock()

@@ -40,6 +40,7 @@ func TestBeatSteady(t *testing.T) {
 		{"steady at a third of the TTL", nil, Beat{Addr: odd, Token: "t7", Meta: metaOf("t7"), Interval: DefaultTTL / 3}, true, ""},
 		{"another token", nil, other, false, "NOTOWNER"},
 		{"a claim", nil, Beat{Addr: odd, Token: "t8", Meta: metaOf("t8"), Claim: true}, false, "TAKEN"},
+		{"an agent's first", nil, Beat{Addr: odd, Token: "t8", Meta: metaOf("t8"), Agent: "a1"}, false, "NOTOWNER"},
 		{"other metadata", nil, Beat{Addr: odd, Token: "t7", Meta: metaOf("t7") + " "}, false, "CHANGED"},
 		{"left", func(tb testing.TB, s *Store) { leave(tb, s, odd, "t7") }, mine, false, "LEFT"},
 		{"taken out by hand, metadata and all", func(tb testing.TB, s *Store) {

@@ -1,6 +1,7 @@
 package registrar
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"embed"
@@ -239,6 +240,7 @@ type Beat struct {
 	Token    string
 	Meta     string
 	Claim    bool          // take over whoever holds the address
+	Agent    string        // take over at once what the same agent registered: its Meta.Agent
 	Interval time.Duration // 0 = the registry's own
 }
 
@@ -262,7 +264,7 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 		s.enlist(ctx, svc)
 	}
 	// A claim is a process's first beat, which hardly ever is a steady one.
-	if !b.Claim {
+	if !b.Claim && b.Agent == "" {
 		if reply, done, err := s.steady(ctx, svc, b); err != nil {
 			return BeatReply{}, fmt.Errorf("%s: %w", what, err)
 		} else if done {
@@ -275,7 +277,7 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 // decide runs beat.lua.
 func (s *Store) decide(ctx context.Context, svc Service, b Beat) (BeatReply, error) {
 	what := fmt.Sprintf("beat %s %s", svc, b.Addr)
-	r, err := s.change(ctx, s.beat, svc, b.Addr.String(), b.Token, b.Meta, flag(b.Claim), b.Interval.Milliseconds())
+	r, err := s.change(ctx, s.beat, svc, b.Addr.String(), b.Token, b.Meta, cmp.Or(flag(b.Claim), b.Agent), b.Interval.Milliseconds())
 	if err != nil {
 		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
 	}

@@ -6,7 +6,8 @@
 -- KEYS  1 to 12 as in lib.lua
 -- ARGV  1 to 4 as in lib.lua
 --       5 addr   6 token   7 metadata, JSON with the token as id
---       8 '1' = claim: take over whoever holds the address   9 interval, ms, 0 = the registry's
+--       8 '' = none, '1' = take over whoever holds the address, else the mark of an agent, which
+--       takes over at once what the same agent registered   9 interval, ms, 0 = the registry's
 -- Returns {status, now ms, service version, ttl ms, interval ms}, and what announce of lib.lua may add
 --   OK        the score moved (service version 0: not read)
 --   NEW       it arrived             CHANGED   its metadata changed
@@ -16,7 +17,7 @@
 --   INTERVAL  the interval is more than a third of the TTL; nothing written
 --   INSTANCES, SERVICES  it is new, and there are as many as the registry takes; that
 --             number in the place of the version; nothing written
-local addr, token, meta, claim = ARGV[5], ARGV[6], ARGV[7], ARGV[8] == '1'
+local addr, token, meta, claim = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 
 local cfg = redis.call('HMGET', KEYS[11], 'ttl_ms', 'interval_ms', 'max_instances', 'max_services')
 local ttl, interval = tonumber(cfg[1] or '') or 15000, tonumber(cfg[2] or '') or 5000
@@ -52,7 +53,7 @@ if score then
   holder = token_of(addr)
   if holder == token then
     status = 'CHANGED'
-  elseif holder == '' or claim or now - tonumber(score) > 2 * interval then
+  elseif holder == '' or claim == '1' or claim ~= '' and decoded(held).agent == claim or now - tonumber(score) > 2 * interval then
     status = 'TAKEN'
   else
     return {'NOTOWNER', now, 0, ttl, interval}
