@@ -52,6 +52,7 @@ type backend struct {
 	private  bool               // see BackendConfig
 	outages  *registrar.Sparing // bounds what all backends say of a balancer that comes and goes
 	refills  *registrar.Sparing // and of the backends of its new processes
+	sums     *registrar.Sums    // and of changes, when there are many
 	log      zerolog.Logger
 
 	wake chan struct{} // of capacity 1: look at what mu guards
@@ -151,7 +152,7 @@ func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registr
 		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
 		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{}, back: map[netip.AddrPort]bool{},
 		fast: map[netip.AddrPort]time.Time{}, leaving: map[netip.AddrPort]*leaving{}, held: map[netip.AddrPort]time.Time{},
-		outages: &registrar.Sparing{}, refills: &registrar.Sparing{},
+		outages: &registrar.Sparing{}, refills: &registrar.Sparing{}, sums: &registrar.Sums{},
 		unplaced: map[netip.AddrPort]bool{}, said: said{}, postponed: map[netip.AddrPort]bool{}, doubted: map[netip.AddrPort]bool{},
 		told: map[netip.AddrPort]order{}, others: map[netip.AddrPort]registrar.Service{},
 	}
@@ -227,6 +228,7 @@ func (b *backend) run(ctx context.Context) {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	outage := registrar.Outage{Shared: b.outages}
+	defer b.sumUp(true)
 	for {
 		select {
 		case <-ctx.Done():
@@ -235,6 +237,7 @@ func (b *backend) run(ctx context.Context) {
 		case <-timer.C:
 		}
 		next, err := b.Step(ctx)
+		b.sumUp(false)
 		switch {
 		case ctx.Err() != nil:
 			return
@@ -242,7 +245,7 @@ func (b *backend) run(ctx context.Context) {
 			if failures, say := outage.End(); say {
 				b.log.Info().Int("failures", failures).Msg("balancer answers again")
 			}
-			timer.Reset(next)
+			timer.Reset(min(next, b.sums.Wait()+time.Millisecond))
 		default:
 			if outage.Fail() {
 				b.log.Warn().Err(err).Msg("balancer unknown; changing nothing, trying again")
@@ -1010,7 +1013,7 @@ func (b *backend) overflow(ops []Op) {
 			continue // it was said of the process before
 		}
 		if free := b.have.Free(); free > 0 {
-			b.log.Info().Stringer("addr", addr).Int("free", free).Msg("served beside the slots: those that are free may not be used again yet")
+			b.tellOne("beside").Stringer("addr", addr).Int("free", free).Msg("served beside the slots: those that are free may not be used again yet")
 			continue
 		}
 		b.log.Error().Stringer("addr", addr).Int("slots", b.have.Slots).Msg("no slot is left; served by a server that does not survive a reload; raise the server-template's count")
@@ -1047,7 +1050,7 @@ func (b *backend) finish(addrs []netip.AddrPort) {
 			if !there {
 				delete(b.leaving, a)
 				delete(b.others, a)
-				b.log.Info().Stringer("addr", a).Msg("gone")
+				b.tellOne("gone").Stringer("addr", a).Msg("gone")
 			} else if l.deletable(now, b.cfg.Quarantine) {
 				l.wait(now, b.cfg.Full)
 				if s.Busy > 0 {
@@ -1077,7 +1080,7 @@ func (b *backend) tell(ops []Op, got Applied, heard map[netip.AddrPort]time.Time
 	}
 	const few = 20
 	if len(ops) > few {
-		b.log.Info().Int("commands", len(ops)).Int("serving", b.have.Serving).Msg("changed")
+		b.tellMany("commands", len(ops)).Int("commands", len(ops)).Int("serving", b.have.Serving).Msg("changed")
 		return
 	}
 	logged, deleted := "", map[string]bool{} // these are gone, or as they were
@@ -1092,12 +1095,37 @@ func (b *backend) tell(ops []Op, got Applied, heard map[netip.AddrPort]time.Time
 			continue
 		}
 		logged = o.Name // a server's ops stand together
-		l := b.log.Info().Str("server", s.Name).Stringer("addr", s.Addr).Stringer("state", s.Admin).Int("weight", s.Weight)
+		l := b.tellOne(s.Admin.String()).Str("server", s.Name).Stringer("addr", s.Addr).Stringer("state", s.Admin).Int("weight", s.Weight)
 		if t, ok := heard[s.Addr]; ok {
 			l = l.Dur("took", time.Since(t))
 		}
 		l.Msg("changed")
 	}
+}
+
+// tellOne begins the line of one change. Where there are many, it is for debug only,
+// and sumUp counts it under its kind.
+func (b *backend) tellOne(kind string) *zerolog.Event { return b.tellMany(kind, 1) }
+
+// tellMany begins one line of n changes.
+func (b *backend) tellMany(kind string, n int) *zerolog.Event {
+	if b.sums.May(kind, n) {
+		return b.log.Info()
+	}
+	return b.log.Debug()
+}
+
+// sumUp says what was not said singly, when its time has come or this is the last time.
+func (b *backend) sumUp(last bool) {
+	sum := b.sums.Take(last)
+	if len(sum.Kinds) == 0 {
+		return
+	}
+	b.mu.Lock()
+	version, serving := b.applied.Version, b.status.Serving
+	b.mu.Unlock()
+	b.log.Info().Object("counts", sum).Dur("over", sum.Over).Int("serving", serving).Int64("version", version).
+		Msg("many changes, summed up; debug has each")
 }
 
 // said is what has been reported, by kind and detail, and when.

@@ -59,7 +59,7 @@ func NewCluster(cfg Config, list Directory, of func(registrar.Service) (Store, C
 	}
 	// The others must hear of suspects while they decide.
 	cfg.Sweep = min(cfg.Sweep, cfg.TTL/pulsesPerTTL)
-	return &Cluster{cfg: cfg, list: list, of: of, log: log, voice: newVoice(), fleet: fleet{of: map[registrar.Service]registrar.Count{}}, reapers: map[registrar.Service]*Reaper{}}, nil
+	return &Cluster{cfg: cfg, list: list, of: of, log: log, voice: newVoice(log), fleet: fleet{of: map[registrar.Service]registrar.Count{}}, reapers: map[registrar.Service]*Reaper{}}, nil
 }
 
 // running is the reaper of one service.

@@ -36,6 +36,7 @@ func (r *Reaper) Once(ctx context.Context, force bool) (Report, error) {
 	case !armed: // what was proven is not enough for the times that the registry has now
 		return Report{}, fmt.Errorf("%w: %s", ErrNeverArmed, r.cause)
 	}
+	defer r.voice.sumUp(true)
 	report, err := r.sweep(ctx, cutoff, armed, force)
 	if !r.unsaid.At.IsZero() {
 		wait := time.NewTimer(time.Until(r.unsaid.At))

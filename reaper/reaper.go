@@ -148,10 +148,15 @@ type Reaper struct {
 
 // voice bounds what one process says of a Redis that comes and goes. What lasts is
 // said in the end.
-type voice struct{ state, sweeps, holds, reports registrar.Sparing }
+type voice struct {
+	state, sweeps, holds, reports registrar.Sparing
 
-func newVoice() *voice {
-	return &voice{holds: registrar.Sparing{AtOnce: 20}} // somebody may have to act
+	removals registrar.Sums // by service
+	log      zerolog.Logger // for their sum
+}
+
+func newVoice(log zerolog.Logger) *voice {
+	return &voice{holds: registrar.Sparing{AtOnce: 20}, log: log} // somebody may have to act
 }
 
 // New checks cfg. It does no I/O.
@@ -164,7 +169,7 @@ func New(cfg Config, store Store, canary Canary, log zerolog.Logger) (*Reaper, e
 		cfg: cfg, store: store, canary: canary, begin: time.Now(),
 		log:   log.With().Str("component", "reaper").Str("id", cfg.ID).Logger(),
 		proof: newProof(cfg.TTL, cfg.Interval), protection: newProtection(cfg.Interval),
-		cause: causeCredit, said: causeCredit, voice: newVoice(), status: registrar.ReaperStatus{Cause: causeCredit}, news: make(chan struct{}, 1),
+		cause: causeCredit, said: causeCredit, voice: newVoice(log), status: registrar.ReaperStatus{Cause: causeCredit}, news: make(chan struct{}, 1),
 	}
 	return r, nil
 }
@@ -195,6 +200,7 @@ func (r *Reaper) Run(ctx context.Context) error {
 	teller.Go(func() { r.tell(tctx) })
 	defer teller.Wait()
 	defer end()
+	defer r.voice.sumUp(true)
 	wait := time.NewTimer(0)
 	defer wait.Stop()
 	var due time.Duration // of the next sweep
@@ -204,6 +210,7 @@ func (r *Reaper) Run(ctx context.Context) error {
 			return nil
 		case <-wait.C:
 		}
+		r.voice.sumUp(false)
 		began, was, resets := r.elapsed(), r.armed, r.proof.resets
 		next := began + registrar.Shorten(r.proof.period)
 		if err := r.Pulse(ctx); err == nil {

@@ -203,6 +203,15 @@ func shown(svc registrar.Service) string {
 	return string(svc)
 }
 
+// sumUp says what of the removals was not said singly, when its time has come or this
+// is the last time.
+func (v *voice) sumUp(last bool) {
+	if sum := v.removals.Take(last); len(sum.Kinds) > 0 {
+		v.log.Info().Int("count", sum.Total()).Object("counts", sum).Dur("over", sum.Over).
+			Msg("took out many who stopped answering, summed up by service; debug has each")
+	}
+}
+
 // reap takes out of one service, a call at a time until the limit is reached or
 // nobody is left. A long sweep renews its licence on the way.
 func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sweep, resets int) (addrs []string, err error) {
@@ -233,12 +242,16 @@ func (r *Reaper) reap(ctx context.Context, svc registrar.Service, w registrar.Sw
 			return addrs, err
 		}
 		if n := len(out.Addrs); n > 0 {
-			line := r.log.Info().Str("service", string(svc)).Int64("version", out.Version).Int("count", n).
+			l := r.log.Debug()
+			if r.voice.removals.May(string(svc), n) {
+				l = r.log.Info()
+			}
+			l = l.Str("service", string(svc)).Int64("version", out.Version).Int("count", n).
 				Strs("addrs", out.Addrs[:min(n, shownAddrs)]).Int64("left", out.Left)
 			if len(w.Replaced) > 0 {
-				line.Msg("took out, though held, instances at whose addresses another service beats")
+				l.Msg("took out, though held, instances at whose addresses another service beats")
 			} else {
-				line.Msg("took out who stopped answering")
+				l.Msg("took out who stopped answering")
 			}
 		}
 		addrs = append(addrs, out.Addrs...)
