@@ -54,6 +54,10 @@ func main() {
 	length := flag.Duration("soak", 0, "play random faults among a churn for this long")
 	every := flag.Duration("every", 20*time.Second, "least time between two of them; the most is three times that")
 	seed := flag.Uint64("seed", 0, "of the random faults; 0 = a random one")
+	long := flag.Duration("for", 0, "a churn without faults for this long; fails on what grows")
+	tableFile := flag.String("table", "", "with -for: write the table to this `FILE`, and the samples to FILE.samples, on the way too")
+	samples := flag.String("samples", "", "with -for: write the samples to this `FILE`")
+	ofFile := flag.String("table-of", "", "print the table of a `FILE` of samples")
 	flag.Usage = func() {
 		fmt.Fprintln(flag.CommandLine.Output(), "usage: scripts/faults [flags] [NAME…]")
 		flag.PrintDefaults()
@@ -75,7 +79,11 @@ func main() {
 		return
 	}
 	var ok bool
-	if *length > 0 {
+	if *ofFile != "" {
+		ok, err = tableOf(*ofFile)
+	} else if *long > 0 {
+		ok, err = runGrowth(*long, *tableFile, *samples)
+	} else if *length > 0 {
 		ok, err = runSoak(*length, *every, 3**every, *seed, *real)
 	} else {
 		ok, err = run(picked, *real, !*short && !*bare, *format == "json")
