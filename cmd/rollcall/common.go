@@ -54,17 +54,20 @@ func logger(c *cli.Context) (zerolog.Logger, error) {
 	if err != nil || level == zerolog.NoLevel {
 		return zerolog.Nop(), usage("--log-level %q: want debug, info, warn or error", c.String("log-level"))
 	}
-	var w io.Writer = c.App.ErrWriter
+	var format func(io.Writer) io.Writer
 	switch f := c.String("log-format"); f {
 	case "json":
-		w = escaper{w}
+		format = func(w io.Writer) io.Writer { return escaper{w} }
 	case "text", "console":
-		w = zerolog.ConsoleWriter{Out: w, NoColor: true, TimeFormat: "15:04:05.000"}
+		format = func(w io.Writer) io.Writer {
+			return zerolog.ConsoleWriter{Out: w, NoColor: true, TimeFormat: "15:04:05.000"}
+		}
 	default:
 		return zerolog.Nop(), usage("--log-format %q: want text (or console, the same) or json", f)
 	}
 	zerolog.TimeFieldFormat = zerolog.TimeFormatUnixMs
-	log := zerolog.New(w).Level(level).With().Timestamp().Logger()
+	log := zerolog.New(format(c.App.ErrWriter)).Level(level).With().Timestamp().Logger()
+	reportDropped(c, format)
 	redis.SetLogger(redisLogger{log.With().Str("component", "go-redis").Logger()})
 	return log, nil
 }

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"os/signal"
 	"slices"
 	"sync"
@@ -53,10 +52,7 @@ func demoCommand() *cli.Command {
 			// The clean-up is bounded, and another signal must not cut it short.
 			ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 			defer stop()
-			// SIGPIPE comes for every broken connection, also one to the HAProxy that
-			// is killed in the story. What a write returns says whose it is.
-			signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-			ctx, unread := context.WithCancel(ctx)
+			ctx, unread := whileRead(ctx, c)
 			defer unread()
 			out := c.App.Writer
 			if p.json {

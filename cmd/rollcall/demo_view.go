@@ -107,7 +107,7 @@ type demoView struct {
 
 func newDemoView(w io.Writer, unread func()) *demoView {
 	v := &demoView{w: w, unread: unread, begin: time.Now()}
-	if f, ok := w.(*os.File); ok && os.Getenv("TERM") != "dumb" {
+	if f := fileUnder(w); f != nil && os.Getenv("TERM") != "dumb" {
 		info, err := f.Stat()
 		v.tty = err == nil && info.Mode()&os.ModeCharDevice != 0
 	}

@@ -67,7 +67,9 @@ func eventsCommand() *cli.Command {
 			if err := errors.Join(s.events(events), err); err != nil || !c.Bool("follow") {
 				return err
 			}
-			return s.follow(c.Context, r)
+			ctx, cancel = whileRead(c.Context, c)
+			defer cancel()
+			return s.follow(ctx, r)
 		},
 	}
 }
@@ -98,6 +100,9 @@ func (s *session) follow(ctx context.Context, r *registrar.EventReader) error {
 		}
 		events, err := r.Next(ctx)
 		if err := s.events(events); err != nil {
+			if ctx.Err() != nil {
+				return nil // it may end in the middle
+			}
 			return err
 		}
 		pause := time.Duration(0)

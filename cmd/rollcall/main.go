@@ -52,7 +52,10 @@ func (e appError) Error() string { return fmt.Sprintf("the app has ended with %d
 func usage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
 func main() {
-	os.Exit(run(os.Args, os.Stdout, os.Stderr))
+	log := logOutput()
+	code := run(os.Args, os.Stdout, log)
+	log.Close(outputTimeout)
+	os.Exit(code)
 }
 
 // run is main without the process: it parses, runs until the command ends or a
@@ -65,7 +68,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, func() { time.AfterFunc(sameStop, stop) })
-	app := newApp(stdout, stderr)
+	app := newApp(&printed{w: stdout, stopped: ctx.Done()}, stderr)
 	err := app.RunContext(ctx, flagsFirst(app, args))
 	if err == nil {
 		return 0

@@ -61,6 +61,9 @@ func newMonitor(c *cli.Context, log zerolog.Logger) (*monitor, error) {
 	}, func() float64 { return 1 }))
 	m.add(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "rollcall_ready", Help: "1 while /readyz says yes."},
 		func() float64 { return number(m.ready() == nil) }))
+	m.add(prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "rollcall_log_lines_dropped_total", Help: "Lines of the log that were dropped, because nobody read them in time or because they could not be written.",
+	}, func() float64 { return float64(droppedLines(c)) }))
 	return m, nil
 }
 

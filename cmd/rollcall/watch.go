@@ -4,7 +4,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"net/netip"
 	"slices"
 	"time"
@@ -62,7 +61,7 @@ func watchCommand() *cli.Command {
 				return err
 			}
 			defer stop()
-			ctx, cancel := context.WithCancel(c.Context)
+			ctx, cancel := whileRead(c.Context, c)
 			defer cancel()
 			var failed error
 			shown := map[registrar.Service]*watched{}
@@ -72,8 +71,10 @@ func watchCommand() *cli.Command {
 				}
 				for _, e := range shown[ch.Service].events(ch) {
 					if err := s.line(e, "%s %s %d %s %s %s weight %d", e.Time, e.Service, e.Version, e.Addr, e.What, dash(e.State), e.Weight); err != nil {
-						failed = err
-						cancel() // nobody reads it, as when a terminal was closed
+						if c.Context.Err() == nil { // at its end it may end in the middle of a line
+							failed = err
+						}
+						cancel() // as when a terminal was closed
 					}
 					count(e)
 				}
