@@ -5,10 +5,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/rs/zerolog"
 
 	"rollcall/lbsync/haproxy/haproxytest"
 	"rollcall/registrar/redistest"
@@ -95,4 +99,100 @@ func notifySocket(t *testing.T) (next func(limit time.Duration) string) {
 		}
 		return string(buf[:n])
 	}
+}
+
+// TestNotifyStandsStill has a systemd that reads nothing: nobody waits for it, and
+// what it reads later is what is so then.
+func TestNotifyStandsStill(t *testing.T) {
+	next := notifySocket(t)
+	path := os.Getenv("NOTIFY_SOCKET")
+	fill, err := net.Dial("unixgram", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fill.Close()
+	full := func() {
+		t.Helper()
+		for {
+			if err := fill.SetWriteDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+				t.Fatal(err)
+			}
+			_, err := fill.Write([]byte("filler"))
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	full()
+	var log lockedBuffer
+	n := newSystemd(zerolog.New(&log))
+	begun := time.Now()
+	for i := range 100 {
+		n.useful(strconv.Itoa(i))
+	}
+	if took := time.Since(begun); took > 10*time.Second { // 1 s each, if it waits
+		t.Errorf("100 messages took %v", took)
+	}
+	haproxytest.Poll(t, "it is said", func() error {
+		if log.String() == "" {
+			return errors.New("it is not")
+		}
+		return nil
+	})
+	var got []string
+	for len(got) == 0 || got[len(got)-1] != "STATUS=99" {
+		m := next(10 * time.Second)
+		if m == "" {
+			t.Fatalf("heard only %q", got)
+		}
+		if m != "filler" {
+			got = append(got, m)
+		}
+	}
+	if want := []string{"STATUS=0", "READY=1", "STATUS=99"}; !slices.Equal(got, want) {
+		t.Errorf("heard %q, want %q", got, want)
+	}
+	n.send("STOPPING=1")
+	n.close()
+	if got := next(10 * time.Second); got != "STOPPING=1" {
+		t.Errorf("heard %q", got)
+	}
+	if lines := strings.Count(log.String(), "\n"); lines != 1 {
+		t.Errorf("it is said %d times:\n%s", lines, log.String())
+	}
+
+	// The end waits for it, but not for long.
+	n = newSystemd(zerolog.Nop())
+	full()
+	n.send("STOPPING=1")
+	begun = time.Now()
+	n.close()
+	if took := time.Since(begun); took < notifyClose/2 || took > 10*notifyClose {
+		t.Errorf("close took %v", took)
+	}
+}
+
+// TestBeatsWithoutSystemd: the sidecar of an app whose systemd stands still is
+// registered, beats and leaves.
+func TestBeatsWithoutSystemd(t *testing.T) {
+	notifySocket(t) // nobody reads it
+	fill, err := net.Dial("unixgram", os.Getenv("NOTIFY_SOCKET"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fill.Close()
+	for err == nil {
+		_ = fill.SetWriteDeadline(time.Now().Add(50 * time.Millisecond)) // unixgram has deadlines
+		_, err = fill.Write([]byte("filler"))
+	}
+	s := &system{redis: redistest.Start(t)}
+	m := s.monitor(t, "register", "--service", "web", "--addr", "127.0.0.1:9001", "--interval", "50ms")
+	m.shows(t, "rollcall_beats_total", 10, many)
+	if code := m.signal(t, syscall.SIGTERM); code != 0 {
+		t.Errorf("exit %d", code)
+	}
+	s.goes(t, "127.0.0.1:9001", "left")
 }
