@@ -116,6 +116,9 @@ func (c *cast) spawn(way *relay, args ...string) *process {
 		p.cmd.Env = append(p.cmd.Env, "ROLLCALL_HTTP="+p.monitor)
 	}
 	p.cmd.Stdout, p.cmd.Stderr = p, p
+	if c.w.piped {
+		c.w.logTo(p)
+	}
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {
 		c.w.Fatal(err)

@@ -702,6 +702,42 @@ repeat t = redis.call('TIME') until t[1] * 1000 + t[2] / 1000 >= e`, nil, (w.ttl
 			}
 			return nil
 		}},
+	{name: "log-unread", bound: 2, what: "the readers of all logs stand still for a minute, in which instances come and go, and then are gone",
+		stage: func(w *world) { w.srv, w.piped = redistest.Start(w), true },
+		play: func(w *world) {
+			w.hears(standsStill)
+			for _, c := range w.casts() {
+				c.join()
+			}
+			churn := func(most time.Duration) {
+				for begun := time.Now(); time.Since(begun) < most; w.sleep(w.beat) {
+					m := w.cast.join()
+					w.must(w.cast.ready(10 * time.Second))
+					w.cast.leave(m)
+					for _, c := range w.casts() {
+						for _, r := range c.ways() {
+							r.drop() // everybody has something to say
+						}
+					}
+				}
+			}
+			churn(time.Minute)
+			for _, c := range w.mutants {
+				c.late = c.right() != nil
+			}
+			w.hears(gone)
+			churn(2 * w.ttl)
+		},
+		check: func(w *world) error {
+			for _, p := range append([]*process{w.cast.lbsync}, w.cast.reapers...) {
+				select {
+				case <-p.done:
+					return fmt.Errorf("rollcall %s has ended", strings.Join(p.args, " "))
+				default:
+				}
+			}
+			return nil
+		}},
 	{name: "two-services", bound: 1, what: "another service claims a live address, and leaves",
 		play: func(w *world) {
 			p := w.cast.spawn(w.cast.even, "register", "--service", "pay", "--addr", w.cast.members[1].addr.String(), "--interval", w.beat.String())

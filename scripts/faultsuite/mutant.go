@@ -67,6 +67,7 @@ var (
 	noOwnerLeave = edit{"registrar/lua/leave.lua", "if token_of(addr) ~= token then return {'NOTOWNER', 0} end", ""}
 	noOwnerBeat  = edit{"registrar/lua/beat.lua", "elseif holder == '' or claim or now - tonumber(score) > 2 * interval then", "elseif true then"}
 	noLeft       = edit{"registrar/lua/beat.lua", "if by == token and (reason == 'left' or reason == 'unhealthy') then return {'LEFT', now, 0, ttl, interval} end", ""}
+	noQueue      = edit{"cmd/internal/logqueue/logqueue.go", "\tif q.add(p) {\n", "\tif true {\n\t\treturn q.w.Write(p)\n\t}\n\tif q.add(p) {\n"}
 	stillRefused = edit{"registrar/lua/still.lua", "#!lua flags=allow-oom\n", "#!lua\n"}
 )
 
@@ -114,6 +115,7 @@ var mutants = []mutant{
 	{name: "memory", fault: "old-note-start", guard: "lbsync's token on disk", edits: []edit{noMemory}},
 	{name: "revival", fault: "old-list", guard: "after an interruption who is older than TTL is not added", edits: []edit{noAgeCheck}},
 	{name: "revival-start", fault: "old-list-start", guard: "after an interruption who is older than TTL is not added", edits: []edit{noAgeCheck}},
+	{name: "log", fault: "log-unread", late: true, guard: "the log's queue", edits: []edit{noQueue}},
 	{name: "watchdog", fault: "half-open-late", late: true, guard: "the subscription must answer", edits: []edit{noWatchdog}},
 	{name: "owner-leave", fault: "reused-address", guard: "only the owner leaves", edits: []edit{noOwnerLeave}},
 	{name: "owner-beat", fault: "reused-address", guard: "only the owner beats", edits: []edit{noOwnerBeat}},

@@ -45,11 +45,14 @@ type world struct {
 	clock     string // the file that shifts Redis' clock, if the fault needs one
 	slots     int    // of HAProxy, if more than usual
 	monitored bool   // all processes serve their metrics, not reapers alone
+	piped     bool   // each log is a pipe, of which hears says who reads it
 
 	watching sync.WaitGroup
 	mu       sync.Mutex
 	front    string    // the address of the Redis that counts
 	over     time.Time // the fault's end
+	logs     []*logPipe
+	hearing  hearing
 
 	last int64 // heartbeat of the dead one, unix ms by Redis' clock; for a fault that looks
 }
