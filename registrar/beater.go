@@ -106,7 +106,7 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 		return nil, err
 	}
 	for k, v := range cfg.Tags {
-		if err := errors.Join(checkText("tag", k, MaxName), checkText("tag "+k, v, MaxText)); err != nil {
+		if err := CheckTag(k, v); err != nil {
 			return nil, err
 		}
 	}

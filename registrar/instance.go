@@ -189,6 +189,15 @@ const (
 	MaxText = 255  // a tag's value, an operator's reason
 )
 
+// CheckTag refuses a tag whose key or value is too long, or is no UTF-8 without
+// control characters.
+func CheckTag(key, value string) error {
+	if err := checkText("tag", key, MaxName); err != nil {
+		return err
+	}
+	return checkText("tag "+key, value, MaxText)
+}
+
 // checkText accepts at most most bytes of UTF-8 without control characters.
 func checkText(what, s string, most int) error {
 	if len(s) > most {

@@ -104,7 +104,7 @@ func New(cfg Config, store *registrar.Store, log zerolog.Logger) (*Agent, error)
 	}
 	return &Agent{
 		cfg:    cfg,
-		place:  place{cfg.Advertise, cfg.Internal, cfg.Network, cfg.Explicit, cfg.Services},
+		place:  place{cfg.Advertise, cfg.Internal, cfg.Network, cfg.Explicit, cfg.Services, cfg.Zone},
 		engine: engine, store: store, roll: registrar.NewRoll(store),
 		log:    log.With().Str("component", "docker").Logger(),
 		asking: make(chan struct{}, inspections), relist: make(chan struct{}, 1), reopen: make(chan struct{}, 1),

@@ -23,16 +23,17 @@ const (
 
 // facts are what one inspection says of a container.
 type facts struct {
-	id, name, image string
-	state           state
-	started         time.Time // of this life: a restart is another
-	stopSignal      string
-	env             []string // KEY=VALUE
-	labels          map[string]string
-	hostNetwork     bool
-	exposed         []network.Port
-	published       map[network.Port][]netip.AddrPort // an unspecified or invalid address is every one of the host
-	networks        map[string][]netip.Addr           // by name, IPv4 first
+	id, name       string
+	image, imageID string // as it was named, and its digest, "sha256:…"
+	state          state
+	started        time.Time // of this life: a restart is another
+	stopSignal     string
+	env            []string // KEY=VALUE
+	labels         map[string]string
+	hostNetwork    bool
+	exposed        []network.Port
+	published      map[network.Port][]netip.AddrPort // an unspecified or invalid address is every one of the host
+	networks       map[string][]netip.Addr           // by name, IPv4 first
 }
 
 // shortID is how a container is called in the log and in its tags.
@@ -41,7 +42,7 @@ func (f facts) shortID() string { return f.id[:min(12, len(f.id))] }
 // read takes the facts of an inspection. What the Engine leaves out is absent.
 func read(c container.InspectResponse) facts {
 	f := facts{
-		id: c.ID, name: strings.TrimPrefix(c.Name, "/"),
+		id: c.ID, name: strings.TrimPrefix(c.Name, "/"), imageID: c.Image,
 		published: map[network.Port][]netip.AddrPort{}, networks: map[string][]netip.Addr{},
 	}
 	if s := c.State; s != nil {

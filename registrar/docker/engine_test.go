@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -59,6 +60,25 @@ type host struct {
 	cfg   Config
 	agent *Agent
 	end   func() // the agent
+	out   lines  // what agents have logged
+}
+
+// lines is a log that can be read while it is written.
+type lines struct {
+	mu   sync.Mutex
+	text bytes.Buffer // guarded by mu
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
 }
 
 // newHost starts an agent that registers only what has the test's own service
@@ -84,7 +104,7 @@ func newHost(tb testing.TB, e *dockertest.Engine, edit func(*Config)) *host {
 func (h *host) start(tb testing.TB) {
 	tb.Helper()
 	var err error
-	h.agent, err = New(h.cfg, h.store, zerolog.New(zerolog.NewTestWriter(tb)))
+	h.agent, err = New(h.cfg, h.store, zerolog.New(io.MultiWriter(zerolog.NewTestWriter(tb), &h.out)))
 	if err != nil {
 		tb.Fatal(err)
 	}

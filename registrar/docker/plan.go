@@ -4,20 +4,16 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/base32"
-	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
-	"path"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/moby/moby/api/types/network"
 
 	"rollcall/registrar"
-	"rollcall/registrar/health"
 )
 
 // place says where containers are reached, and which of them are registered.
@@ -27,12 +23,14 @@ type place struct {
 	network   string              // with internal: in this network; empty = the first by name
 	explicit  bool                // only what has a SERVICE_NAME
 	services  []registrar.Service // only these; empty = every one
+	zone      string              // of all of them
 }
 
 // want is one registration that a container is to have.
 type want struct {
 	service registrar.Service
 	addr    netip.AddrPort
+	port    string // the container's own
 	weight  int
 	tags    map[string]string
 	check   check
@@ -46,11 +44,14 @@ type key struct {
 
 func (w want) key() key { return key{w.service, w.addr} }
 
+// tokenLen is how long a token is: as a rand.Text.
+const tokenLen = 26
+
 // token is the same each time for the same life of the same container, so that
 // an agent that is restarted goes on where it was.
 func (w want) token(f facts) string {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%s %d %s %s", f.id, f.started.UnixNano(), w.service, w.addr))
-	return base32.StdEncoding.EncodeToString(sum[:])[:26] // as long as a rand.Text
+	return base32.StdEncoding.EncodeToString(sum[:])[:tokenLen]
 }
 
 // check is how the agent itself looks after the app; the zero check is none.
@@ -60,44 +61,88 @@ type check struct {
 	interval, timeout time.Duration
 }
 
-// plan returns what a container is to be registered as, in the order of its
-// ports, and an error for what cannot be. A container that has no ports, or that
-// nobody wants to be registered, has neither.
-func (p place) plan(f facts) ([]want, error) {
+// plan returns what a container is to be registered as, in the order of its ports,
+// and what its owner should know: which of its labels are wrong, and why it, or a
+// port of it, is left out. A mistake in an optional label costs that label alone.
+// UDP ports count for nothing: HAProxy has no use for them.
+func (p place) plan(f facts) (wants []want, remarks []remark) {
 	type port struct {
-		network.Port
-		addrs []netip.AddrPort
+		number uint16
+		text   string
+		addrs  []netip.AddrPort
+		why    string // there are no addrs
 	}
 	var ports []port
+	reachable := 0
 	for _, n := range f.exposed {
-		if addrs := p.addrs(f, n); len(addrs) > 0 {
-			ports = append(ports, port{n, addrs})
-		}
-	}
-	slices.SortFunc(ports, func(a, b port) int {
-		return cmp.Or(cmp.Compare(a.Num(), b.Num()), cmp.Compare(a.Proto(), b.Proto()))
-	})
-	var wants []want
-	var errs []error
-	for _, n := range ports {
 		if n.Proto() != network.TCP {
-			continue // HAProxy has no use for it
+			continue
+		}
+		addrs, why := p.addrs(f, n)
+		if len(addrs) > 0 {
+			reachable++
+		}
+		ports = append(ports, port{n.Num(), n.Port(), addrs, why})
+	}
+	slices.SortFunc(ports, func(a, b port) int { return cmp.Compare(a.number, b.number) })
+	var missed, named []string // why ports cannot be reached: all, and those that have a name of their own
+	asked := false
+	for _, n := range ports {
+		a := readAttrs(f, n.text)
+		if a.all["ignore"] != "" {
+			continue
+		}
+		asked = asked || a.all["name"] != ""
+		if len(n.addrs) == 0 {
+			missed = append(missed, "port "+n.text+" "+n.why)
+			if a.ofPort["name"] {
+				named = append(named, missed[len(missed)-1])
+			}
+			continue
 		}
 		for _, addr := range n.addrs {
-			w, err := p.want(f, n.Port.Port(), addr, len(ports) > 1)
-			switch {
-			case err != nil:
-				errs = append(errs, fmt.Errorf("port %s: %w", n.Port.Port(), err))
-			case w.service != "":
+			w, told := p.want(f, a, n.text, addr, reachable > 1)
+			if w.service != "" {
 				wants = append(wants, w)
 			}
+			remarks = append(remarks, told...)
 		}
 	}
-	return wants, errors.Join(errs...)
+	remarks = append(remarks, p.strays(f)...)
+	switch {
+	case len(wants) > 0, slices.ContainsFunc(remarks, func(r remark) bool { return r.kind == leftOut }):
+		if len(named) > 0 { // an image may name all of its ports, and who runs it publish some
+			remarks = append(remarks, remark{kind: remarked, text: strings.Join(named, "; ")})
+		}
+	case len(ports) == 0:
+		a := readAttrs(f, "")
+		if a.all["ignore"] == "" {
+			remarks = append(remarks, leaves(a.anyName, p.portless(f)))
+		}
+	case len(missed) > 0:
+		remarks = append(remarks, leaves(asked, strings.Join(missed, "; ")))
+	case p.explicit && !asked:
+		remarks = append(remarks, leaves(false, "it has no SERVICE_NAME, which --explicit wants"))
+	}
+	return wants, distinct(remarks)
 }
 
-// addrs returns where a port of the container can be reached by others.
-func (p place) addrs(f facts, port network.Port) []netip.AddrPort {
+// portless says why a container without a TCP port is left out.
+func (p place) portless(f facts) string {
+	switch {
+	case len(f.exposed) > 0:
+		return "it has UDP ports only, for which HAProxy has no use"
+	case f.hostNetwork && !p.internal:
+		return "it is on the host's network, and nothing says which port is its: EXPOSE it in the image, or run it with --expose PORT"
+	case p.internal:
+		return "it exposes no port: EXPOSE it in the image, or run it with --expose PORT"
+	}
+	return "it has no port: publish one, as with docker run -p PORT"
+}
+
+// addrs returns where a port of the container can be reached by others, or why it
+// cannot.
+func (p place) addrs(f facts, port network.Port) (addrs []netip.AddrPort, why string) {
 	switch {
 	case p.internal:
 		name := p.network
@@ -105,182 +150,65 @@ func (p place) addrs(f facts, port network.Port) []netip.AddrPort {
 			name = slices.Min(slices.Collect(maps.Keys(f.networks)))
 		}
 		if ips := f.networks[name]; len(ips) > 0 {
-			return []netip.AddrPort{netip.AddrPortFrom(ips[0], port.Num())}
+			return []netip.AddrPort{netip.AddrPortFrom(ips[0], port.Num())}, ""
 		}
-		return nil
+		switch {
+		case f.hostNetwork:
+			return nil, "has no address of its own: the container is on the host's network, and --internal registers containers' own addresses"
+		case len(f.networks) == 0:
+			return nil, "has no address: the container is in no network"
+		}
+		return nil, fmt.Sprintf("is not in the network %s of --network: the container is in %s", name, strings.Join(slices.Sorted(maps.Keys(f.networks)), ", "))
 	case f.hostNetwork:
-		return []netip.AddrPort{netip.AddrPortFrom(p.advertise, port.Num())}
+		return []netip.AddrPort{netip.AddrPortFrom(p.advertise, port.Num())}, ""
 	}
-	var out []netip.AddrPort
 	for _, b := range f.published[port] {
 		switch ip := b.Addr(); {
 		case !ip.IsValid() || ip.IsUnspecified():
 			b = netip.AddrPortFrom(p.advertise, b.Port())
 		case ip.IsLoopback() && !p.advertise.IsLoopback():
-			continue // it is for this host alone
+			why = fmt.Sprintf("is published on %s only, which is for this host alone: publish it on %s", ip, p.advertise)
+			continue
 		}
-		if !slices.Contains(out, b) { // IPv4 and IPv6 of every address are two bindings
-			out = append(out, b)
+		if !slices.Contains(addrs, b) { // IPv4 and IPv6 of every address are two bindings
+			addrs = append(addrs, b)
 		}
 	}
-	slices.SortFunc(out, netip.AddrPort.Compare)
-	return out
+	slices.SortFunc(addrs, netip.AddrPort.Compare)
+	switch {
+	case len(addrs) > 0:
+		why = ""
+	case why == "":
+		why = fmt.Sprintf("is not published: docker run -p %s, or start the agent with --internal", port.Port())
+	}
+	return addrs, why
 }
 
 // want reads what the container says of one port, at one address. Without a
 // service the port is not wanted. grouped: it has more ports than this one.
-func (p place) want(f facts, port string, addr netip.AddrPort, grouped bool) (want, error) {
-	a := readAttrs(f, port)
-	if a.all["ignore"] != "" {
+func (p place) want(f facts, a attrs, port string, addr netip.AddrPort, grouped bool) (want, []remark) {
+	if a.all["name"] == "" && p.explicit {
 		return want{}, nil
 	}
-	name := a.all["name"]
-	if name == "" {
-		if p.explicit {
-			return want{}, nil
-		}
-		name = imageName(f.image)
-	}
-	if grouped && !a.ofPort["name"] {
-		name += "-" + port
-	}
-	w := want{addr: addr, weight: registrar.DefaultWeight, tags: a.tags()}
-	w.tags["container"] = f.shortID()
 	if _, err := registrar.ParseAddr(addr.String()); err != nil {
-		return want{}, err
+		return want{}, []remark{{kind: leftOut, text: fmt.Sprintf("port %s: %v", port, err)}}
 	}
-	var err error
-	if v := a.all["weight"]; v != "" {
-		if w.weight, err = strconv.Atoi(v); err == nil {
-			err = registrar.CheckWeight(w.weight)
-		}
-		if err != nil {
-			return want{}, fmt.Errorf("SERVICE_WEIGHT: %w", err)
-		}
+	service, remarks := p.service(f, a, port, grouped)
+	if service == "" {
+		return want{}, remarks
 	}
-	if w.check, err = a.check(addr); err != nil {
-		return want{}, err
+	w := want{service: service, addr: addr, port: port}
+	var told []remark
+	w.weight, told = a.weight()
+	remarks = append(remarks, told...)
+	w.check, told = a.check(addr)
+	remarks = append(remarks, told...)
+	w.tags, told = a.tags()
+	remarks = append(remarks, told...)
+	w.tags["container"] = f.shortID()
+	if dropped := p.fit(w); len(dropped) > 0 {
+		remarks = append(remarks, remark{text: fmt.Sprintf("all metadata may have %d bytes as JSON; registered without its largest tags: %s",
+			registrar.MaxMeta, strings.Join(dropped, ", "))})
 	}
-	if w.service, err = registrar.ParseService(name); err != nil {
-		return want{}, err
-	}
-	if len(p.services) > 0 && !slices.Contains(p.services, w.service) {
-		return want{}, fmt.Errorf("service %s is none of those that are let in", w.service)
-	}
-	return w, nil
-}
-
-// imageName is what a service is called that has no name: the last part of the
-// image's, without its tag and digest.
-func imageName(image string) string {
-	name, _, _ := strings.Cut(path.Base(image), "@")
-	name, _, _ = strings.Cut(name, ":")
-	return name
-}
-
-// attrs are what a container says of one port, by lower-case names without
-// SERVICE_: variables first, labels over them, those of this port over both.
-type attrs struct {
-	all      map[string]string
-	ofPort   map[string]bool // said of this very port
-	labelled map[string]bool // said by a label
-}
-
-func readAttrs(f facts, port string) attrs {
-	a := attrs{map[string]string{}, map[string]bool{}, map[string]bool{}}
-	add := func(name, value string, label bool) {
-		name, ours := strings.CutPrefix(name, "SERVICE_")
-		if !ours {
-			return
-		}
-		name = strings.ToLower(name)
-		number, rest, found := strings.Cut(name, "_")
-		_, err := strconv.Atoi(number)
-		switch ofPort := found && err == nil; {
-		case ofPort && number != port, !ofPort && a.ofPort[name]:
-			return
-		case ofPort:
-			name = rest
-			a.ofPort[name] = true
-		}
-		a.all[name], a.labelled[name] = value, label
-	}
-	for _, kv := range f.env {
-		name, value, _ := strings.Cut(kv, "=")
-		add(name, value, false)
-	}
-	for _, name := range slices.Sorted(maps.Keys(f.labels)) {
-		add(name, f.labels[name], true)
-	}
-	return a
-}
-
-// tags are SERVICE_TAGS, split at commas (k=v, or k for k=true), SERVICE_ID as
-// id, and every label that means nothing else. A variable of that kind is no tag:
-// it may be the app's own, and a secret.
-func (a attrs) tags() map[string]string {
-	tags := map[string]string{}
-	for name, value := range a.all {
-		switch {
-		case name == "id":
-			tags[name] = value
-		case name == "name", name == "tags", name == "weight", name == "ignore", strings.HasPrefix(name, "check_"):
-		case a.labelled[name]:
-			tags[name] = value
-		}
-	}
-	for t := range strings.SplitSeq(a.all["tags"], ",") {
-		k, v, found := strings.Cut(strings.TrimSpace(t), "=")
-		if !found {
-			v = "true"
-		}
-		if k != "" {
-			tags[k] = v
-		}
-	}
-	return tags
-}
-
-// check reads SERVICE_CHECK_*. SCRIPT, which would run a container's word on the
-// host, is refused; TTL and INITIAL_STATUS have no meaning here.
-func (a attrs) check(addr netip.AddrPort) (c check, err error) {
-	if a.all["check_script"] != "" {
-		return c, errors.New("SERVICE_CHECK_SCRIPT: want SERVICE_CHECK_CMD, which runs in the container")
-	}
-	ways := 0
-	for _, way := range []string{"check_http", "check_https", "check_tcp", "check_cmd"} {
-		v := a.all[way]
-		if v == "" {
-			continue
-		}
-		ways++
-		switch scheme := strings.TrimPrefix(way, "check_"); scheme {
-		case "cmd":
-			if c.command = strings.Fields(v); len(c.command) == 0 {
-				return c, errors.New("SERVICE_CHECK_CMD: no command")
-			}
-		case "tcp":
-			c.url = "tcp://" + addr.String()
-		case "https", "http":
-			if scheme == "https" && a.all["check_tls_skip_verify"] == "true" {
-				scheme = "https+insecure"
-			}
-			c.url = scheme + "://" + addr.String() + "/" + strings.TrimPrefix(v, "/")
-		}
-	}
-	if ways == 0 {
-		return check{}, nil
-	}
-	if ways > 1 {
-		return c, errors.New("want one of SERVICE_CHECK_HTTP, _HTTPS, _TCP and _CMD")
-	}
-	c.interval, c.timeout = health.DefaultInterval, health.DefaultTimeout
-	for name, d := range map[string]*time.Duration{"check_interval": &c.interval, "check_timeout": &c.timeout} {
-		if v := a.all[name]; v != "" {
-			if *d, err = time.ParseDuration(v); err != nil {
-				return c, fmt.Errorf("SERVICE_%s: %w", strings.ToUpper(name), err)
-			}
-		}
-	}
-	return c, nil
+	return w, remarks
 }

@@ -131,15 +131,11 @@ func (w *worker) look(ctx context.Context) {
 
 // register makes the registrations be those that the container is to have.
 func (w *worker) register(ctx context.Context) {
-	wants, err := w.agent.place.plan(w.facts)
+	wants, remarks := w.agent.place.plan(w.facts)
 	first := !w.facts.started.Equal(w.said)
 	if first {
 		w.said = w.facts.started
-		if err != nil {
-			w.log.Warn().Err(err).Str("name", w.facts.name).Msg("not registered as it is labelled")
-		} else if len(wants) == 0 {
-			w.log.Debug().Str("name", w.facts.name).Msg("nothing to register: no port that others can reach, or not asked for")
-		}
+		w.tell(remarks)
 	}
 	wanted := map[key]bool{}
 	for _, want := range wants {

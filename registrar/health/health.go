@@ -20,6 +20,9 @@ const (
 	DefaultTimeout  = time.Second
 	DefaultRise     = 2
 	DefaultFall     = 3
+
+	MinInterval = 10 * time.Millisecond
+	MinTimeout  = time.Millisecond
 )
 
 // startInterval paces the looks until the first one succeeds: an app that starts
@@ -83,10 +86,10 @@ type Prober struct {
 // New checks cfg.
 func New(cfg Config, check Check) (*Prober, error) {
 	switch {
-	case cfg.Interval < 10*time.Millisecond:
-		return nil, fmt.Errorf("check interval %v: want 10ms or more", cfg.Interval)
-	case cfg.Timeout < time.Millisecond:
-		return nil, fmt.Errorf("check timeout %v: want 1ms or more", cfg.Timeout)
+	case cfg.Interval < MinInterval:
+		return nil, fmt.Errorf("check interval %v: want %v or more", cfg.Interval, MinInterval)
+	case cfg.Timeout < MinTimeout:
+		return nil, fmt.Errorf("check timeout %v: want %v or more", cfg.Timeout, MinTimeout)
 	case cfg.Rise < 1 || cfg.Fall < 1:
 		return nil, fmt.Errorf("rise %d, fall %d: want 1 or more", cfg.Rise, cfg.Fall)
 	}

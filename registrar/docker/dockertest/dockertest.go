@@ -7,6 +7,7 @@ package dockertest
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -436,6 +437,7 @@ type Container struct {
 // Spec is how to run one.
 type Spec struct {
 	Name       string // empty = the Engine's choice
+	Image      string // empty = App
 	Args       []string
 	Env        []string
 	Labels     map[string]string
@@ -450,7 +452,7 @@ type Spec struct {
 // Run starts a container that the test's end removes.
 func (e *Engine) Run(tb testing.TB, s Spec) *Container {
 	tb.Helper()
-	cfg := &container.Config{Image: App, Cmd: s.Args, Env: s.Env, Labels: s.Labels, StopSignal: s.StopSignal, ExposedPorts: network.PortSet{}}
+	cfg := &container.Config{Image: cmp.Or(s.Image, App), Cmd: s.Args, Env: s.Env, Labels: s.Labels, StopSignal: s.StopSignal, ExposedPorts: network.PortSet{}}
 	host := &container.HostConfig{NetworkMode: container.NetworkMode(e.Network), PortBindings: network.PortMap{}}
 	if s.Network != "" {
 		host.NetworkMode = container.NetworkMode(s.Network)
