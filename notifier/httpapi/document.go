@@ -125,6 +125,11 @@ type service struct {
 	doc     *document
 	history []point
 
+	// What streams have been told of, which lags behind doc while it changes all the
+	// time: the seq of the telling, and the doc's own.
+	told, toldDoc int64
+	toldAt        time.Time
+
 	due   time.Time     // its balancers are asked again
 	pause time.Duration // after that, while it is not settled
 	since time.Time     // when that was first seen; zero = it is

@@ -324,14 +324,32 @@ func (p *picture) pulse(m meta, now time.Time) []message {
 	return out
 }
 
+// streamPace is the least time between two documents of one service in a stream. A
+// document has all instances: of a service that changes 42 times a second each reader
+// would get 42 of them.
+const streamPace = 250 * time.Millisecond
+
+// tell tells the streams of the service's last change, or returns how long that has
+// to wait; 0 = they have been told. The caller holds mu.
+func (p *picture) tell(s *service, now time.Time) (wait time.Duration) {
+	if s.doc.seq <= s.toldDoc {
+		return 0
+	}
+	if wait := s.toldAt.Add(streamPace).Sub(now); wait > 0 {
+		return wait
+	}
+	s.told, s.toldDoc, s.toldAt = p.changed(), s.doc.seq, now
+	return 0
+}
+
 // since returns what came after the place seen, of some services or all, the
-// place that it leads to, and what closes when there is more.
-func (p *picture) since(seen int64, only map[registrar.Service]bool, about meta, now time.Time) (out []message, seq int64, news <-chan struct{}) {
+// place that it leads to, what closes when there is more, and how soon there is more
+// anyway; 0 = nothing waits.
+func (p *picture) since(seen int64, only map[registrar.Service]bool, about meta, now time.Time) (out []message, seq int64, news <-chan struct{}, more time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	news = p.news
 	if !p.ready || p.heard.IsZero() {
-		return []message{say("meta", p.about(about, now))}, 0, news
+		return []message{say("meta", p.about(about, now))}, 0, p.news, 0
 	}
 	all := seen < p.horizon || seen == 0
 	if all {
@@ -346,12 +364,17 @@ func (p *picture) since(seen int64, only map[registrar.Service]bool, about meta,
 	}
 	histories := map[registrar.Service][]point{}
 	for name, s := range p.services {
-		switch {
-		case len(only) > 0 && !only[name]:
+		if len(only) > 0 && !only[name] {
 			continue
-		case s.doc.seq > seen:
+		}
+		wait := p.tell(s, now)
+		if wait > 0 && (more == 0 || wait < more) {
+			more = wait
+		}
+		switch {
+		case all || s.told > seen:
 			out = append(out, message{"service", s.doc.json})
-		case s.doc.beats > seen:
+		case s.doc.beats > seen && wait == 0:
 			out = append(out, message{"beats", s.doc.ages})
 		}
 		if all {
@@ -369,7 +392,7 @@ func (p *picture) since(seen int64, only map[registrar.Service]bool, about meta,
 	if happened := p.after(seen, only); len(happened) > 0 {
 		out = append(out, say("events", happened[max(0, len(happened)-defaultEvents):]))
 	}
-	return out, p.seq, news
+	return out, p.seq, p.news, more
 }
 
 // eventsKept is how many of the last events are in memory.

@@ -64,7 +64,11 @@ func (s *Server) getStream(w http.ResponseWriter, r *http.Request) {
 	beat := time.NewTicker(streamBeat)
 	defer beat.Stop()
 	for {
-		msgs, seq, news := p.since(seen, only, about, time.Now())
+		msgs, seq, news, wait := p.since(seen, only, about, time.Now())
+		more := make(<-chan time.Time) // nothing waits
+		if wait > 0 {
+			more = time.After(wait)
+		}
 		text := p.spell(msgs, seq)
 		if len(text) > 0 && !send(text) {
 			return
@@ -83,6 +87,8 @@ func (s *Server) getStream(w http.ResponseWriter, r *http.Request) {
 			case <-r.Context().Done():
 				return
 			case <-news:
+				break waiting
+			case <-more:
 				break waiting
 			case <-beat.C:
 				if !send(p.spell(p.pulse(about, time.Now()), seen)) {

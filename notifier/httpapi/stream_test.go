@@ -197,3 +197,50 @@ func TestStreamDropsSlow(t *testing.T) {
 	w.beat(t, "web", 1, registrar.Meta{})
 	other.gets(t, `"version":101`)
 }
+
+// TestStreamPace: of a service that changes all the time a reader gets the first
+// change at once, then its whole document four times a second, and the last state
+// always; meanwhile the first change of another service does not wait.
+func TestStreamPace(t *testing.T) {
+	t.Parallel()
+	w := start(t, nil, func(w *world) {
+		for n := range 20 {
+			w.beat(t, "web", n+1, registrar.Meta{Tags: map[string]string{"fill": strings.Repeat("x", 100)}})
+		}
+		w.beat(t, "api", 1, registrar.Meta{})
+	})
+	w.shows(t, "web", "is there", func(d httpapi.Service) bool { return len(d.Instances) == 20 })
+	w.shows(t, "api", "is there", func(d httpapi.Service) bool { return len(d.Instances) == 1 })
+	r := w.follow(t, "", "")
+	r.gets(t, `service {"service":"web"`)
+	documents := func() (n, bytes int) {
+		for line := range strings.Lines(r.String()) {
+			if strings.HasPrefix(line, `service {"service":"web"`) {
+				n, bytes = n+1, bytes+len(line)
+			}
+		}
+		return n, bytes
+	}
+	before, bytesBefore := documents()
+	begun := time.Now()
+	tick := time.NewTicker(24 * time.Millisecond) // 42 times a second
+	defer tick.Stop()
+	changes := 0
+	for ; time.Since(begun) < 3*time.Second; <-tick.C {
+		changes++
+		w.beat(t, "web", 1, registrar.Meta{Weight: changes % 200})
+		if changes == 20 {
+			w.beat(t, "api", 2, registrar.Meta{})
+		}
+	}
+	w.beat(t, "web", 1, registrar.Meta{Weight: 222})
+	r.gets(t, `service {"service":"api","version":2`)
+	r.gets(t, `"weight":222`)
+	took := time.Since(begun)
+	n, bytes := documents()
+	n, bytes = n-before, bytes-bytesBefore
+	if most := int(took/(250*time.Millisecond)) + 2; n > most || n < 2 {
+		t.Errorf("%d documents in %v, want at most %d", n, took, most)
+	}
+	t.Logf("%d changes in %v: %d documents, %.1f kB/s for this reader", changes, took.Round(time.Millisecond), n, float64(bytes)/took.Seconds()/1e3)
+}
