@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/redis/go-redis/v9"
@@ -42,14 +43,20 @@ func (m *monitor) newBeats() *beats {
 	return b
 }
 
-func (m *monitor) beats(svc registrar.Service, addr fmt.Stringer) *beats {
+const dampedName, dampedHelp = "rollcall_damped", "Instances that come and go, and wait before they return."
+
+func (m *monitor) beats(svc registrar.Service, addr fmt.Stringer, damper *registrar.Damper) *beats {
 	b := m.newBeats()
 	m.add(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: registeredName, Help: registeredHelp,
 		ConstLabels: prometheus.Labels{"service": string(svc), "addr": addr.String()},
 	}, func() float64 { return number(b.registered.Load()) }))
+	m.add(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: dampedName, Help: dampedHelp}, func() float64 { return number(damper.Waiting()) }))
 	m.ready = func() error {
-		if !b.registered.Load() {
+		switch {
+		case damper.Waiting():
+			return fmt.Errorf("not registered: it comes and goes, and returns within %v", damper.Wait().Round(time.Second))
+		case !b.registered.Load():
 			return errors.New("not registered; the log says why")
 		}
 		return nil

@@ -54,7 +54,8 @@ func (m *monitor) docker(status func() docker.Status) (beaten func(error)) {
 	up := gauge("rollcall_engine_up", "1 while the Docker Engine answers.")
 	containers := gauge("rollcall_engine_containers", "Containers that run on it.")
 	registered := gauge(registeredName, registeredHelp, "service", "addr")
-	m.add(scraped{[]*prometheus.Desc{up, containers, registered}, func(emit func(*prometheus.Desc, float64, ...string)) {
+	damped := gauge(dampedName, dampedHelp)
+	m.add(scraped{[]*prometheus.Desc{up, containers, registered, damped}, func(emit func(*prometheus.Desc, float64, ...string)) {
 		s := status()
 		emit(up, number(s.Away == nil))
 		emit(containers, float64(s.Containers))
@@ -63,11 +64,15 @@ func (m *monitor) docker(status func() docker.Status) (beaten func(error)) {
 			service registrar.Service
 			addr    string
 		}
-		is := map[instance]bool{}
+		is, waiting := map[instance]bool{}, 0
 		for _, i := range s.Instances {
+			if i.Standing == docker.Damped {
+				waiting++
+			}
 			at := instance{i.Service, i.Addr.String()}
 			is[at] = is[at] || i.Standing == docker.Registered
 		}
+		emit(damped, float64(waiting))
 		for i, yes := range is {
 			emit(registered, number(yes), string(i.service), i.addr)
 		}

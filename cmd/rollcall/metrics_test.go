@@ -520,7 +520,7 @@ func metricNames(t *testing.T) (names []string, histograms map[string]bool) {
 	}
 	histograms = map[string]bool{}
 	for _, wire := range []func(m *monitor){
-		func(m *monitor) { m.beats("web", addrOne{}) },
+		func(m *monitor) { m.beats("web", addrOne{}, registrar.NewDamper(nil, zerolog.Nop())) },
 		func(m *monitor) { m.docker(func() docker.Status { return docker.Status{} }) },
 		func(m *monitor) {
 			m.reaper(&reaper.Config{}, func() (map[registrar.Service]registrar.ReaperStatus, error) { return nil, nil })

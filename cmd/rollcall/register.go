@@ -79,13 +79,18 @@ func registerCommand() *cli.Command {
 				}
 			}
 			cfg.Hurry, cfg.Tell = side.hurry, settled(side.notify.useful)
+			side.service, side.addr, side.damper = cfg.Service, cfg.Addr, registrar.NewDamper(s.store, s.log)
+			cfg.Beaten = side.damper.Beaten
 			mon, err := newMonitor(c, s.log)
 			if err != nil {
 				return err
 			}
 			if mon != nil {
-				side.beats = mon.beats(cfg.Service, cfg.Addr)
-				cfg.Beaten = side.beats.beaten
+				side.beats = mon.beats(cfg.Service, cfg.Addr, side.damper)
+				cfg.Beaten = func(err error) {
+					side.damper.Beaten(err)
+					side.beats.beaten(err)
+				}
 			}
 			if side.beater, err = registrar.NewBeater(cfg, s.store, s.log); err != nil {
 				return usageError{err}

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -45,6 +47,9 @@ type sidecar struct {
 	prober      *health.Prober // nil: the instance counts as healthy
 	stopTimeout time.Duration
 	beater      *registrar.Beater
+	damper      *registrar.Damper
+	service     registrar.Service
+	addr        netip.AddrPort
 	hurry       chan struct{} // the Beater's; closed at most once, by hasten
 	notify      *systemd
 	beats       *beats // nil: nobody asks
@@ -133,7 +138,16 @@ func (s *sidecar) beat(ctx context.Context) {
 	ctx, s.cancel = context.WithCancelCause(ctx)
 	left := make(chan error, 1)
 	s.left = left
-	go func() { left <- s.beater.Run(ctx) }() // leave waits for it
+	go func() { // leave waits for it
+		var err error
+		if s.damper.Hold(ctx, s.service, s.addr, func(most time.Duration) {
+			s.notify.status(fmt.Sprintf("not registered: it comes and goes, and returns within %v", most.Round(time.Second)))
+		}) {
+			err = s.beater.Run(ctx)
+			s.damper.Left(context.Cause(ctx))
+		}
+		left <- err
+	}()
 }
 
 // leave ends what beat began, if anything, and waits until it has left. Who

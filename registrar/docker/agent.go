@@ -76,6 +76,7 @@ type Agent struct {
 	relist chan struct{} // has room for one: list now
 	reopen chan struct{} // has room for one: the Engine is there, so hear its events
 
+	dampers dampers
 	working sync.WaitGroup // the workers
 	mu      sync.Mutex
 	workers map[string]*worker // by container; guarded by mu

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/rs/zerolog"
 
@@ -14,8 +15,10 @@ import (
 
 // registration is one port of one life of a container.
 type registration struct {
+	key    key
 	beater *registrar.Beater
-	prober *health.Prober // nil: it counts as healthy
+	damper *registrar.Damper // of all lives of the port
+	prober *health.Prober    // nil: it counts as healthy
 	log    zerolog.Logger
 
 	standing atomic.Int32 // a Standing
@@ -35,10 +38,12 @@ const (
 	Absent     Standing = iota // no heartbeat is due: it is not healthy, say
 	Registered                 // accepted
 	Refused                    // not accepted, or not answered
+	Damped                     // it comes and goes, and waits before it returns
 )
 
 // beaten hears of each heartbeat.
 func (r *registration) beaten(err error) {
+	r.damper.Beaten(err)
 	if err == nil {
 		r.standing.Store(int32(Registered))
 	} else {
@@ -105,6 +110,10 @@ func (r *registration) run(ctx context.Context) {
 // another process's time, is followed by a new one.
 func (r *registration) beat(ctx context.Context) {
 	defer r.standing.Store(int32(Absent))
+	if !r.damper.Hold(ctx, r.key.service, r.key.addr, func(time.Duration) { r.standing.Store(int32(Damped)) }) {
+		return
+	}
+	defer func() { r.damper.Left(context.Cause(ctx)) }()
 	for ctx.Err() == nil {
 		err := r.beater.Run(ctx)
 		switch {

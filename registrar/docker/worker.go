@@ -170,6 +170,7 @@ func (w *worker) registration(want want) (*registration, error) {
 	r := &registration{
 		hurry: make(chan struct{}),
 		log:   w.log.With().Str("service", string(want.service)).Stringer("addr", want.addr).Logger(),
+		key:   want.key(), damper: w.damper(want),
 	}
 	var err error
 	r.beater, err = registrar.NewBeater(registrar.BeaterConfig{
