@@ -77,6 +77,7 @@ type Agent struct {
 	reopen chan struct{} // has room for one: the Engine is there, so hear its events
 
 	dampers dampers
+	claims  claims
 	working sync.WaitGroup // the workers
 	mu      sync.Mutex
 	workers map[string]*worker // by container; guarded by mu
@@ -123,6 +124,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	var following sync.WaitGroup
 	defer following.Wait()
 	following.Go(func() { a.follow(ctx) })
+	lost := make(chan error, 1)
+	following.Go(func() { a.watch(ctx, lost) })
 
 	wait := time.NewTimer(0)
 	defer wait.Stop()
@@ -131,6 +134,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-a.relist:
+		case err := <-lost:
+			a.answered(err)
 		case <-wait.C:
 		}
 		err := a.Reconcile(ctx)

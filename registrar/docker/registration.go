@@ -15,11 +15,13 @@ import (
 
 // registration is one port of one life of a container.
 type registration struct {
-	key    key
-	beater *registrar.Beater
-	damper *registrar.Damper // of all lives of the port
-	prober *health.Prober    // nil: it counts as healthy
-	log    zerolog.Logger
+	key       key
+	container string
+	beater    *registrar.Beater
+	damper    *registrar.Damper // of all lives of the port
+	claims    *claims           // of all containers
+	prober    *health.Prober    // nil: it counts as healthy
+	log       zerolog.Logger
 
 	standing atomic.Int32 // a Standing
 	cancel   context.CancelCauseFunc
@@ -106,9 +108,22 @@ func (r *registration) run(ctx context.Context) {
 	}
 }
 
-// beat registers until ctx ends. A token that has left, by another hand or in
-// another process's time, is followed by a new one.
+// beat registers while the address is the container's, until ctx ends.
 func (r *registration) beat(ctx context.Context) {
+	for again := true; again; {
+		mine, stop := r.mine(ctx)
+		if mine == nil {
+			return
+		}
+		r.hold(mine)
+		again = ctx.Err() == nil && errors.Is(context.Cause(mine), registrar.ErrHandedOver)
+		stop()
+	}
+}
+
+// hold registers until ctx ends. A token that has left, by another hand or in
+// another process's time, is followed by a new one.
+func (r *registration) hold(ctx context.Context) {
 	defer r.standing.Store(int32(Absent))
 	if !r.damper.Hold(ctx, r.key.service, r.key.addr, func(time.Duration) { r.standing.Store(int32(Damped)) }) {
 		return

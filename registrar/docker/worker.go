@@ -148,6 +148,7 @@ func (w *worker) register(ctx context.Context) {
 			w.set(k, nil)
 		}
 	}
+	w.agent.claims.set(w.id, w.facts.started, wants)
 	for _, want := range wants {
 		if w.regs[want.key()] != nil {
 			continue
@@ -170,7 +171,7 @@ func (w *worker) registration(want want) (*registration, error) {
 	r := &registration{
 		hurry: make(chan struct{}),
 		log:   w.log.With().Str("service", string(want.service)).Stringer("addr", want.addr).Logger(),
-		key:   want.key(), damper: w.damper(want),
+		key:   want.key(), container: w.id, damper: w.damper(want), claims: &w.agent.claims,
 	}
 	var err error
 	r.beater, err = registrar.NewBeater(registrar.BeaterConfig{
@@ -210,6 +211,9 @@ func (w *worker) leave(cause error) {
 		r.leave(cause, true)
 	}
 	w.wait()
+	if cause == registrar.ErrEnded {
+		w.agent.claims.set(w.id, time.Time{}, nil)
+	}
 }
 
 // end is what becomes of the registrations when the agent ends.
