@@ -6,11 +6,13 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
 	"rollcall/lbsync/haproxy/haproxytest"
+	"rollcall/registrar"
 	"rollcall/registrar/redistest"
 )
 
@@ -74,6 +76,42 @@ func TestRolesDamped(t *testing.T) {
 	for _, role := range []string{"sidecar-web", "docker"} {
 		if _, err := roleStore(t, srv, role).OthersServe(t.Context(), "web", netip.MustParseAddrPort("10.0.0.1:80")); err != nil {
 			t.Errorf("%s: %v", role, err)
+		}
+	}
+}
+
+// TestDoctorFlaps: doctor names who comes and goes.
+func TestDoctorFlaps(t *testing.T) {
+	t.Parallel()
+	s := &system{redis: redistest.Start(t)}
+	store, err := registrar.NewStore(s.redis.Client(t), registrar.DefaultNamespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := netip.MustParseAddrPort("10.0.0.1:80")
+	join := func(n int) {
+		t.Helper()
+		token := fmt.Sprint("token", n)
+		if _, err := store.Beat(t.Context(), "web", registrar.Beat{Addr: addr, Token: token, Meta: `{"id":"` + token + `","weight":100}`}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for n, want := range map[int]state{4: stateOK, 5: stateWarn} {
+		for i := range n {
+			join(10*n + i)
+			if i < n-1 {
+				if _, err := store.Leave(t.Context(), "web", addr, fmt.Sprint("token", 10*n+i), registrar.Unhealthy); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		findings, _ := s.doctor(t)
+		at := slices.IndexFunc(findings, func(f finding) bool { return f.Check == "registry flapping" })
+		if at < 0 || findings[at].State != want || want == stateWarn && !strings.Contains(findings[at].Seen, "web 10.0.0.1:80 (5 times)") {
+			t.Errorf("joined %d times: %+v", n, findings)
+		}
+		if err := s.redis.Client(t).FlushAll(t.Context()).Err(); err != nil {
+			t.Fatal(err)
 		}
 	}
 }
