@@ -22,7 +22,7 @@ func dockerCommand() *cli.Command {
 		Name: "docker", Usage: "register the containers of a Docker Engine, by their labels and their health, until SIGTERM",
 		Flags: redisFlags(append(httpFlags(),
 			&cli.StringFlag{Name: "engine", EnvVars: env("engine"), DefaultText: "DOCKER_HOST's, or unix:///var/run/docker.sock", Usage: "the Engine's `URL`"},
-			&cli.StringFlag{Name: "advertise", EnvVars: env("advertise"), Usage: "`HOST` that balancers can reach, of ports that are published on every address; without it one of this machine's is chosen"},
+			&cli.StringFlag{Name: "advertise", EnvVars: env("advertise"), Usage: "`HOST` that balancers can reach, of ports that are published on every address; without it the address that connections to Redis have is chosen, else that of the default route"},
 			&cli.StringFlag{Name: "interface", EnvVars: env("interface"), Usage: "`NAME` of the network interface whose address that is"},
 			&cli.BoolFlag{Name: "internal", EnvVars: env("internal"), Usage: "register containers at their own addresses and ports, published or not"},
 			&cli.StringFlag{Name: "network", EnvVars: env("network"), DefaultText: "the container's first by name", Usage: "with --internal: `NAME` of the network of these addresses; who is not in it is not registered"},
@@ -49,10 +49,11 @@ func dockerCommand() *cli.Command {
 				}
 				cfg.Services = append(cfg.Services, svc)
 			}
-			var err error
-			if cfg.Advertise, err = advertised(c); err != nil {
+			where, err := advertised(c)
+			if err != nil {
 				return usageError{err}
 			}
+			cfg.Advertise = where.addr.Addr()
 			s, err := begin(c, dockerPool)
 			if err != nil {
 				return err
@@ -85,7 +86,7 @@ func dockerCommand() *cli.Command {
 				return err
 			}
 			defer stop()
-			s.log.Info().Stringer("advertise", cfg.Advertise).Bool("internal", cfg.Internal).Msg("registering containers")
+			s.log.Info().Stringer("advertise", cfg.Advertise).Bool("internal", cfg.Internal).EmbedObject(where.choice).Msg("registering containers")
 			defer notify.stopping(c.Context)()
 			return agent.Run(c.Context)
 		},
@@ -93,25 +94,22 @@ func dockerCommand() *cli.Command {
 }
 
 // advertised returns the host's address, or none if containers have their own.
-func advertised(c *cli.Context) (netip.Addr, error) {
+func advertised(c *cli.Context) (*located, error) {
 	given := c.String("advertise")
 	if c.Bool("internal") {
 		if given != "" || c.String("interface") != "" {
-			return netip.Addr{}, usage("--advertise and --interface are the host's address, and --internal wants the containers'")
+			return nil, usage("--advertise and --interface are the host's address, and --internal wants the containers'")
 		}
-		return netip.Addr{}, nil
+		return &located{}, nil
 	}
 	if given != "" {
 		if c.String("interface") != "" {
-			return netip.Addr{}, usage("want --advertise or --interface")
+			return nil, usage("want --advertise or --interface")
 		}
-		return resolveHost(c.Context, given)
+		ip, err := resolveHost(c.Context, given)
+		return &located{addr: netip.AddrPortFrom(ip, 0)}, err
 	}
-	all, err := localAddrs()
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	return chooseIP(all, c.String("interface"))
+	return chooseLocal(c, 0)
 }
 
 // resolveHost is registrar.ResolveAddr for an address without a port.

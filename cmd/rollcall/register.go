@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"strings"
 	"time"
@@ -25,7 +26,7 @@ func registerCommand() *cli.Command {
 			"and tries again at every heartbeat. Those that are registered stay so.",
 		Flags: redisFlags(append(httpFlags(),
 			&cli.StringFlag{Name: "service", EnvVars: env("service"), Usage: "`NAME` of the service"},
-			&cli.StringFlag{Name: "addr", EnvVars: env("addr"), Usage: "`HOST:PORT` that balancers can reach; a name is resolved once; of :PORT the host is chosen and printed"},
+			&cli.StringFlag{Name: "addr", EnvVars: env("addr"), Usage: "`HOST:PORT` that balancers can reach; a name is resolved once; of :PORT the host is chosen and printed: the address that connections to Redis have, else that of the default route"},
 			&cli.StringFlag{Name: "advertise", EnvVars: env("advertise"), Usage: "`HOST[:PORT]` in the place of --addr's own, as behind a port mapping"},
 			&cli.StringFlag{Name: "interface", EnvVars: env("interface"), Usage: "`NAME` of the network interface whose address is the host of --addr :PORT"},
 			&cli.IntFlag{Name: "weight", Value: registrar.DefaultWeight, EnvVars: env("weight"), Usage: "share of the traffic, 0 to 256"},
@@ -48,7 +49,11 @@ func registerCommand() *cli.Command {
 		)...),
 		Action: func(c *cli.Context) error {
 			trim()
-			cfg, err := beaterConfig(c)
+			where, err := chooseAddr(c)
+			if err != nil {
+				return usageError{err}
+			}
+			cfg, err := beaterConfig(c, where.addr)
 			if err != nil {
 				return usageError{err}
 			}
@@ -100,7 +105,7 @@ func registerCommand() *cli.Command {
 				return err
 			}
 			defer stop()
-			s.log.Info().Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Str("given", c.String("addr")).Msg("registering")
+			s.log.Info().Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Str("given", c.String("addr")).EmbedObject(where.choice).Msg("registering")
 			err = side.run(c.Context)
 			if errors.Is(err, registrar.ErrInterval) {
 				return usageError{err}
@@ -168,12 +173,8 @@ func prober(c *cli.Context, children *child.Reaper, around bool) (*health.Prober
 // fileInterval paces the looks at a file, which cost next to nothing.
 const fileInterval = 250 * time.Millisecond
 
-func beaterConfig(c *cli.Context) (registrar.BeaterConfig, error) {
+func beaterConfig(c *cli.Context, addr netip.AddrPort) (registrar.BeaterConfig, error) {
 	svc, err := registrar.ParseService(c.String("service"))
-	if err != nil {
-		return registrar.BeaterConfig{}, err
-	}
-	addr, err := chooseAddr(c)
 	if err != nil {
 		return registrar.BeaterConfig{}, err
 	}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -366,36 +365,6 @@ func TestNotify(t *testing.T) {
 		}
 		if string(buf[:n]) == "READY=1" {
 			break
-		}
-	}
-}
-
-func TestChooseIP(t *testing.T) {
-	addr := func(name string, index int, ip string) localAddr {
-		return localAddr{name, index, netip.MustParseAddr(ip)}
-	}
-	lo, six, pub := addr("lo", 1, "127.0.0.1"), addr("eth0", 2, "fd00::1"), addr("eth0", 2, "198.51.100.1")
-	link, low, high, other := addr("eth0", 2, "169.254.0.1"), addr("eth1", 3, "10.0.0.7"), addr("eth1", 3, "10.0.0.8"), addr("eth2", 4, "10.0.0.1")
-	for _, c := range []struct {
-		name, of string
-		all      []localAddr
-		want     string // empty for none
-	}{
-		{"nothing", "", nil, ""},
-		{"only loopback", "", []localAddr{lo}, ""},
-		{"loopback by name", "lo", []localAddr{lo, low}, "127.0.0.1"},
-		{"link-local", "", []localAddr{link}, ""},
-		{"IPv6 alone", "", []localAddr{lo, six}, "fd00::1"},
-		{"IPv4 before IPv6", "", []localAddr{six, pub}, "198.51.100.1"},
-		{"private before public", "", []localAddr{pub, low}, "10.0.0.7"},
-		{"lower index", "", []localAddr{other, high}, "10.0.0.8"},
-		{"lower address", "", []localAddr{high, low, other}, "10.0.0.7"},
-		{"named", "eth2", []localAddr{low, other}, "10.0.0.1"},
-		{"unknown", "eth9", []localAddr{low}, ""},
-	} {
-		got, err := chooseIP(c.all, c.of)
-		if c.want == "" && err == nil || c.want != "" && (err != nil || got.String() != c.want) {
-			t.Errorf("%s: got %v, %v", c.name, got, err)
 		}
 	}
 }
