@@ -44,7 +44,8 @@ type slope struct {
 // The estimate is that of Theil and Sen: up to 29 % of the bins may be anything. Its
 // bounds are Sen's: of the N slopes in order, those C/2 beside the middle, with
 // C = sigmas · √(n(n-1)(2n+5)/18), the deviation of Kendall's S without a trend. A series
-// that steps once has many slopes of 0, so its lower bound is 0: a step is no growth.
+// that steps once has many slopes of 0, so its lower bound is 0: a step is no growth. The
+// uncertainty is the greater distance to one of the two.
 func fit(series []point, floor bool) slope {
 	if len(series) == 0 {
 		return slope{}
@@ -114,7 +115,7 @@ const (
 
 // verdict judges a slope by a bound per hour; NaN = the figure is only told. It grows if
 //
-//	slope > bound  and  slope - 3 sigma > 0  and  slope of the second half > bound/2
+//	slope > bound  and  slope > uncertainty at 3 sigma  and  slope of the second half > bound/2
 //
 // A lower bound finds slower leaks, and takes what settles for one. The second condition
 // needs a run that is long beside the noise; the third lets pass what has stopped to grow,
@@ -125,7 +126,7 @@ func (s slope) verdict(bound float64) string {
 		return verdictTold
 	case s.n < fewBins:
 		return verdictFew
-	case s.perHour > bound && s.low > 0 && s.late > bound/2:
+	case s.perHour > bound && s.perHour > s.uncertainty() && s.late > bound/2:
 		return verdictGrows
 	}
 	return verdictOK

@@ -70,7 +70,7 @@ func TestSlopeOfFew(t *testing.T) {
 			t.Errorf("%d points: %q, want %q", n, v, verdictFew)
 		}
 	}
-	if v := (slope{n: bins, perHour: 9, low: 9, late: 9}).verdict(math.NaN()); v != verdictTold {
+	if v := (slope{n: bins, perHour: 9, low: 9, high: 9, late: 9}).verdict(math.NaN()); v != verdictTold {
 		t.Errorf("a figure without a bound: %q", v)
 	}
 }
