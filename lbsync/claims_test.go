@@ -23,7 +23,7 @@ func TestTwoServicesOneAddress(t *testing.T) {
 	w.run(t, w.client(t))
 	api := func(a netip.AddrPort) {
 		t.Helper()
-		if _, err := w.store.Beat(t.Context(), "api", registrar.Beat{Addr: a, Token: "api", Meta: `{"id":"api","weight":100}`, Claim: true}); err != nil {
+		if _, err := w.store.Beat(t.Context(), "api", registrar.Beat{Addr: a, Token: "api", Meta: `{"id":"api","weight":100}`}); err != nil {
 			t.Fatal(err)
 		}
 	}

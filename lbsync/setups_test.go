@@ -143,7 +143,7 @@ func TestResolversAreRefused(t *testing.T) {
 			if st := w.noted(t, a.Addr(), registrar.NoteRefused); !strings.Contains(st.Why, "resolvers") {
 				t.Errorf("why: %+v", st)
 			}
-			if _, err := w.store.Beat(t.Context(), "api", registrar.Beat{Addr: a.Addr(), Token: "t", Meta: `{"id":"t","weight":7}`, Claim: true}); err != nil {
+			if _, err := w.store.Beat(t.Context(), "api", registrar.Beat{Addr: a.Addr(), Token: "t", Meta: `{"id":"t","weight":7}`}); err != nil {
 				t.Fatal(err)
 			}
 			w.want(t, "other", map[string]string{a.Addr().String(): "ready 7"}) // the others go on

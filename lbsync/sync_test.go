@@ -125,7 +125,7 @@ func (w *world) beat(t *testing.T, a netip.AddrPort, weight int) {
 		w.token[a] = rand.Text()
 	}
 	meta := fmt.Sprintf(`{"id":%q,"weight":%d}`, w.token[a], weight)
-	if _, err := w.store.Beat(context.Background(), "web", registrar.Beat{Addr: a, Token: w.token[a], Meta: meta, Claim: true}); err != nil {
+	if _, err := w.store.Beat(context.Background(), "web", registrar.Beat{Addr: a, Token: w.token[a], Meta: meta}); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -85,7 +85,7 @@ func TestClusterWatch(t *testing.T) {
 	join := func(s *registrar.Store, svc registrar.Service, n int) error {
 		ctx, cancel := registrar.WithTimeout(t.Context())
 		defer cancel()
-		_, err := s.Beat(ctx, svc, registrar.Beat{Addr: host(n), Token: fmt.Sprint("t", n), Meta: metaOf(n, 1), Claim: true})
+		_, err := s.Beat(ctx, svc, registrar.Beat{Addr: host(n), Token: fmt.Sprint("t", n), Meta: metaOf(n, 1)})
 		return err
 	}
 	for _, svc := range all {

@@ -137,7 +137,7 @@ func metaOf(n, weight int) string { return fmt.Sprintf(`{"id":"t%d","weight":%d}
 // join registers the n-th instance of svc, or changes its weight.
 func (w *world) join(svc registrar.Service, n, weight int) registrar.BeatReply {
 	w.tb.Helper()
-	r, err := w.store.Beat(w.tb.Context(), svc, registrar.Beat{Addr: host(n), Token: fmt.Sprint("t", n), Meta: metaOf(n, weight), Claim: true})
+	r, err := w.store.Beat(w.tb.Context(), svc, registrar.Beat{Addr: host(n), Token: fmt.Sprint("t", n), Meta: metaOf(n, weight)})
 	must(w.tb, err)
 	return r
 }
@@ -145,7 +145,7 @@ func (w *world) join(svc registrar.Service, n, weight int) registrar.BeatReply {
 // joinMute is join, but Redis does not send the message.
 func (w *world) joinMute(svc registrar.Service, n, weight int) {
 	w.tb.Helper()
-	_, err := w.mute.Beat(w.tb.Context(), svc, registrar.Beat{Addr: host(n), Token: fmt.Sprint("t", n), Meta: metaOf(n, weight), Claim: true})
+	_, err := w.mute.Beat(w.tb.Context(), svc, registrar.Beat{Addr: host(n), Token: fmt.Sprint("t", n), Meta: metaOf(n, weight)})
 	if err == nil || !strings.Contains(err.Error(), "can't publish") {
 		w.tb.Fatalf("beat without channel rights: %v, want a message that was refused", err)
 	}

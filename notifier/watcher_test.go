@@ -210,7 +210,7 @@ func TestCoalesce(t *testing.T) {
 		writing.Go(func() {
 			for i := range each {
 				_, err := w.store.Beat(t.Context(), web, registrar.Beat{
-					Addr: host(n), Token: fmt.Sprint("t", n), Meta: metaOf(n, i+100), Claim: true,
+					Addr: host(n), Token: fmt.Sprint("t", n), Meta: metaOf(n, i+100),
 				})
 				if err != nil {
 					t.Error(err)

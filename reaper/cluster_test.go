@@ -281,7 +281,7 @@ func TestClusterOnce(t *testing.T) {
 	const ttl, interval = 3 * time.Second, time.Second
 	s := newShards(t)
 	for _, svc := range s.all {
-		if _, err := s.store.Beat(t.Context(), svc, registrar.Beat{Addr: netip.MustParseAddrPort("10.0.0.9:80"), Token: "t", Meta: `{"id":"t"}`, Claim: true}); err != nil {
+		if _, err := s.store.Beat(t.Context(), svc, registrar.Beat{Addr: netip.MustParseAddrPort("10.0.0.9:80"), Token: "t", Meta: `{"id":"t"}`}); err != nil {
 			t.Fatal(err)
 		}
 	}

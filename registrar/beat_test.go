@@ -32,7 +32,7 @@ func TestBeat(t *testing.T) {
 	mine := Beat{Addr: a, Token: "t1", Meta: metaOf("t1")}
 	other := Beat{Addr: a, Token: "t2", Meta: metaOf("t2")}
 	claim := other
-	claim.Claim = true
+	claim.Agent = "a1"
 	held := func(tb testing.TB, s *Store) { join(tb, s, a, "t1") }
 	agents := func(mark string) func(testing.TB, *Store) {
 		return func(tb testing.TB, s *Store) {
@@ -49,9 +49,10 @@ func TestBeat(t *testing.T) {
 		want   string
 	}{
 		{"arrival", nil, 0, mine, "NEW"},
-		{"arrival with a claim", nil, 0, claim, "NEW"},
+		{"arrival of an agent's", nil, 0, claim, "NEW"},
 		{"heartbeat", held, 1234, mine, "OK"},
-		{"heartbeat of an absent-minded claimer", held, 1234, Beat{Addr: a, Token: "t1", Meta: metaOf("t1"), Claim: true}, "OK"},
+		{"heartbeat of an absent-minded agent", held, 1234, Beat{Addr: a, Token: "t1", Meta: metaOf("t1"), Agent: "a1"}, "OK"},
+		{"heartbeat that comes as a first one", held, 1234, Beat{Addr: a, Token: "t1", Meta: metaOf("t1"), first: true}, "OK"},
 		{"other bytes, same meaning", held, 1, Beat{Addr: a, Token: "t1", Meta: `{"weight":7,"id":"t1"}`}, "CHANGED"},
 		{"own score in the future", func(tb testing.TB, s *Store) {
 			held(tb, s)
@@ -62,10 +63,11 @@ func TestBeat(t *testing.T) {
 			do(tb, s, "ZADD", s.keys.Instances(web), "+inf", a.String())
 		}, 10, mine, "OK"},
 
-		{"claim on a live holder", held, 1, claim, "TAKEN"},
-		{"an agent on what it registered", agents("a1"), 1, Beat{Addr: a, Token: "t2", Meta: metaOf("t2"), Agent: "a1"}, "TAKEN"},
-		{"an agent on what another one registered", agents("a2"), 1, Beat{Addr: a, Token: "t2", Meta: metaOf("t2"), Agent: "a1"}, "NOTOWNER"},
-		{"an agent on what no agent registered", held, 1, Beat{Addr: a, Token: "t2", Meta: metaOf("t2"), Agent: "a1"}, "NOTOWNER"},
+		{"a live holder", held, 1, other, "NOTOWNER"},
+		{"a live holder, by a first one", held, 1, Beat{Addr: a, Token: "t2", Meta: metaOf("t2"), first: true}, "NOTOWNER"},
+		{"an agent on what it registered", agents("a1"), 1, claim, "TAKEN"},
+		{"an agent on what another one registered", agents("a2"), 1, claim, "NOTOWNER"},
+		{"an agent on what no agent registered", held, 1, claim, "NOTOWNER"},
 		{"no agent on what an agent registered", agents("a1"), 1, other, "NOTOWNER"},
 		{"holder beat two intervals ago", held, 2 * intervalMS, other, "NOTOWNER"},
 		{"holder beat two intervals and 1 ms ago", held, 2*intervalMS + 1, other, "TAKEN"},
@@ -98,7 +100,12 @@ func TestBeat(t *testing.T) {
 		}, 1, other, "TAKEN"},
 
 		{"late beat after left", func(tb testing.TB, s *Store) { held(tb, s); leave(tb, s, a, "t1") }, 1, mine, "LEFT"},
-		{"left beats a claim", func(tb testing.TB, s *Store) { join(tb, s, a, "t2"); leave(tb, s, a, "t2") }, 1, claim, "LEFT"},
+		{"an agent on a holder whose metadata is none", func(tb testing.TB, s *Store) {
+			agents("a1")(tb, s)
+			do(tb, s, "HSET", s.keys.Meta(web), a.String(), `{"id":"t1","agent":{"a1":1}}`)
+		}, 1, claim, "NOTOWNER"},
+		{"the mark of a claim as it was", held, 1, Beat{Addr: a, Token: "t2", Meta: metaOf("t2"), Agent: "1"}, "NOTOWNER"},
+		{"left beats an agent's mark", func(tb testing.TB, s *Store) { join(tb, s, a, "t2"); leave(tb, s, a, "t2") }, 1, claim, "LEFT"},
 		{"late beat with other metadata", func(tb testing.TB, s *Store) { held(tb, s); leave(tb, s, a, "t1") }, 1,
 			Beat{Addr: a, Token: "t1", Meta: `{"id":"t1","draining":true}`}, "LEFT"},
 		{"late beat after unhealthy", func(tb testing.TB, s *Store) {
@@ -296,7 +303,9 @@ func TestBeatLimits(t *testing.T) {
 		{"no number", all(set("max_instances", "many"), crowd(3)), mine, "NEW"},
 		{"who is there beats on", all(here, set("max_instances", 1), crowd(5)), mine, "OK"},
 		{"who is there changes", all(here, set("max_instances", 1), crowd(5)), changed, "CHANGED"},
-		{"who is there is taken over", all(here, set("max_instances", 1), crowd(5)), Beat{Addr: host(1), Token: "t2", Meta: metaOf("t2"), Claim: true}, "TAKEN"},
+		{"who is there is taken over", all(here, func(tb testing.TB, s *Store) {
+			do(tb, s, "ZADD", s.keys.Instances(web), 1, host(1).String())
+		}, set("max_instances", 1), crowd(5)), Beat{Addr: host(1), Token: "t2", Meta: metaOf("t2")}, "TAKEN"},
 		{"a last service", all(set("max_services", 2), names(1)), mine, "NEW"},
 		{"a service too many", all(set("max_services", 2), names(2)), mine, "there are 2 services, the most"},
 		{"the default of services", all(names(20_000)), mine, "redis-cli hset NS:config max_services 40000"},

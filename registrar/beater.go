@@ -38,10 +38,15 @@ type BeaterConfig struct {
 	// Run calls it and waits for it.
 	Beaten func(err error)
 	// Token, if not empty, is the first registration's token, and Since when it
-	// began. Whoever derives both from what it registers for is the same
-	// registration again after a restart of its own, to the last byte.
+	// began. A process that derives both from what it registers, or has kept them
+	// (see Keep), is the same registration again after a restart, to the last byte.
 	Token string
 	Since time.Time
+	// Keep, if not nil, hears each registration's token and when it began: before its
+	// first heartbeat, and again when another registration has held the address
+	// meanwhile. An empty token says that the register has it no more. Run calls it
+	// and waits for it.
+	Keep func(token string, since time.Time)
 	// Agent, if not empty, is the mark of the agent that registers the instance, of
 	// at most MaxName bytes. What the same agent registered at this address before is
 	// taken over at once; every other registration there must have missed its beats.
@@ -75,15 +80,19 @@ type Beater struct {
 	log   zerolog.Logger
 
 	token    string
+	since    time.Time
 	meta     string
 	draining string // the same metadata, draining
 	interval time.Duration
-	answered bool // Redis has answered a beat, so the claim is settled
-	accepted bool // a beat of this registration was
-	known    bool // a beat of any registration was
-	ended    bool // the registration, by a Run that has ended
-	loser    bool // another holds the address, and that was said
-	full     bool // the register has no room for it, and that was said
+	answered bool  // Redis has answered a beat, so the agent's mark counts no more
+	sent     bool  // a beat of this registration was
+	accepted bool  // one of these was, or the register was found to have it
+	version  int64 // of the service when it was found; 0 = it was not
+	known    bool  // a beat of any registration was
+	ended    bool  // the registration, by a Run that has ended
+	loser    bool  // another holds the address, and that was said
+	rival    int64 // when that one had beaten last when it was said, unix ms by Redis' clock
+	full     bool  // the register has no room for it, and that was said
 	outage   Outage
 	news     Sparing // its arrivals and changes
 
@@ -134,10 +143,11 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 	return b, nil
 }
 
-// register makes a new registration: a token that has not left. The claim on
-// the address stays settled: who comes back does not take it from another.
+// register makes a new registration: a token that has not left. What the agent's
+// mark is for stays settled: an instance that comes back takes the address from
+// nobody.
 func (b *Beater) register(token string, since time.Time) error {
-	b.token = token
+	b.token, b.since = token, since
 	m := Meta{ID: token, Weight: b.cfg.Weight, Zone: b.cfg.Zone, Tags: b.cfg.Tags, Registered: since.UnixMilli(), Agent: b.cfg.Agent}
 	meta, err := json.Marshal(m)
 	if err != nil {
@@ -152,14 +162,17 @@ func (b *Beater) register(token string, since time.Time) error {
 		return fmt.Errorf("metadata of %d bytes, at most %d; use fewer tags", len(draining), MaxMeta)
 	}
 	b.meta, b.draining = string(meta), string(draining)
-	b.accepted, b.loser, b.full, b.ended, b.outage.Failures = false, false, false, false, 0
+	b.sent, b.accepted, b.loser, b.full, b.ended, b.version, b.outage.Failures = false, false, false, false, false, 0, 0
 	return nil
 }
 
 // Run beats until ctx ends. Then, with a live context of its own, it says that it
 // is draining, waits until every live balancer has seen to that, and leaves with
 // its own token; if ctx's cause is ErrUnhealthy or ErrEnded it leaves at once, and
-// if it is ErrHandedOver not at all. It returns nil then, also if the leave found Redis away:
+// if it is ErrHandedOver not at all. What a process that was killed has left in the
+// register at this address drains and leaves likewise, also if ctx has ended before
+// Run begins: for that Run waits until it may take the address over, two intervals
+// at most. It returns nil then, also if the leave found Redis away:
 // the reaper takes out who stopped. It returns an error that wraps ErrInterval
 // if the registry does not accept the first beat's interval, and ErrLeft if somebody left
 // with this token.
@@ -170,25 +183,17 @@ func (b *Beater) Run(ctx context.Context) error {
 		}
 	}
 	defer func() { b.ended = true }()
+	b.keep()
 	wait := time.NewTimer(0)
 	defer wait.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			why, cause := Left, context.Cause(ctx)
-			ctx := context.WithoutCancel(ctx)
-			switch {
-			case errors.Is(cause, ErrHandedOver):
-				return nil
-			case errors.Is(cause, ErrUnhealthy):
-				why = Unhealthy
-			case errors.Is(cause, ErrEnded):
-			default:
-				b.drain(ctx)
-			}
-			b.leave(ctx, why)
-			return nil
 		case <-wait.C:
+		}
+		if ctx.Err() != nil {
+			b.end(context.WithoutCancel(ctx), context.Cause(ctx))
+			return nil
 		}
 		next, err := b.Beat(ctx)
 		if errors.Is(err, ErrInterval) || errors.Is(err, ErrLeft) {
@@ -203,7 +208,8 @@ func (b *Beater) Run(ctx context.Context) error {
 // the next tick of the Roll if there is one, or after a failure full jitter below a ceiling that doubles from 100 ms to
 // the interval. A nil error says that the register has this instance;
 // ErrNotOwner, that another holds its address, and ErrFull, that the register has
-// no room for it, are answered at the interval's pace.
+// no room for it, are answered at the interval's pace; of the former the next one is
+// also no later than the moment from which the address may be taken over.
 func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 	tctx, cancel := WithTimeout(ctx)
 	defer cancel()
@@ -211,10 +217,11 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 	if b.cfg.Roll != nil {
 		send = b.cfg.Roll.Beat
 	}
-	beat := Beat{Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Interval: b.cfg.Interval}
+	beat := Beat{Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Interval: b.cfg.Interval, first: !b.accepted}
 	if !b.answered {
-		beat.Claim, beat.Agent = b.cfg.Agent == "", b.cfg.Agent
+		beat.Agent = b.cfg.Agent
 	}
+	b.sent = true
 	reply, err := send(tctx, b.cfg.Service, beat)
 	b.beaten(ctx, err)
 	if err == nil || errors.Is(err, ErrNotOwner) || errors.Is(err, ErrFull) || errors.Is(err, ErrLeft) || errors.Is(err, ErrInterval) {
@@ -229,20 +236,26 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		if say {
 			b.log.Info().Int("failures", failures).Msg("redis answers again")
 		}
-		if reply.Status != BeatOK && b.news.May() {
+		if (reply.Status != BeatOK || !b.accepted) && b.news.May() {
 			b.log.Info().Str("status", string(reply.Status)).Int64("version", reply.Version).Dur("interval", b.interval).Msg("registered")
 		}
 		if failures > 0 || b.loser || b.full || !b.accepted {
 			b.tell("registered")
 		}
+		lost := b.loser
 		b.loser, b.full, b.accepted, b.known = false, false, true, true
+		if lost {
+			b.keep()
+		}
 	case errors.Is(err, ErrNotOwner):
 		if !b.loser {
 			b.log.Warn().Msg("another registration holds this address; trying again at every interval")
-			b.tell("not registered: another registration holds the address")
+			b.tell("not registered: another registration holds the address, until it misses its heartbeats")
+			b.rival = reply.Held
 		}
 		b.outage.End()
 		b.loser, b.full = true, false
+		return min(b.pace(), until(reply)), err
 	case errors.Is(err, ErrFull):
 		if !b.full {
 			b.log.Error().Err(err).Msg("not registered; trying again at every interval")
@@ -269,10 +282,136 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		}
 		return Backoff(b.outage.Failures, b.interval), err
 	}
+	return b.pace(), err
+}
+
+// pace is how long after a heartbeat the next one is due.
+func (b *Beater) pace() time.Duration {
 	if b.cfg.Roll != nil {
-		return b.cfg.Roll.next(b.interval), err
+		return b.cfg.Roll.next(b.interval)
 	}
-	return Shorten(b.interval), err
+	return Shorten(b.interval)
+}
+
+// until is how long it takes until the address may be taken over of whose holder
+// reply tells, if that stays silent. beat.lua counts whole milliseconds.
+func until(reply BeatReply) time.Duration {
+	return max(2*reply.Interval-reply.Silent, 0) + time.Millisecond
+}
+
+// end ends a registration, for the cause.
+func (b *Beater) end(ctx context.Context, cause error) {
+	why, drains := Left, b.cfg.DrainWait > 0
+	switch {
+	case errors.Is(cause, ErrHandedOver):
+		return
+	case errors.Is(cause, ErrUnhealthy):
+		why, drains = Unhealthy, false
+	case errors.Is(cause, ErrEnded):
+		drains = false
+	}
+	// A token that nobody has kept is in the register only if it was sent.
+	looked := true
+	if (!b.accepted || b.loser) && (drains || !b.sent && b.token == b.cfg.Token) {
+		looked = b.inherit(ctx, drains)
+	}
+	if drains {
+		b.drain(ctx)
+	}
+	switch {
+	case b.sent || b.accepted:
+		b.leave(ctx, why)
+	case looked:
+		b.forget()
+	}
+}
+
+// inherit looks for what a process that was killed has left at this address: with
+// b's own token, which was kept, it is b's. Another one is waited for, if patient,
+// until it has missed its beats and is b's to take out. A holder that beats is
+// another process's. It tells whether Redis answered.
+func (b *Beater) inherit(ctx context.Context, patient bool) (looked bool) {
+	tctx, done := WithTimeout(ctx)
+	e, err := b.store.Entry(tctx, b.cfg.Service, b.cfg.Addr)
+	done()
+	holder := e.Instance
+	switch {
+	case err != nil:
+		if !b.sent { // else leave says it
+			b.log.Warn().Err(err).Msg("cannot see what is registered at this address; if it is silent, the reaper takes it out after its TTL")
+		}
+	case e.Present && holder.Meta.ID == b.token:
+		b.accepted, b.loser, b.version = true, false, e.Token.Version
+	case !patient || !e.Present && e.Garbage == "":
+	case b.loser && holder.Beat > b.rival && e.Now-holder.Beat <= e.Interval.Milliseconds():
+		// It was seen to beat, and is not late.
+	default:
+		b.take(ctx, holder.Beat, e.Interval)
+	}
+	return err == nil
+}
+
+// take waits until the address is b's, or until its holder, who had beaten last at
+// held, has beaten again.
+func (b *Beater) take(ctx context.Context, held int64, interval time.Duration) {
+	b.log.Info().Msg("stopping: what holds this address is drained as soon as it has missed its heartbeats")
+	b.tell("stopping: waiting until what holds the address has missed its heartbeats, to drain it")
+	ctx, cancel := b.patience(ctx, 2*interval+Timeout)
+	defer cancel()
+	beat := Beat{Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Interval: b.cfg.Interval, first: true}
+	if !b.answered {
+		beat.Agent = b.cfg.Agent
+	}
+	wait := time.NewTimer(0)
+	defer wait.Stop()
+	for failures := 0; ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-wait.C:
+		}
+		b.sent = true
+		tctx, done := WithTimeout(ctx)
+		reply, err := b.store.Beat(tctx, b.cfg.Service, beat)
+		done()
+		b.beaten(ctx, err)
+		switch {
+		case err == nil:
+			b.log.Info().Str("status", string(reply.Status)).Int64("version", reply.Version).Msg("registered")
+			b.accepted, b.loser = true, false
+			return
+		case errors.Is(err, ErrNotOwner):
+			if reply.Held > held && held > 0 {
+				b.loser = true
+				return
+			}
+			held = reply.Held
+			wait.Reset(min(until(reply), Shorten(interval/10)))
+		case errors.Is(err, ErrLeft), errors.Is(err, ErrFull), errors.Is(err, ErrInterval):
+			return
+		default:
+			failures++
+			wait.Reset(Backoff(failures, interval))
+		}
+	}
+}
+
+// patience is a context that ends after d, or when the Beater is told to hurry. The
+// caller calls cancel, which waits for the end of what it takes.
+func (b *Beater) patience(ctx context.Context, d time.Duration) (_ context.Context, cancel func()) {
+	ctx, stop := context.WithTimeout(ctx, d)
+	var hurrying sync.WaitGroup
+	hurrying.Go(func() {
+		select {
+		case <-b.cfg.Hurry: // nil: never
+			stop()
+		case <-ctx.Done():
+		}
+	})
+	return ctx, func() {
+		stop()
+		hurrying.Wait()
+	}
 }
 
 // drain has the balancers send no more requests, and waits until they have said
@@ -283,17 +422,8 @@ func (b *Beater) drain(ctx context.Context) {
 	}
 	b.tell("draining")
 	begun := time.Now()
-	ctx, cancel := context.WithTimeout(ctx, b.cfg.DrainWait)
-	var hurrying sync.WaitGroup
-	defer hurrying.Wait()
+	ctx, cancel := b.patience(ctx, b.cfg.DrainWait)
 	defer cancel()
-	hurrying.Go(func() {
-		select {
-		case <-b.cfg.Hurry: // nil: never
-			cancel()
-		case <-ctx.Done():
-		}
-	})
 	b.meta = b.draining
 	tctx, done := WithTimeout(ctx)
 	reply, err := b.store.Beat(tctx, b.cfg.Service, Beat{Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Interval: b.cfg.Interval})
@@ -303,8 +433,10 @@ func (b *Beater) drain(ctx context.Context) {
 		b.log.Warn().Err(err).Msg("cannot say that this instance drains; leaving")
 		return
 	}
+	// That it drains may be no change: it was killed while it did.
+	version := max(reply.Version, b.version)
 	next := time.Now().Add(b.interval)
-	live, err := b.store.WaitApplied(ctx, b.cfg.Service, reply.Version, func() error {
+	live, err := b.store.WaitApplied(ctx, b.cfg.Service, version, func() error {
 		if time.Now().Before(next) {
 			return nil
 		}
@@ -316,7 +448,7 @@ func (b *Beater) drain(ctx context.Context) {
 		b.log.Warn().Err(err).Int("balancers", live).Dur("took", time.Since(begun)).Msg("leaving before every balancer has drained this instance")
 		return
 	}
-	b.log.Info().Int64("version", reply.Version).Int("balancers", live).Dur("took", time.Since(begun)).Msg("drained")
+	b.log.Info().Int64("version", version).Int("balancers", live).Dur("took", time.Since(begun)).Msg("drained")
 }
 
 // leave tells the register. It tries again while its deadline lasts: a crash
@@ -339,9 +471,11 @@ func (b *Beater) leave(ctx context.Context, why Reason) {
 		switch {
 		case err == nil:
 			b.log.Info().Int64("version", version).Str("reason", string(why)).Msg("left")
+			b.forget()
 			return
 		case errors.Is(err, ErrNotOwner):
 			b.log.Info().Msg("nothing to leave: another registration holds this address")
+			b.forget()
 			return
 		}
 		wait.Reset(Backoff(failures+1, time.Second))
@@ -352,6 +486,18 @@ func (b *Beater) leave(ctx context.Context, why Reason) {
 func (b *Beater) beaten(ctx context.Context, err error) {
 	if b.cfg.Beaten != nil && (err == nil || ctx.Err() == nil) {
 		b.cfg.Beaten(err)
+	}
+}
+
+func (b *Beater) keep() {
+	if b.cfg.Keep != nil {
+		b.cfg.Keep(b.token, b.since)
+	}
+}
+
+func (b *Beater) forget() {
+	if b.cfg.Keep != nil {
+		b.cfg.Keep("", time.Time{})
 	}
 }
 

@@ -367,20 +367,33 @@ func TestBeatDelays(t *testing.T) {
 	}
 }
 
-// TestBeatClaims checks that a process takes its address over once, and not
-// from somebody who took it later.
-func TestBeatClaims(t *testing.T) {
+// TestBeatTakesNobodyOut has a second registration begin beside one that beats, and
+// go on until that one has missed its beats. It beats again just then.
+func TestBeatTakesNobodyOut(t *testing.T) {
 	srv := redistest.Start(t)
 	s := fresh(t, srv)
 	ctx := t.Context()
 	join(t, s, host(1), "before")
 	b, _ := newBeater(t, s, 0)
-	if _, err := b.Beat(ctx); err != nil {
-		t.Fatalf("the first beat does not claim: %v", err)
+	for _, silent := range []int64{0, 1, intervalMS, 2*intervalMS - 1, 2 * intervalMS} {
+		s.setClock(t0 + silent)
+		next, err := b.Beat(ctx)
+		if !errors.Is(err, ErrNotOwner) {
+			t.Fatalf("silent for %d ms: %v, want ErrNotOwner", silent, err)
+		}
+		if most := time.Duration(2*intervalMS-silent+1) * time.Millisecond; next > most || next < min(most, DefaultInterval*4/5) {
+			t.Errorf("silent for %d ms: next in %v, want at most %v", silent, next, most)
+		}
 	}
-	join(t, s, host(1), "after")
-	if _, err := b.Beat(ctx); !errors.Is(err, ErrNotOwner) {
-		t.Errorf("the second beat: %v, want ErrNotOwner", err)
+	s.setClock(t0 + 2*intervalMS + 1)
+	if _, err := b.Beat(ctx); err != nil {
+		t.Fatalf("it has missed its beats: %v", err)
+	}
+	s.setClock(t0) // a clock that is set back makes nobody silent
+	join(t, s, host(2), "ahead")
+	do(t, s, "ZADD", s.keys.Instances(web), "+inf", host(2).String())
+	if r, err := s.Beat(ctx, web, Beat{Addr: host(2), Token: "t", Meta: metaOf("t")}); !errors.Is(err, ErrNotOwner) || r.Held != t0 || r.Silent != 0 {
+		t.Errorf("a score in the future: %+v, %v", r, err)
 	}
 }
 
@@ -409,13 +422,18 @@ func TestBeatOfAnAgent(t *testing.T) {
 	}
 }
 
-// TestBeatClaimsUntilAnswered checks that failures do not use the claim up.
-func TestBeatClaimsUntilAnswered(t *testing.T) {
+// TestBeatOfAnAgentUntilAnswered checks that failures do not use the agent's mark up.
+func TestBeatOfAnAgentUntilAnswered(t *testing.T) {
 	s, srv := newStore(t)
 	prod := production(t, srv)
-	join(t, s, host(1), "before")
+	cfg := BeaterConfig{Service: web, Addr: host(1), Weight: 1, Agent: "a"}
+	before, err := NewBeater(cfg, prod, zerolog.Nop())
+	must(t, err)
+	_, err = before.Beat(t.Context())
+	must(t, err)
 	do(t, s, "CONFIG", "SET", "min-replicas-to-write", 1)
-	b, _ := newBeater(t, prod, 0)
+	b, err := NewBeater(cfg, prod, zerolog.Nop())
+	must(t, err)
 	for range 3 {
 		if _, err := b.Beat(t.Context()); err == nil {
 			t.Fatal("a beat without replicas was accepted")
@@ -427,8 +445,8 @@ func TestBeatClaimsUntilAnswered(t *testing.T) {
 	}
 }
 
-// TestBeatClaimIsSettledByAnyAnswer also with a registry whose TTL is nonsense.
-func TestBeatClaimIsSettledByAnyAnswer(t *testing.T) {
+// TestBeatOfAnAgentIsSettledByAnyAnswer also with a registry whose TTL is nonsense.
+func TestBeatOfAnAgentIsSettledByAnyAnswer(t *testing.T) {
 	srv := redistest.Start(t)
 	for _, ttl := range []any{15000, 0, -1} {
 		s := fresh(t, srv)

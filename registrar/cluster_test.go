@@ -167,7 +167,7 @@ func TestClusterStore(t *testing.T) {
 	}
 	a, b := host(1), host(2)
 	for _, svc := range names {
-		r, err := s.Beat(ctx, svc, Beat{Addr: a, Token: "t", Meta: metaOf("t"), Claim: true})
+		r, err := s.Beat(ctx, svc, Beat{Addr: a, Token: "t", Meta: metaOf("t")})
 		if err != nil || r.Status != BeatNew || r.Version != 1 || r.TTL != 6*time.Second || r.Interval != 2*time.Second {
 			t.Fatalf("first beat of %s: %+v, %v", svc, r, err)
 		}
@@ -175,7 +175,7 @@ func TestClusterStore(t *testing.T) {
 		if r, err := s.Beat(ctx, svc, Beat{Addr: a, Token: "t", Meta: metaOf("t")}); err != nil || r.Status != BeatOK {
 			t.Errorf("second beat of %s: %+v, %v", svc, r, err)
 		}
-		if _, err := s.Beat(ctx, svc, Beat{Addr: b, Token: "u", Meta: metaOf("u"), Claim: true}); err != nil {
+		if _, err := s.Beat(ctx, svc, Beat{Addr: b, Token: "u", Meta: metaOf("u")}); err != nil {
 			t.Error(err)
 		}
 		hear(svc, 2)
@@ -282,7 +282,7 @@ func TestClusterStore(t *testing.T) {
 		return err
 	})
 	for _, svc := range append(slices.Clone(names), "a-new-one") {
-		_, err := s.Beat(ctx, svc, Beat{Addr: a, Token: "v", Meta: metaOf("v"), Claim: true})
+		_, err := s.Beat(ctx, svc, Beat{Addr: a, Token: "v", Meta: metaOf("v")})
 		must(t, err)
 	}
 	var came []string
@@ -318,7 +318,7 @@ func TestClusterShardDown(t *testing.T) {
 	beat := func(s *Store, svc Service) error {
 		ctx, cancel := WithTimeout(ctx)
 		defer cancel()
-		_, err := s.Beat(ctx, svc, Beat{Addr: host(1), Token: "t", Meta: metaOf("t"), Claim: true})
+		_, err := s.Beat(ctx, svc, Beat{Addr: host(1), Token: "t", Meta: metaOf("t")})
 		return err
 	}
 	list := c.Shard(t, s.Keys().Services())

@@ -35,21 +35,21 @@ func TestEventsOfEachChange(t *testing.T) {
 	s := fresh(t, srv)
 	ctx := t.Context()
 	a, b := host(1), host(2)
-	beat := func(token, meta string, claim bool) {
+	beat := func(token, meta string) {
 		t.Helper()
-		_, err := s.Beat(ctx, web, Beat{Addr: a, Token: token, Meta: meta, Claim: claim})
+		_, err := s.Beat(ctx, web, Beat{Addr: a, Token: token, Meta: meta})
 		must(t, err)
 	}
 	word := func(w Word) { t.Helper(); say(t, s, a, w) }
 	twenty := 20
-	beat("t1", `{"id":"t1","weight":7}`, true)
+	beat("t1", `{"id":"t1","weight":7}`)
 	s.setClock(t0 + 1)
-	beat("t1", `{"id":"t1","weight":7}`, false) // a heartbeat is no change
-	beat("t1", `{"id":"t1","weight":8}`, false)
-	beat("t1", `{"id":"t1","weight":8,"zone":"z"}`, false)
-	beat("t1", `{"id":"t1","weight":8,"draining":true}`, false)
-	beat("t1", `no JSON`, false)
-	beat("t2", `{"id":"t2","weight":{}}`, true)
+	beat("t1", `{"id":"t1","weight":7}`) // a heartbeat is no change
+	beat("t1", `{"id":"t1","weight":8}`)
+	beat("t1", `{"id":"t1","weight":8,"zone":"z"}`)
+	beat("t1", `{"id":"t1","weight":8,"draining":true}`)
+	beat("t1", `no JSON`)
+	beat("t2", `{"id":"t2","weight":{}}`) // nobody knows whose it is
 	word(Word{Verb: "drain", Reason: "disk"})
 	word(Word{Verb: "drain", Reason: "disk"})                                                    // it stood already
 	_, err := s.change(ctx, s.admin, web, a.String(), "maint", "", strings.Repeat("é", 200), "") // more than SetAdmin takes

@@ -146,7 +146,7 @@ func TestClusterExamine(t *testing.T) {
 	s, ctx := newClusterStore(t, c), t.Context()
 	names := onEach(t, c)
 	for _, of := range names {
-		_, err := s.Beat(ctx, of[0], Beat{Addr: host(1), Token: "t", Meta: metaOf("t"), Claim: true})
+		_, err := s.Beat(ctx, of[0], Beat{Addr: host(1), Token: "t", Meta: metaOf("t")})
 		must(t, err)
 		_, err = s.Of(of[0]).Pulse(ctx, "r", "p", time.Minute)
 		must(t, err)

@@ -129,6 +129,7 @@ type remembered struct {
 var (
 	modelServices = []Service{"api", "web"}
 	modelAddrs    = []netip.AddrPort{host(0), host(1), host(2), host(3)}
+	modelAgents   = []string{"", "a1", "a1", "", "a2"} // of one registration after the other
 	modelKinds    = kinds(
 		"beat", 170, "clock", 60, "read", 60, "register", 24, "change", 24, "leave", 24, "admin", 40, "deregister", 16,
 		"reap", 50, "pulse", 30, "config", 3, "forget", 16, "save", 4, "restart", 1, "read", 4)
@@ -198,7 +199,7 @@ func (p *player) connect() {
 
 func (p *player) register(svc Service, a netip.AddrPort) {
 	old := p.clients[svc][a]
-	p.clients[svc][a] = append([]*client{{token: p.name("t"), weight: 100}}, old[:min(len(old), 2)]...)
+	p.clients[svc][a] = append([]*client{{token: p.name("t"), agent: modelAgents[p.serial%len(modelAgents)], weight: 100}}, old[:min(len(old), 2)]...)
 }
 
 // change queues one call of a script that changes svc, and what it must answer.
@@ -292,16 +293,20 @@ func (p *player) stepOf(rt *rapid.T, kind string, svc Service) {
 			c.weight = drawSmall.Draw(rt, "weight")
 		}
 	case "beat":
-		claim, interval := drawSmall.Draw(rt, "claim") == 7, int64(0)
+		agent, interval := "", int64(0)
+		if drawBool.Draw(rt, "first") {
+			agent = c.agent
+		}
 		if drawSmall.Draw(rt, "interval") == 7 {
 			interval = 5001
 		}
 		scored := int64(-1)
-		if i := p.services[svc].here[a]; i != nil {
-			scored = i.beat
+		holder := p.services[svc].here[a]
+		if holder != nil {
+			scored = holder.beat
 		}
-		want := p.beat(svc, a, *c, claim, interval, epoch)
-		if !claim {
+		want := p.beat(svc, a, *c, agent, interval, epoch)
+		if agent == "" {
 			// As Store.Beat does: beat.lua only if still.lua says so.
 			answer := []any{"BEAT"}
 			steady := want[0] == "OK" && scored != p.now
@@ -315,9 +320,12 @@ func (p *player) stepOf(rt *rapid.T, kind string, svc Service) {
 				break
 			}
 		}
-		p.change(rt, p.store.beat, kind, svc, nil, epoch, want, a.String(), c.token, c.meta(), flag(claim), interval)
+		p.change(rt, p.store.beat, kind, svc, nil, epoch, want, a.String(), c.token, c.meta(), agent, interval)
 		if g := before[a].gone; g.Token == c.token && (g.Reason == Left || g.Reason == Unhealthy) && p.services[svc].here[a] != nil {
 			rt.Fatalf("%v came back after it had left", a)
+		}
+		if want[0] == "TAKEN" && p.now-scored <= 2*p.interval && (c.agent == "" || c.agent != holder.agent) {
+			rt.Fatalf("%v was taken over from one that beats", a)
 		}
 	case "leave":
 		why := drawWhy.Draw(rt, "why")

@@ -71,7 +71,7 @@ func TestLastServing(t *testing.T) {
 				c.said = words{1: c.said[9]}
 			}
 			for n, m := range map[int]Meta{1: own, 2: {Weight: 100}} {
-				_, err := s.Beat(ctx, web, Beat{Addr: host(n), Token: fmt.Sprint("t", n), Meta: fmt.Sprintf(`{"id":"t%d","weight":%d}`, n, m.Weight), Claim: true})
+				_, err := s.Beat(ctx, web, Beat{Addr: host(n), Token: fmt.Sprint("t", n), Meta: fmt.Sprintf(`{"id":"t%d","weight":%d}`, n, m.Weight)})
 				must(t, err)
 			}
 			for n, w := range c.said {

@@ -88,11 +88,11 @@ func TestLeave(t *testing.T) {
 				t.Errorf("in the set of services: %v, with %d members", listed, members)
 			}
 			// A beat that was on its way must not bring it back.
-			for _, claim := range []bool{false, true} {
+			for _, agent := range []string{"", "a1"} {
 				e := observe(t, s, func() {
-					r, err := s.Beat(ctx, web, Beat{Addr: a, Token: c.token, Meta: metaOf(c.token), Claim: claim})
+					r, err := s.Beat(ctx, web, Beat{Addr: a, Token: c.token, Meta: metaOf(c.token), Agent: agent})
 					if got := beatOutcome(r, err); got != "LEFT" {
-						t.Errorf("late beat, claim %v: %s, want LEFT", claim, got)
+						t.Errorf("late beat, agent %q: %s, want LEFT", agent, got)
 					}
 				})
 				e.nothing(t)

@@ -40,6 +40,7 @@ type serviceModel struct {
 
 type instanceModel struct {
 	token, meta string
+	agent       string // of its metadata
 	weight      int
 	draining    bool
 	beat        int64
@@ -154,7 +155,7 @@ func (m *model) prune(svc Service) {
 	}
 }
 
-func (m *model) beat(svc Service, addr netip.AddrPort, c client, claim bool, interval int64, epoch string) []any {
+func (m *model) beat(svc Service, addr netip.AddrPort, c client, agent string, interval int64, epoch string) []any {
 	s := m.services[svc]
 	answer := func(status string, version int64) []any { return []any{status, m.now, version, m.ttl, m.interval} }
 	if interval*3 > m.ttl {
@@ -171,10 +172,10 @@ func (m *model) beat(svc Service, addr netip.AddrPort, c client, claim bool, int
 	case i == nil:
 	case i.token == c.token:
 		status = "CHANGED"
-	case claim || m.now-i.beat > 2*m.interval:
+	case agent != "" && i.agent == agent || m.now-i.beat > 2*m.interval:
 		status = "TAKEN"
-	default:
-		return answer("NOTOWNER", 0)
+	default: // it beats, and is taken out by nobody
+		return answer("NOTOWNER", min(m.now, i.beat))
 	}
 	v := m.bump(svc, epoch)
 	switch {
@@ -192,7 +193,7 @@ func (m *model) beat(svc Service, addr netip.AddrPort, c client, claim bool, int
 		}
 		m.event(svc, addr, what, c.token, why)
 	}
-	s.here[addr] = &instanceModel{c.token, c.meta(), c.weight, c.draining, m.now}
+	s.here[addr] = &instanceModel{c.token, c.meta(), c.agent, c.weight, c.draining, m.now}
 	s.changed[addr] = v
 	delete(s.gone, addr)
 	delete(s.noted, addr)
@@ -374,10 +375,15 @@ func (v view) fold(snap Snapshot) (view, error) {
 // client is one registration of one address, as its sidecar knows it.
 type client struct {
 	token    string
+	agent    string // whose instance it is; empty: nobody's
 	weight   int
 	draining bool
 }
 
 func (c client) meta() string {
-	return `{"id":"` + c.token + `","weight":` + strconv.Itoa(c.weight) + `,"draining":` + strconv.FormatBool(c.draining) + `}`
+	agent := ""
+	if c.agent != "" {
+		agent = `,"agent":"` + c.agent + `"`
+	}
+	return `{"id":"` + c.token + `","weight":` + strconv.Itoa(c.weight) + `,"draining":` + strconv.FormatBool(c.draining) + agent + `}`
 }

@@ -360,7 +360,7 @@ func TestReadersAgree(t *testing.T) {
 			// Tokens are reused across addresses and over time, which no Beater
 			// does: it meets LEFT, takeovers and changes of metadata alike.
 			meta := fmt.Sprintf(`{"id":%q,"weight":%d}`, tok, r.IntN(3))
-			reply, err := s.Beat(ctx, web, Beat{Addr: a, Token: tok, Meta: meta, Claim: r.IntN(3) == 0})
+			reply, err := s.Beat(ctx, web, Beat{Addr: a, Token: tok, Meta: meta})
 			switch got := beatOutcome(reply, err); got {
 			case "OK", "NEW", "CHANGED", "TAKEN":
 				if _, was := model[a.String()]; was != (got != "NEW") {

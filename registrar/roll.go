@@ -36,12 +36,12 @@ type Steadied struct {
 // BeatSteady sends the heartbeats of instances of which nothing has changed since
 // their last one, 250 a call, and returns what became of each, in their order.
 // It promises for each what Beat promises: what Beat would have to decide about,
-// such as another token, other metadata, an arrival or a claim, is left to it.
+// such as another token, other metadata or an arrival, is left to it.
 func (s *Store) BeatSteady(ctx context.Context, beats []ServiceBeat) []Steadied {
 	out := make([]Steadied, len(beats))
 	at := make([]int, 0, len(beats)) // of what is sent, service by service
 	for i, b := range beats {
-		if !b.Claim && b.Agent == "" && len(b.Meta) <= MaxMeta {
+		if !b.decides() && len(b.Meta) <= MaxMeta {
 			at = append(at, i)
 		}
 	}
@@ -107,7 +107,7 @@ func (s *Store) steadyMany(ctx context.Context, beats []ServiceBeat, at []int, o
 		return
 	}
 	for _, i := range at {
-		out[i] = Steadied{BeatReply: BeatReply{BeatOK, 0, millis(integer(r[0])), millis(integer(r[1]))}, Done: true}
+		out[i] = Steadied{BeatReply: BeatReply{Status: BeatOK, TTL: millis(integer(r[0])), Interval: millis(integer(r[1]))}, Done: true}
 	}
 	for _, n := range r[2:] {
 		if i := integer(n); i > 0 && i <= int64(len(at)) {
@@ -142,7 +142,7 @@ func NewRoll(store *Store) *Roll { return &Roll{store: store, ticks: map[time.Du
 // Beat is Store.Beat, with others if it may be a steady one. Who comes first
 // sends for all: it waits for the answer, at most Timeout, even when ctx ends.
 func (r *Roll) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error) {
-	if b.Claim || b.Agent != "" || len(b.Meta) > MaxMeta {
+	if b.decides() || len(b.Meta) > MaxMeta {
 		return r.store.Beat(ctx, svc, b)
 	}
 	r.mu.Lock()

@@ -39,7 +39,7 @@ func TestBeatSteady(t *testing.T) {
 		{"steady, beaten in this very millisecond", set("ZADD", Keys.Instances, t0+1000, odd.String()), mine, true, ""},
 		{"steady at a third of the TTL", nil, Beat{Addr: odd, Token: "t7", Meta: metaOf("t7"), Interval: DefaultTTL / 3}, true, ""},
 		{"another token", nil, other, false, "NOTOWNER"},
-		{"a claim", nil, Beat{Addr: odd, Token: "t8", Meta: metaOf("t8"), Claim: true}, false, "TAKEN"},
+		{"a registration's first", nil, Beat{Addr: odd, Token: "t7", Meta: metaOf("t7"), first: true}, false, "OK"},
 		{"an agent's first", nil, Beat{Addr: odd, Token: "t8", Meta: metaOf("t8"), Agent: "a1"}, false, "NOTOWNER"},
 		{"other metadata", nil, Beat{Addr: odd, Token: "t7", Meta: metaOf("t7") + " "}, false, "CHANGED"},
 		{"left", func(tb testing.TB, s *Store) { leave(tb, s, odd, "t7") }, mine, false, "LEFT"},

@@ -1,7 +1,6 @@
 package registrar
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"embed"
@@ -239,17 +238,25 @@ type Beat struct {
 	Addr     netip.AddrPort
 	Token    string
 	Meta     string
-	Claim    bool          // take over whoever holds the address
 	Agent    string        // take over at once what the same agent registered: its Meta.Agent
 	Interval time.Duration // 0 = the registry's own
+
+	first bool // of its registration
 }
 
+// decides tells whether beat.lua must decide about the heartbeat: a first one hardly
+// ever is a steady one.
+func (b Beat) decides() bool { return b.first || b.Agent != "" }
+
 // BeatReply is the register's answer. Version is 0 unless the beat was a
-// change.
+// change. Held and Silent go with ErrNotOwner: when the holder of the address beat
+// last, unix ms by Redis' clock, and how long ago that is.
 type BeatReply struct {
 	Status        BeatStatus
 	Version       int64
 	TTL, Interval time.Duration
+	Held          int64
+	Silent        time.Duration
 }
 
 // Beat records a heartbeat of svc. It returns ErrLeft, ErrNotOwner, ErrInterval
@@ -263,8 +270,7 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 	if s.keys.cluster {
 		s.enlist(ctx, svc)
 	}
-	// A claim is a process's first beat, which hardly ever is a steady one.
-	if !b.Claim && b.Agent == "" {
+	if !b.decides() {
 		if reply, done, err := s.steady(ctx, svc, b); err != nil {
 			return BeatReply{}, fmt.Errorf("%s: %w", what, err)
 		} else if done {
@@ -277,7 +283,7 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 // decide runs beat.lua.
 func (s *Store) decide(ctx context.Context, svc Service, b Beat) (BeatReply, error) {
 	what := fmt.Sprintf("beat %s %s", svc, b.Addr)
-	r, err := s.change(ctx, s.beat, svc, b.Addr.String(), b.Token, b.Meta, cmp.Or(flag(b.Claim), b.Agent), b.Interval.Milliseconds())
+	r, err := s.change(ctx, s.beat, svc, b.Addr.String(), b.Token, b.Meta, b.Agent, b.Interval.Milliseconds())
 	if err != nil {
 		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
 	}
@@ -285,7 +291,7 @@ func (s *Store) decide(ctx context.Context, svc Service, b Beat) (BeatReply, err
 	if err != nil {
 		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
 	}
-	reply := BeatReply{BeatStatus(status), integer(r[2]), millis(integer(r[3])), millis(integer(r[4]))}
+	reply := BeatReply{Status: BeatStatus(status), Version: integer(r[2]), TTL: millis(integer(r[3])), Interval: millis(integer(r[4]))}
 	if reply.TTL <= 0 || reply.Interval <= 0 {
 		return BeatReply{}, fmt.Errorf("%s: unknown answer %s", what, quoted(r))
 	}
@@ -296,6 +302,7 @@ func (s *Store) decide(ctx context.Context, svc Service, b Beat) (BeatReply, err
 		err = ErrLeft
 	case "NOTOWNER":
 		err = ErrNotOwner
+		reply.Held, reply.Silent = reply.Version, millis(integer(r[1])-reply.Version)
 	case "INTERVAL":
 		err = fmt.Errorf("%w: %w", ErrInterval, CheckInterval(b.Interval, reply.TTL))
 	case "INSTANCES":
@@ -327,7 +334,7 @@ func (s *Store) steady(ctx context.Context, svc Service, b Beat) (reply BeatRepl
 	if err != nil {
 		return BeatReply{}, false, err
 	}
-	reply = BeatReply{BeatStatus(status), 0, millis(integer(r[1])), millis(integer(r[2]))}
+	reply = BeatReply{Status: BeatStatus(status), TTL: millis(integer(r[1])), Interval: millis(integer(r[2]))}
 	if reply.Status != BeatOK || reply.TTL <= 0 || reply.Interval <= 0 {
 		return BeatReply{}, false, fmt.Errorf("unknown answer %s", quoted(r))
 	}

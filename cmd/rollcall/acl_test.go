@@ -178,7 +178,7 @@ func TestRolesWhole(t *testing.T) {
 	}
 	for _, role := range []string{"sidecar-web", "docker"} {
 		prunes(role, func(s *registrar.Store) error {
-			if _, err := s.Beat(t.Context(), "web", registrar.Beat{Addr: a.Addr(), Token: role, Meta: `{"id":"` + role + `"}`, Claim: true}); err != nil {
+			if _, err := s.Beat(t.Context(), "web", registrar.Beat{Addr: a.Addr(), Token: role, Meta: `{"id":"` + role + `"}`}); err != nil {
 				return err
 			}
 			_, err := s.Leave(t.Context(), "web", a.Addr(), role, registrar.Left)

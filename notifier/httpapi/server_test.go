@@ -155,7 +155,7 @@ func (w *world) beat(t *testing.T, svc registrar.Service, n int, m registrar.Met
 	}
 	text, err := json.Marshal(m)
 	if err == nil {
-		_, err = w.store.Beat(t.Context(), svc, registrar.Beat{Addr: address(n), Token: m.ID, Meta: string(text), Claim: true})
+		_, err = w.store.Beat(t.Context(), svc, registrar.Beat{Addr: address(n), Token: m.ID, Meta: string(text)})
 	}
 	if err != nil {
 		t.Fatal(err)

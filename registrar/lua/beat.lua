@@ -6,14 +6,16 @@
 -- KEYS  1 to 12 as in lib.lua
 -- ARGV  1 to 4 as in lib.lua
 --       5 addr   6 token   7 metadata, JSON with the token as id
---       8 '' = none, '1' = take over whoever holds the address, else the mark of an agent, which
---       takes over at once what the same agent registered   9 interval, ms, 0 = the registry's
+--       8 '' = none, else the mark of an agent: it takes over at once what the same agent
+--       registered, as the metadata's `agent` says   9 interval, ms, 0 = the registry's
 -- Returns {status, now ms, service version, ttl ms, interval ms}, and what announce of lib.lua may add
 --   OK        the score moved (service version 0: not read)
 --   NEW       it arrived             CHANGED   its metadata changed
---   TAKEN     it took the address over from another token
+--   TAKEN     it took the address over from another token, which has missed its beats
+--             or is the same agent's
 --   LEFT      this token has left; nothing written
---   NOTOWNER  another token holds the address and beats; nothing written
+--   NOTOWNER  another token holds the address and beats; when it beat last, ms, in the place
+--             of the version; nothing written
 --   INTERVAL  the interval is more than a third of the TTL; nothing written
 --   INSTANCES, SERVICES  it is new, and there are as many as the registry takes; that
 --             number in the place of the version; nothing written
@@ -53,10 +55,10 @@ if score then
   holder = token_of(addr)
   if holder == token then
     status = 'CHANGED'
-  elseif holder == '' or claim == '1' or claim ~= '' and decoded(held).agent == claim or now - tonumber(score) > 2 * interval then
+  elseif holder == '' or claim ~= '' and decoded(held).agent == claim or now - tonumber(score) > 2 * interval then
     status = 'TAKEN'
   else
-    return {'NOTOWNER', now, 0, ttl, interval}
+    return {'NOTOWNER', now, math.min(now, tonumber(score)), ttl, interval}
   end
 elseif ARGV[2] ~= '_canary' then
   local here, instances, services = redis.call('ZCARD', KEYS[1]), tonumber(cfg[3] or '') or 20000, tonumber(cfg[4] or '') or 20000

@@ -81,7 +81,7 @@ func burstOf(h *harness, mode lbsync.Mode, spread time.Duration) []Row {
 		}
 		register := func(store *registrar.Store, i int) int64 {
 			token := fmt.Sprint("t", i)
-			r, err := store.Beat(ctx, "web", registrar.Beat{Addr: addr(i), Token: token, Meta: meta(token), Claim: true})
+			r, err := store.Beat(ctx, "web", registrar.Beat{Addr: addr(i), Token: token, Meta: meta(token), Agent: "bench"})
 			if err != nil {
 				h.Fatal(err)
 			}

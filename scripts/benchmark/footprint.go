@@ -107,7 +107,7 @@ func balancers(h *harness) []Row {
 	for i := range servers {
 		token := fmt.Sprintf("token-%020d", i)
 		if _, err := store.Beat(ctx, "web", registrar.Beat{
-			Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 156, byte(i >> 8), byte(i)}), 9), Token: token, Meta: meta(token), Claim: true,
+			Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 156, byte(i >> 8), byte(i)}), 9), Token: token, Meta: meta(token), Agent: "bench",
 		}); err != nil {
 			h.Fatal(err)
 		}

@@ -76,10 +76,10 @@ func newFleet(h *harness, size int) *fleet {
 		return args
 	}
 	// The first beat may have to send the script's text, so it is done twice.
-	b.Claim = true
+	b.Agent = "bench"
 	beat()
 	f.arrival = beat()
-	b.Claim = false
+	b.Agent = ""
 	h.await(changeTimeout, "a beat is a steady one", func() error {
 		// One within the same millisecond is not.
 		if f.steady = beat(); len(f.steady) == len(f.arrival) {

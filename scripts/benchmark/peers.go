@@ -182,7 +182,7 @@ func rollcallPeer(h *harness) registry {
 		name: "rollcall", meaning: "lbsync changes a running HAProxy", frontend: ha.Addr("be"),
 		join: func(a netip.AddrPort) {
 			token = fmt.Sprintf("token-%d", time.Now().UnixNano())
-			if _, err := store.Beat(ctx, "web", registrar.Beat{Addr: a, Token: token, Meta: fmt.Sprintf(`{"id":%q,"weight":100}`, token), Claim: true}); err != nil {
+			if _, err := store.Beat(ctx, "web", registrar.Beat{Addr: a, Token: token, Meta: fmt.Sprintf(`{"id":%q,"weight":100}`, token), Agent: "bench"}); err != nil {
 				h.Fatal(err)
 			}
 		},

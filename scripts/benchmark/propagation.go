@@ -363,7 +363,7 @@ func (l *lab) beat(store *registrar.Store, a netip.AddrPort) (token string) {
 	ctx, cancel := context.WithTimeout(context.Background(), changeTimeout)
 	defer cancel()
 	_, err := store.Beat(ctx, "web", registrar.Beat{
-		Addr: a, Token: token, Meta: fmt.Sprintf(`{"id":%q,"weight":100,"registered":1763893622123}`, token), Claim: true,
+		Addr: a, Token: token, Meta: fmt.Sprintf(`{"id":%q,"weight":100,"registered":1763893622123}`, token), Agent: "bench",
 	})
 	if err != nil {
 		l.h.Fatal(err)

@@ -190,7 +190,7 @@ func lateness(h *harness, gap time.Duration) []Row {
 			}
 			died++
 			svc := fmt.Sprint("d", died)
-			if _, err := store.Beat(ctx, registrar.Service(svc), registrar.Beat{Addr: netip.MustParseAddrPort("10.9.0.1:80"), Token: "t", Meta: meta("t"), Claim: true}); err != nil {
+			if _, err := store.Beat(ctx, registrar.Service(svc), registrar.Beat{Addr: netip.MustParseAddrPort("10.9.0.1:80"), Token: "t", Meta: meta("t"), Agent: "bench"}); err != nil {
 				h.Fatal(err)
 			}
 			score, err := rdb.ZScore(ctx, "rollcall:{"+svc+"}:instances", "10.9.0.1:80").Result()

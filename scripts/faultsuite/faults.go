@@ -648,14 +648,14 @@ repeat t = redis.call('TIME') until t[1] * 1000 + t[2] / 1000 >= e`, nil, (w.ttl
 				w.cast.leave(m)
 			}
 		}},
-	{name: "reused-address", bound: 1, what: "a second sidecar claims an address; the first one's leave must not count",
+	{name: "reused-address", bound: 1, what: "a second sidecar takes over the address of one that hangs; the first one's leave must not count",
 		play: func(w *world) {
 			for _, c := range w.casts() {
 				m := c.members[1]
 				first := m.sidecar
 				first.signal(syscall.SIGSTOP)
 				c.beat(m)
-				w.sleep(w.beat)
+				w.sleep(w.beat * 5 / 2) // two missed heartbeats, and some more
 				first.signal(syscall.SIGTERM)
 				first.end(w, syscall.SIGCONT)
 			}

@@ -65,7 +65,7 @@ var (
 	noAgeCheck   = edit{"lbsync/want.go", "out && rd.doubted && ", "out && false && "}
 	noWatchdog   = edit{"notifier/watcher.go", "if quiet >= silence {", "if quiet >= time.Hour {"}
 	noOwnerLeave = edit{"registrar/lua/leave.lua", "if token_of(addr) ~= token then return {'NOTOWNER', 0} end", ""}
-	noOwnerBeat  = edit{"registrar/lua/beat.lua", "elseif holder == '' or claim or now - tonumber(score) > 2 * interval then", "elseif true then"}
+	noOwnerBeat  = edit{"registrar/lua/beat.lua", "elseif holder == '' or claim ~= '' and decoded(held).agent == claim or now - tonumber(score) > 2 * interval then", "elseif true then"}
 	noLeft       = edit{"registrar/lua/beat.lua", "if by == token and (reason == 'left' or reason == 'unhealthy') then return {'LEFT', now, 0, ttl, interval} end", ""}
 	noQueue      = edit{"cmd/internal/logqueue/logqueue.go", "\tif q.add(p) {\n", "\tif true {\n\t\treturn q.w.Write(p)\n\t}\n\tif q.add(p) {\n"}
 	stillRefused = edit{"registrar/lua/still.lua", "#!lua flags=allow-oom\n", "#!lua\n"}
