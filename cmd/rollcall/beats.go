@@ -30,6 +30,7 @@ type beats struct {
 	sent       prometheus.Counter
 	failed     *prometheus.CounterVec
 	registered atomic.Bool
+	rival      atomic.Bool // another registration holds the address
 }
 
 const registeredName, registeredHelp = "rollcall_registered", "1 while the register has the instance, by its last heartbeat."
@@ -54,12 +55,14 @@ func (m *monitor) beats(svc registrar.Service, addr fmt.Stringer, damper *regist
 	m.add(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: dampedName, Help: dampedHelp}, func() float64 { return number(damper.Waiting()) }))
 	m.ready = func() error {
 		switch {
+		case b.registered.Load():
+			return nil
 		case damper.Waiting():
 			return fmt.Errorf("not registered: it comes and goes, and returns within %v", damper.Wait().Round(time.Second))
-		case !b.registered.Load():
-			return errors.New("not registered; the log says why")
+		case b.rival.Load():
+			return errors.New("not registered: another registration holds the address, until it misses its heartbeats")
 		}
-		return nil
+		return errors.New("not registered; the log says why")
 	}
 	return b
 }
@@ -70,11 +73,13 @@ func (b *beats) beaten(err error) {
 	if err != nil {
 		b.failed.WithLabelValues(beatCause(err)).Inc()
 	}
+	b.rival.Store(errors.Is(err, registrar.ErrNotOwner))
 	b.registered.Store(err == nil)
 }
 
 func (b *beats) left() {
 	if b != nil {
+		b.rival.Store(false)
 		b.registered.Store(false)
 	}
 }

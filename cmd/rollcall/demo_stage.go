@@ -389,7 +389,7 @@ func (s *demoStage) startService(ctx context.Context) (*demoInstance, error) {
 
 func (s *demoStage) startSidecar(ctx context.Context, i *demoInstance) error {
 	var err error
-	i.sidecar, err = s.role(ctx, i.name+"-sidecar", "register", "--service", demoName, "--addr", i.addr.String())
+	i.sidecar, err = s.role(ctx, i.name+"-sidecar", "register", "--service", demoName, "--addr", i.addr.String(), "--id-file", "")
 	if err != nil {
 		return err
 	}

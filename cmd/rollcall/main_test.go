@@ -76,6 +76,10 @@ func TestMain(m *testing.M) {
 	if err := os.Setenv("STATE_DIRECTORY", state); err != nil {
 		panic(err)
 	}
+	// Likewise a sidecar.
+	if err := os.Setenv("RUNTIME_DIRECTORY", state); err != nil {
+		panic(err)
+	}
 	code := m.Run()
 	if err := dockertest.Stop(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

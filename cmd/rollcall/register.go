@@ -46,6 +46,7 @@ func registerCommand() *cli.Command {
 			&cli.StringFlag{Name: "ready-file", EnvVars: env("ready-file"), Usage: "registered while the file `PATH` exists"},
 			&cli.StringFlag{Name: "beat-file", EnvVars: env("beat-file"), Usage: "registered while the app touches the file `PATH`"},
 			&cli.DurationFlag{Name: "beat-file-age", Value: 10 * time.Second, EnvVars: env("beat-file-age"), Usage: "how long a touch of --beat-file counts"},
+			idFileFlag(),
 		)...),
 		Action: func(c *cli.Context) error {
 			trim()
@@ -83,6 +84,8 @@ func registerCommand() *cli.Command {
 					return err
 				}
 			}
+			kept := keepID(c, &cfg, s.log)
+			defer kept.Close()
 			cfg.Hurry, cfg.Tell = side.hurry, settled(side.notify.useful)
 			side.service, side.addr, side.damper = cfg.Service, cfg.Addr, registrar.NewDamper(s.store, s.log)
 			cfg.Beaten = side.damper.Beaten

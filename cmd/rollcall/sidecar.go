@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -62,6 +63,7 @@ type sidecar struct {
 	signals <-chan heard
 	stops   stops // SIGINTs and SIGTERMs so far
 	hasty   bool
+	begun   bool       // a Run has
 	left    chan error // a Run's end; nil while none runs
 	cancel  context.CancelCauseFunc
 }
@@ -116,6 +118,12 @@ func (s *sidecar) run(ctx context.Context) error {
 			s.notify.status("not registered: unhealthy: " + c.Cause.Error())
 		case err := <-s.left: // the register does not want it
 			s.left = nil
+			if errors.Is(err, registrar.ErrLeft) {
+				// In the time of a process before this one, say, whose id was kept.
+				s.log.Info().Msg("the registration had left; making a new one")
+				s.beat(ctx)
+				break
+			}
 			s.stopApp()
 			return err
 		case <-s.ended:
@@ -137,10 +145,11 @@ func (s *sidecar) run(ctx context.Context) error {
 func (s *sidecar) beat(ctx context.Context) {
 	ctx, s.cancel = context.WithCancelCause(ctx)
 	left := make(chan error, 1)
-	s.left = left
+	first := !s.begun // its Run also sees to what a process that was killed has left
+	s.left, s.begun = left, true
 	go func() { // leave waits for it
 		var err error
-		if s.damper.Hold(ctx, s.service, s.addr, func(most time.Duration) {
+		if first || s.damper.Hold(ctx, s.service, s.addr, func(most time.Duration) {
 			s.notify.status(fmt.Sprintf("not registered: it comes and goes, and returns within %v", most.Round(time.Second)))
 		}) {
 			err = s.beater.Run(ctx)
@@ -150,13 +159,20 @@ func (s *sidecar) beat(ctx context.Context) {
 	}()
 }
 
-// leave ends what beat began, if anything, and waits until it has left. Who
-// waits hears signals, and an app that ends makes waiting pointless.
+// leave ends what beat began, or what a process that was killed has left at this
+// address if it began nothing, and waits until that has left. It hears signals
+// meanwhile, and an app that ends makes waiting pointless.
 func (s *sidecar) leave(cause error) {
-	if s.left == nil {
+	switch {
+	case s.left != nil:
+		s.cancel(cause)
+	case s.begun:
 		return
+	default:
+		ctx, cancel := context.WithCancelCause(context.Background())
+		cancel(cause)
+		s.beat(ctx)
 	}
-	s.cancel(cause)
 	ended := s.ended
 	for {
 		select {

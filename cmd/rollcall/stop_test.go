@@ -53,10 +53,16 @@ func (p *process) ends(t *testing.T) (code int) {
 }
 
 // balanced starts a Redis, an HAProxy and its lbsync, which drives backend be for
-// the service web, and that service's first instance.
-func balanced(t *testing.T) (s *system, lb *process) {
+// the service web, and that service's first instance. config is the registry's, if it
+// is not to be as usual.
+func balanced(t *testing.T, config ...any) (s *system, lb *process) {
 	t.Helper()
 	s = &system{redis: redistest.Start(t), ha: haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 4, Balance: "roundrobin"}}})}
+	if len(config) > 0 {
+		if err := s.redis.Client(t).HSet(t.Context(), "rollcall:config", config...).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
 	lb = s.spawn(t, "lbsync", "--socket", s.ha.Socket, "--backend", "web=be", "--allow", "127.0.0.0/8")
 	s.spawn(t, "register", "--service", "web", "--addr", haproxytest.NewInstance(t).Addr().String())
 	haproxytest.Poll(t, "the balancer has spoken", func() error {

@@ -67,7 +67,8 @@ func sidecars(h *harness, row, program string) []Row {
 		messages := ps.Channel()
 		for i := range sidecars {
 			begun := time.Now()
-			procs = append(procs, h.process(dir, program, "register", "--redis", srv.URL(), "--service", "web", "--addr", fmt.Sprintf("127.155.0.%d:80", i+1)))
+			procs = append(procs, h.process(dir, program, "register", "--redis", srv.URL(), "--service", "web", "--addr", fmt.Sprintf("127.155.0.%d:80", i+1),
+				"--id-file", filepath.Join(dir, fmt.Sprint(filepath.Base(program), i, ".id"))))
 			receive(h, messages)
 			starts = append(starts, float64(time.Since(begun))/float64(time.Millisecond))
 		}

@@ -110,7 +110,7 @@ func (c *cast) spawn(way *relay, args ...string) *process {
 	if c.w.url != "" {
 		url = c.w.url
 	}
-	p.cmd.Env = append(p.cmd.Environ(), "ROLLCALL_REDIS="+url, "ROLLCALL_NAMESPACE="+c.namespace, "ROLLCALL_LOG_FORMAT=json")
+	p.cmd.Env = append(p.cmd.Environ(), "ROLLCALL_REDIS="+url, "ROLLCALL_NAMESPACE="+c.namespace, "ROLLCALL_LOG_FORMAT=json", "RUNTIME_DIRECTORY="+c.w.srv.Dir)
 	if c.w.monitored || args[0] == "reap" {
 		p.monitor = monitorAddr()
 		p.cmd.Env = append(p.cmd.Env, "ROLLCALL_HTTP="+p.monitor)
