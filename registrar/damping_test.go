@@ -112,7 +112,7 @@ func TestOthersServe(t *testing.T) {
 		m.ID = addr.String()
 		text, err := json.Marshal(m)
 		if err == nil {
-			_, err = s.Beat(t.Context(), web, Beat{Addr: addr, Token: m.ID, Meta: string(text), Claim: true})
+			_, err = s.Beat(t.Context(), web, Beat{Addr: addr, Token: m.ID, Meta: string(text)})
 		}
 		if err != nil {
 			t.Fatal(err)

@@ -339,10 +339,11 @@ func routed(ctx context.Context, to netip.AddrPort) (netip.Addr, bool) {
 	return from.Addr().Unmap().WithZone(""), err == nil
 }
 
-// located is the address to register, and why.
+// located is the address to register, and how it is looked at again.
 type located struct {
-	addr   netip.AddrPort // of docker only the address
-	choice choice         // the zero choice: it was given
+	addr    netip.AddrPort // of docker only the address
+	choice  choice         // the zero choice: it was given
+	locator *locator       // nil: it was given
 }
 
 // chooseAddr returns the address to register: --advertise, or --addr, or for
@@ -378,9 +379,11 @@ func chooseAddr(c *cli.Context) (*located, error) {
 
 // chooseLocal chooses one of this machine's addresses.
 func chooseLocal(c *cli.Context, port uint16) (*located, error) {
-	chosen, _, err := newLocator(c).look(c.Context)
-	if err != nil {
+	l := &located{locator: newLocator(c)}
+	var err error
+	if l.choice, _, err = l.locator.look(c.Context); err != nil {
 		return nil, err
 	}
-	return &located{netip.AddrPortFrom(chosen.ip, port), chosen}, nil
+	l.addr = netip.AddrPortFrom(l.choice.ip, port)
+	return l, nil
 }

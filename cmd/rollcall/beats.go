@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -46,12 +47,13 @@ func (m *monitor) newBeats() *beats {
 
 const dampedName, dampedHelp = "rollcall_damped", "Instances that come and go, and wait before they return."
 
-func (m *monitor) beats(svc registrar.Service, addr fmt.Stringer, damper *registrar.Damper) *beats {
+// beats are of one instance; addr is asked at each scrape where it is registered.
+func (m *monitor) beats(svc registrar.Service, addr func() netip.AddrPort, damper *registrar.Damper) *beats {
 	b := m.newBeats()
-	m.add(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Name: registeredName, Help: registeredHelp,
-		ConstLabels: prometheus.Labels{"service": string(svc), "addr": addr.String()},
-	}, func() float64 { return number(b.registered.Load()) }))
+	m.add(registeredGauge{
+		desc: prometheus.NewDesc(registeredName, registeredHelp, []string{"addr"}, prometheus.Labels{"service": string(svc)}),
+		read: func() (string, bool) { return addr().String(), b.registered.Load() },
+	})
 	m.add(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: dampedName, Help: dampedHelp}, func() float64 { return number(damper.Waiting()) }))
 	m.ready = func() error {
 		switch {
@@ -65,6 +67,20 @@ func (m *monitor) beats(svc registrar.Service, addr fmt.Stringer, damper *regist
 		return errors.New("not registered; the log says why")
 	}
 	return b
+}
+
+// registeredGauge is whether the register has the instance, at the address that
+// it has now.
+type registeredGauge struct {
+	desc *prometheus.Desc
+	read func() (addr string, registered bool)
+}
+
+func (g registeredGauge) Describe(ch chan<- *prometheus.Desc) { ch <- g.desc }
+
+func (g registeredGauge) Collect(ch chan<- prometheus.Metric) {
+	addr, yes := g.read()
+	ch <- prometheus.MustNewConstMetric(g.desc, prometheus.GaugeValue, number(yes), addr)
 }
 
 // beaten is a registrar.BeaterConfig's hook.

@@ -23,7 +23,7 @@ func dockerCommand() *cli.Command {
 		Flags: redisFlags(append(httpFlags(),
 			&cli.StringFlag{Name: "engine", EnvVars: env("engine"), DefaultText: "DOCKER_HOST's, or unix:///var/run/docker.sock", Usage: "the Engine's `URL`"},
 			&cli.StringFlag{Name: "advertise", EnvVars: env("advertise"), Usage: "`HOST` that balancers can reach, of ports that are published on every address; without it the address that connections to Redis have is chosen, else that of the default route"},
-			&cli.StringFlag{Name: "interface", EnvVars: env("interface"), Usage: "`NAME` of the network interface whose address that is"},
+			&cli.StringFlag{Name: "interface", EnvVars: env("interface"), Usage: "`NAME` of the network interface whose address that is, also when it changes"},
 			&cli.BoolFlag{Name: "internal", EnvVars: env("internal"), Usage: "register containers at their own addresses and ports, published or not"},
 			&cli.StringFlag{Name: "network", EnvVars: env("network"), DefaultText: "the container's first by name", Usage: "with --internal: `NAME` of the network of these addresses; who is not in it is not registered"},
 			&cli.BoolFlag{Name: "explicit", EnvVars: env("explicit"), Usage: "register only what has a SERVICE_NAME"},
@@ -87,6 +87,7 @@ func dockerCommand() *cli.Command {
 			}
 			defer stop()
 			s.log.Info().Stringer("advertise", cfg.Advertise).Bool("internal", cfg.Internal).EmbedObject(where.choice).Msg("registering containers")
+			defer where.follow(c.Context, s.log, agent.Advertise)()
 			defer notify.stopping(c.Context)()
 			return agent.Run(c.Context)
 		},

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -520,7 +521,10 @@ func metricNames(t *testing.T) (names []string, histograms map[string]bool) {
 	}
 	histograms = map[string]bool{}
 	for _, wire := range []func(m *monitor){
-		func(m *monitor) { m.beats("web", addrOne{}, registrar.NewDamper(nil, zerolog.Nop())) },
+		func(m *monitor) {
+			addr := func() netip.AddrPort { return netip.MustParseAddrPort("127.0.0.1:1") }
+			m.beats("web", addr, registrar.NewDamper(nil, zerolog.Nop()))
+		},
 		func(m *monitor) { m.docker(func() docker.Status { return docker.Status{} }) },
 		func(m *monitor) {
 			m.reaper(&reaper.Config{}, func() (map[registrar.Service]registrar.ReaperStatus, error) { return nil, nil })
@@ -557,10 +561,6 @@ func metricNames(t *testing.T) (names []string, histograms map[string]bool) {
 	slices.Sort(names)
 	return slices.Compact(names), histograms
 }
-
-type addrOne struct{}
-
-func (addrOne) String() string { return "127.0.0.1:1" }
 
 // TestMetricNames holds the README's table, the alert rules and the dashboard to
 // the metrics that there are.

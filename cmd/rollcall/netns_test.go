@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -9,10 +10,14 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
 	"rollcall/lbsync/haproxy/haproxytest"
+	"rollcall/registrar/docker/dockertest"
 	"rollcall/registrar/redistest"
 )
 
@@ -181,4 +186,128 @@ func TestNetnsDoctor(t *testing.T) {
 			}
 		})
 	}
+}
+
+// leased is a network in which eth0 has an address here, and Redis is there.
+func leased(t *testing.T) (*network, *system) {
+	t.Helper()
+	n := newNetwork(t)
+	n.ip(t, n.there, "addr add 10.0.0.1/24 dev eth0")
+	n.ip(t, n.here, "addr add 10.0.0.5/24 dev eth0", "route add default via 10.0.0.1")
+	redis := redistest.StartWithin(t, []string{"ip", "netns", "exec", n.there}, "10.0.0.1")
+	return n, n.system(t, redis)
+}
+
+// TestNetnsLease has an interface lose its address and get another one. With
+// --interface the instance follows, at each time there with one address at least;
+// without, the sidecar says so and stays.
+func TestNetnsLease(t *testing.T) {
+	t.Parallel()
+	for _, named := range []bool{true, false} {
+		t.Run(fmt.Sprintf("interface=%v", named), func(t *testing.T) {
+			t.Parallel()
+			n, s := leased(t)
+			const old, changed = "10.0.0.5:8080", "10.0.0.77:8080"
+			args := []string{"--addr", ":8080", "--http", "127.0.0.1:9464"}
+			if named {
+				args = append(args, "--interface", "eth0")
+			}
+			p := s.around(t, append(args, "--", "sleep", "1000")...)
+			s.comes(t, old)
+
+			// Somebody is there all the time.
+			rdb := s.redis.Client(t)
+			ctx, cancel := context.WithCancel(t.Context())
+			var watching sync.WaitGroup
+			var missing atomic.Int64
+			looks := 0
+			watching.Go(func() {
+				for tick := time.NewTicker(5 * time.Millisecond); ctx.Err() == nil; <-tick.C {
+					if members, err := rdb.ZCard(ctx, "rollcall:{web}:instances").Result(); err == nil && members == 0 {
+						missing.Add(1)
+					}
+					looks++
+				}
+			})
+			defer watching.Wait()
+			defer cancel()
+
+			n.ip(t, n.here, "addr del 10.0.0.5/24 dev eth0")
+			p.says(t, "and there is no other; beating on for it")
+			begun := time.Now()
+			n.ip(t, n.here, "addr add 10.0.0.77/24 dev eth0", "route add default via 10.0.0.1")
+			if !named {
+				p.says(t, "the address that is registered is no longer this machine's; beating on for it; restart")
+				n.ip(t, n.here, "addr del 10.0.0.77/24 dev eth0", "addr add 10.0.0.5/24 dev eth0", "route add default via 10.0.0.1")
+				p.says(t, "the one to register again")
+				s.happens(t, "joined "+old)
+				return
+			}
+			s.happens(t, "joined "+old, "joined "+changed, "draining "+old, "left "+old)
+			t.Logf("followed after %v", time.Since(begun))
+			cancel()
+			watching.Wait()
+			if missing.Load() > 0 {
+				t.Errorf("nobody was there at %d of %d looks", missing.Load(), looks)
+			}
+			out, err := exec.Command("ip", "netns", "exec", n.here, "curl", "-sS", "http://127.0.0.1:9464/metrics").CombinedOutput()
+			if err != nil || !strings.Contains(string(out), registeredName+`{addr="`+changed+`",service="web"} 1`) {
+				t.Errorf("%v\n%s", err, out)
+			}
+			// The app has seen nothing of it.
+			if out := p.out.String(); strings.Contains(out, "app ended") || strings.Count(out, "app started") != 1 {
+				t.Error("the app was ended")
+			}
+			if code := p.signal(t, syscall.SIGTERM); code != 128+int(syscall.SIGTERM) {
+				t.Errorf("exit %d", code)
+			}
+			s.goes(t, changed, "left")
+		})
+	}
+}
+
+// TestEngineLease has the host of an agent get another address: all that its
+// containers publish is registered there before it leaves the old one.
+func TestEngineLease(t *testing.T) {
+	t.Parallel()
+	e := dockertest.Shared(t)
+	n, s := leased(t)
+	c := e.Run(t, dockertest.Spec{Publish: []string{"0.0.0.0:8080", "0.0.0.0:8081"}, Labels: map[string]string{"SERVICE_NAME": "leased"}})
+	p := s.spawn(t, "docker", "--engine", e.URL, "--interface", "eth0", "--service", "leased-8080", "--service", "leased-8081", "--explicit", "--leave")
+	p.says(t, "interface=eth0")
+	var old, changed []string
+	for _, port := range []string{"8080", "8081"} {
+		number := fmt.Sprint(c.Addr(t, port).Port())
+		old, changed = append(old, "10.0.0.5:"+number), append(changed, "10.0.0.77:"+number)
+	}
+	// Each has a service of its own, so what happens to the one is in order.
+	events := func(i int) (out []string) {
+		for _, e := range s.happened(t) {
+			if strings.HasSuffix(e, " "+old[i]) || strings.HasSuffix(e, " "+changed[i]) {
+				out = append(out, e)
+			}
+		}
+		return out
+	}
+	happens := func(want func(i int) []string) {
+		t.Helper()
+		for i := range old {
+			haproxytest.Poll(t, strings.Join(want(i), ", "), func() error {
+				if got := events(i); !slices.Equal(got, want(i)) {
+					return fmt.Errorf("%q", got)
+				}
+				return nil
+			})
+		}
+	}
+	happens(func(i int) []string { return []string{"joined " + old[i]} })
+	n.ip(t, n.here, "addr del 10.0.0.5/24 dev eth0", "addr add 10.0.0.77/24 dev eth0", "route add default via 10.0.0.1")
+	moved := func(i int) []string {
+		return []string{"joined " + old[i], "joined " + changed[i], "draining " + old[i], "left " + old[i]}
+	}
+	happens(moved)
+	if code := p.signal(t, syscall.SIGTERM); code != 0 {
+		t.Errorf("exit %d", code)
+	}
+	happens(func(i int) []string { return append(moved(i), "draining "+changed[i], "left "+changed[i]) })
 }

@@ -28,7 +28,7 @@ func registerCommand() *cli.Command {
 			&cli.StringFlag{Name: "service", EnvVars: env("service"), Usage: "`NAME` of the service"},
 			&cli.StringFlag{Name: "addr", EnvVars: env("addr"), Usage: "`HOST:PORT` that balancers can reach; a name is resolved once; of :PORT the host is chosen and printed: the address that connections to Redis have, else that of the default route"},
 			&cli.StringFlag{Name: "advertise", EnvVars: env("advertise"), Usage: "`HOST[:PORT]` in the place of --addr's own, as behind a port mapping"},
-			&cli.StringFlag{Name: "interface", EnvVars: env("interface"), Usage: "`NAME` of the network interface whose address is the host of --addr :PORT"},
+			&cli.StringFlag{Name: "interface", EnvVars: env("interface"), Usage: "`NAME` of the network interface whose address is the host of --addr :PORT, and is followed when it changes"},
 			&cli.IntFlag{Name: "weight", Value: registrar.DefaultWeight, EnvVars: env("weight"), Usage: "share of the traffic, 0 to 256"},
 			&cli.StringSliceFlag{Name: "tag", EnvVars: env("tag"), Usage: "`KEY=VALUE` kept with the instance, at most 63 and 255 bytes; repeatable, all metadata at most 4096"},
 			&cli.StringFlag{Name: "zone", EnvVars: env("zone"), Usage: "`NAME` of where it runs, at most 63 bytes"},
@@ -87,20 +87,20 @@ func registerCommand() *cli.Command {
 			kept := keepID(c, &cfg, s.log)
 			defer kept.Close()
 			cfg.Hurry, cfg.Tell = side.hurry, settled(side.notify.useful)
-			side.service, side.addr, side.damper = cfg.Service, cfg.Addr, registrar.NewDamper(s.store, s.log)
+			side.service, side.damper = cfg.Service, registrar.NewDamper(s.store, s.log)
 			cfg.Beaten = side.damper.Beaten
 			mon, err := newMonitor(c, s.log)
 			if err != nil {
 				return err
 			}
 			if mon != nil {
-				side.beats = mon.beats(cfg.Service, cfg.Addr, side.damper)
+				side.beats = mon.beats(cfg.Service, func() netip.AddrPort { return side.beater.addr() }, side.damper)
 				cfg.Beaten = func(err error) {
 					side.damper.Beaten(err)
 					side.beats.beaten(err)
 				}
 			}
-			if side.beater, err = registrar.NewBeater(cfg, s.store, s.log); err != nil {
+			if side.beater, err = newMover(cfg, s.store, s.log); err != nil {
 				return usageError{err}
 			}
 			stop, err := mon.serve(c.Context)
@@ -109,6 +109,7 @@ func registerCommand() *cli.Command {
 			}
 			defer stop()
 			s.log.Info().Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Str("given", c.String("addr")).EmbedObject(where.choice).Msg("registering")
+			defer where.follow(c.Context, s.log, side.beater.move)()
 			err = side.run(c.Context)
 			if errors.Is(err, registrar.ErrInterval) {
 				return usageError{err}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -41,17 +40,16 @@ func settled(tell func(status string)) func(status string) {
 	}
 }
 
-// sidecar is one register command at work: the Beater, what looks after the
+// sidecar is one register command at work: what beats, what looks after the
 // app's health, and the app itself, if it is around one.
 type sidecar struct {
 	command     []string       // nil: it is beside the app
 	prober      *health.Prober // nil: the instance counts as healthy
 	stopTimeout time.Duration
-	beater      *registrar.Beater
+	beater      *mover
 	damper      *registrar.Damper
 	service     registrar.Service
-	addr        netip.AddrPort
-	hurry       chan struct{} // the Beater's; closed at most once, by hasten
+	hurry       chan struct{} // the Beaters'; closed at most once, by hasten
 	notify      *systemd
 	beats       *beats // nil: nobody asks
 	children    *child.Reaper
@@ -149,7 +147,7 @@ func (s *sidecar) beat(ctx context.Context) {
 	s.left, s.begun = left, true
 	go func() { // leave waits for it
 		var err error
-		if first || s.damper.Hold(ctx, s.service, s.addr, func(most time.Duration) {
+		if first || s.damper.Hold(ctx, s.service, s.beater.addr(), func(most time.Duration) {
 			s.notify.status(fmt.Sprintf("not registered: it comes and goes, and returns within %v", most.Round(time.Second)))
 		}) {
 			err = s.beater.Run(ctx)

@@ -67,7 +67,6 @@ type Config struct {
 // Agent registers the containers of one Engine.
 type Agent struct {
 	cfg    Config
-	place  place
 	engine *client.Client
 	store  *registrar.Store
 	roll   *registrar.Roll
@@ -80,6 +79,7 @@ type Agent struct {
 	claims  claims
 	working sync.WaitGroup // the workers
 	mu      sync.Mutex
+	place   place              // guarded by mu
 	workers map[string]*worker // by container; guarded by mu
 	away    error              // why the Engine does not answer; guarded by mu
 }

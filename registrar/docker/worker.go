@@ -19,6 +19,7 @@ const (
 	missed             // a list lacks it, or it was removed: inspect it too
 	killed             // it was sent a signal
 	died               // its life has ended
+	moved              // the host has another address, or a registration at it was accepted
 )
 
 // note is one thing for a worker to see to.
@@ -79,6 +80,10 @@ func (w *worker) see(ctx context.Context, n note) {
 		w.look(ctx)
 		return
 	}
+	if n.what == moved {
+		w.moves(ctx)
+		return
+	}
 	// A restarted container may have been inspected in its new life already.
 	if n.at.Before(w.facts.started) {
 		return
@@ -131,7 +136,8 @@ func (w *worker) look(ctx context.Context) {
 
 // register makes the registrations be those that the container is to have.
 func (w *worker) register(ctx context.Context) {
-	wants, remarks := w.agent.place.plan(w.facts)
+	place := w.agent.where()
+	wants, remarks := place.plan(w.facts)
 	first := !w.facts.started.Equal(w.said)
 	if first {
 		w.said = w.facts.started
@@ -141,12 +147,16 @@ func (w *worker) register(ctx context.Context) {
 	for _, want := range wants {
 		wanted[want.key()] = true
 	}
+	var going []key
 	for k, r := range w.regs {
-		if !wanted[k] {
+		if !wanted[k] && !w.awaited(k, r, wants, place.advertise) {
 			r.leave(nil, false)
-			<-r.done
-			w.set(k, nil)
+			going = append(going, k)
 		}
+	}
+	for _, k := range going {
+		<-w.regs[k].done
+		w.set(k, nil)
 	}
 	w.agent.claims.set(w.id, w.facts.started, wants)
 	for _, want := range wants {
@@ -178,12 +188,12 @@ func (w *worker) registration(want want) (*registration, error) {
 		Service: want.service, Addr: want.addr, Weight: want.weight, Zone: a.cfg.Zone, Tags: want.tags,
 		DrainWait: a.cfg.DrainWait, Hurry: r.hurry, Roll: a.roll,
 		Token: want.token(w.facts), Since: w.facts.started,
-		Beaten: func(err error) {
+		Beaten: w.accepted(r, func(err error) {
 			r.beaten(err)
 			if a.cfg.Beaten != nil {
 				a.cfg.Beaten(err)
 			}
-		},
+		}),
 	}, a.store, w.log)
 	if err != nil {
 		return nil, err

@@ -42,6 +42,7 @@ type Server struct {
 	file   string   // its configuration, or empty
 	Env    []string // of the next Launch, besides this process's own
 	args   []string
+	within []string // what runs it, if not empty
 	cmd    *exec.Cmd
 }
 
@@ -51,6 +52,18 @@ type Server struct {
 func Start(tb testing.TB, args ...string) *Server {
 	tb.Helper()
 	s := prepare(tb, args...)
+	s.Launch(tb)
+	tb.Cleanup(func() { s.Kill(tb) })
+	return s
+}
+
+// StartWithin is Start by a program that runs another as itself, such as "ip",
+// "netns", "exec", NAME; the server binds to addr there. Clients of this process
+// come by the unix socket.
+func StartWithin(tb testing.TB, within []string, addr string, args ...string) *Server {
+	tb.Helper()
+	s := prepare(tb, args...)
+	s.within, s.Host, s.Addr = within, addr, net.JoinHostPort(addr, "6379")
 	s.Launch(tb)
 	tb.Cleanup(func() { s.Kill(tb) })
 	return s
@@ -114,8 +127,8 @@ func (s *Server) PID() int { return s.cmd.Process.Pid }
 func (s *Server) Client(tb testing.TB) *redis.Client {
 	tb.Helper()
 	o := &redis.Options{Addr: s.Addr, MaxRetries: -1, DisableIdentity: true}
-	if slices.Contains(s.args, "--tls-port") {
-		o.Network, o.Addr = "unix", s.Socket // it needs no certificate
+	if slices.Contains(s.args, "--tls-port") || len(s.within) > 0 {
+		o.Network, o.Addr = "unix", s.Socket // it needs no certificate and no route
 	}
 	c := redis.NewClient(o)
 	tb.Cleanup(func() {
@@ -141,7 +154,8 @@ func (s *Server) Launch(tb testing.TB) {
 		tb.Fatal(err)
 	}
 	defer log.Close()
-	s.cmd = exec.Command("redis-server", args...)
+	args = slices.Concat(s.within, []string{"redis-server"}, args)
+	s.cmd = exec.Command(args[0], args[1:]...)
 	s.cmd.Env = append(s.cmd.Environ(), s.Env...)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	// A test binary that is killed must not leave a server behind.
