@@ -184,13 +184,14 @@ func field(m map[string]string, key string) int64 {
 // The roles whose rights Rights tries.
 const (
 	RoleSidecar = "register"
+	RoleAgent   = "docker" // all that a sidecar does, of every service, and its lease and ledger
 	RoleReaper  = "reap"
 	RoleSync    = "lbsync"
 	RoleAdmin   = "operator" // drain, maint, ready, weight, deregister
 )
 
 // Roles lists them all.
-var Roles = []string{RoleSidecar, RoleReaper, RoleSync, RoleAdmin}
+var Roles = []string{RoleSidecar, RoleAgent, RoleReaper, RoleSync, RoleAdmin}
 
 // right is one command, with a key or a channel where it takes one.
 type right struct {
@@ -228,6 +229,9 @@ func (s *Store) rights(svc Service) []right {
 		{changers, []any{"hset", h, "-", "-"}}, {changers, []any{"hset", k.Gone(svc), "-", "-"}}, {changers, []any{"hdel", h, "-"}},
 		{changers, []any{"zrem", z, "-"}}, {changers, []any{"zadd", k.GoneAt(svc), 0, "-"}}, {changers, []any{"zcard", z}},
 		{changers, []any{"xadd", k.Events(), "*", "-", "-"}}, {changers, []any{"sadd", k.Services(), "-"}}, {RoleSidecar, []any{"scard", k.Services()}}, {RoleSidecar, []any{"zcount", z, 0, 0}}, {changers, []any{"srem", k.Services(), "-"}},
+		{RoleAgent, []any{"get", whole.Docker("-")}}, {RoleAgent, []any{"set", whole.Docker("-"), "-"}}, {RoleAgent, []any{"pttl", whole.Docker("-")}}, {RoleAgent, []any{"hget", whole.Config(), "-"}},
+		{RoleAgent, []any{"smembers", whole.DockerAddrs("-")}}, {RoleAgent, []any{"sadd", whole.DockerAddrs("-"), "-"}}, {RoleAgent, []any{"srem", whole.DockerAddrs("-"), "-"}},
+		{RoleAgent, []any{"scard", whole.DockerAddrs("-")}}, {RoleAgent, []any{"pexpire", whole.DockerAddrs("-"), 0}}, {RoleAgent, []any{"zscore", z, "-"}},
 		{RoleAdmin, []any{"hset", k.Admin(svc), "-", "-"}},
 		{RoleReaper, []any{"hset", k.Reapers(), "-", "-"}}, {RoleReaper, []any{"hdel", k.Reapers(), "-"}}, {RoleReaper, []any{"hgetall", k.Reapers()}},
 		{RoleReaper, []any{"set", k.Reaper("-"), "-"}}, {RoleReaper, []any{"zcount", z, 0, 0}}, {RoleReaper, []any{"hsetnx", k.Config(), "-", "-"}},
@@ -291,8 +295,11 @@ func (s *Store) Rights(ctx context.Context, svc Service) (map[string][]string, e
 			continue // another reason, which comes after the check of rights
 		}
 		roles := strings.Fields(r.roles)
-		if len(roles) == 0 {
+		switch {
+		case len(roles) == 0:
 			roles = Roles
+		case slices.Contains(roles, RoleSidecar):
+			roles = append(roles, RoleAgent)
 		}
 		what := fmt.Sprint(r.args[0])
 		for _, a := range r.args[1:] {

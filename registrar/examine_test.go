@@ -27,7 +27,7 @@ func TestRightsCoverScripts(t *testing.T) {
 	roles := map[string][]string{
 		"beat": {RoleSidecar}, "still": {RoleSidecar}, "roll": {RoleSidecar}, "leave": {RoleSidecar}, "announce": {RoleSidecar, RoleReaper, RoleAdmin}, "deregister": {RoleAdmin}, "admin": {RoleAdmin},
 		"reap": {RoleReaper}, "latest": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "report": {RoleReaper}, "ack": {RoleSync}, "retire": {RoleSync}, "seen": {RoleSync},
-		"others": {RoleSidecar}, "read": nil, "versions": nil, "applied": nil, "entry": nil, "lib": {RoleSidecar, RoleReaper, RoleAdmin}, "event": {RoleSidecar, RoleReaper, RoleAdmin},
+		"others": {RoleSidecar}, "elsewhere": {RoleReaper, RoleSync}, "lease": {RoleAgent}, "ledger": {RoleAgent}, "read": nil, "versions": nil, "applied": nil, "entry": nil, "lib": {RoleSidecar, RoleReaper, RoleAdmin}, "event": {RoleSidecar, RoleReaper, RoleAdmin},
 	}
 	err = fs.WalkDir(sources, ".", func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
@@ -105,6 +105,7 @@ func TestKind(t *testing.T) {
 	}{
 		{k.Services(), "", "set"}, {k.Version(), "", "string"}, {k.Epoch(), "", "string"}, {k.Config(), "", "hash"},
 		{k.Balancers(), "", "zset"}, {k.Owners(), "", "hash"}, {k.Reaper("a"), "", "string"}, {"x:reapers", "", "hash"}, {k.LetGo(), "", "string"}, {k.Events(), "", "stream"}, {"x:{_canary}:meta", "_canary", "hash"},
+		{k.Docker("a"), "", "string"}, {k.DockerAddrs("a"), "", "set"}, {"x:docker", "", ""},
 		{"x:{web}:services", "", ""}, {"x:{web}:_canary:meta", "", ""},
 		{k.Instances("web"), "web", "zset"}, {k.Meta("web"), "web", "hash"}, {k.Admin("web"), "web", "hash"}, {k.Gone("web"), "web", "hash"},
 		{k.GoneAt("web"), "web", "zset"}, {k.Changed("web"), "web", "zset"}, {k.Applied("web"), "web", "hash"}, {k.ServiceVersion("web"), "web", "string"},
@@ -126,6 +127,7 @@ func TestClusterKind(t *testing.T) {
 		typ string
 	}{
 		{k.Services(), "", "set"}, {k.Config(), "", "hash"}, {"x:version", "", ""}, {"x:epoch", "", ""}, {"x:balancers", "", ""}, {"x:reapers", "", ""}, {"x:reaper:a", "", ""},
+		{k.Docker("a"), "", "string"}, {k.DockerAddrs("a"), "", "set"},
 		{of.Services(), "web", "set"}, {of.Version(), "web", "string"}, {of.Epoch(), "web", "string"}, {of.Config(), "web", "hash"}, {of.Balancers(), "web", "zset"}, {of.Owners(), "web", "hash"}, {"x:balancer-owners", "", ""},
 		{of.Reaper("a"), "web", "string"}, {of.Reapers(), "web", "hash"}, {of.LetGo(), "web", "string"},
 		{of.Instances("web"), "web", "zset"}, {of.Meta("web"), "web", "hash"}, {of.Applied("web"), "web", "hash"}, {of.GoneAt("web"), "web", "zset"},

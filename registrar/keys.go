@@ -84,6 +84,14 @@ func (k Keys) Reapers() string { return k.shared("reapers") }
 // Reaper is a STRING, the last pulse token of one reaper; it expires.
 func (k Keys) Reaper(id string) string { return k.shared("reaper:" + id) }
 
+// Docker is a STRING, the lease of an agent: its holder. It expires. In a Cluster it
+// is the whole register's, and so are the ledgers.
+func (k Keys) Docker(id string) string { return k.ns + ":docker:" + id }
+
+// DockerAddrs is a SET, the ledger of an agent, by its mark: "<service> <addr>", where
+// it may have registrations. It expires.
+func (k Keys) DockerAddrs(mark string) string { return k.ns + ":docker-addrs:" + mark }
+
 func (k Keys) of(s Service, what string) string {
 	if s == canary && k.scope != "" { // it beats where the service does
 		s, what = k.scope, string(canary)+":"+what
@@ -105,6 +113,12 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 	name, what, braces := strings.Cut(strings.TrimPrefix(key, k.ns+":{"), "}:")
 	svc = Service(name)
 	braces = braces && key == k.ns+":{"+name+"}:"+what
+	switch {
+	case strings.HasPrefix(key, k.Docker("")):
+		return "", "string"
+	case strings.HasPrefix(key, k.DockerAddrs("")):
+		return "", "set"
+	}
 	if k.cluster && k.scope == "" {
 		switch {
 		case key == k.Services():

@@ -101,7 +101,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere, others *redis.Script
+	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere, others, lease, ledger *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -118,6 +118,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), retire: script("retire"), applied: script("applied"), report: script("report"),
 		seen: script("seen"), entry: script("entry"), announce: script("announce"), elsewhere: script("elsewhere"), others: script("others"),
+		lease: script("lease"), ledger: script("ledger"),
 	}
 	if _, s.keys.cluster = rdb.(*redis.ClusterClient); s.keys.cluster {
 		s.listing = &listing{timeout: listTimeout, at: map[Service]time.Time{}}

@@ -261,6 +261,9 @@ func TestRolesBounds(t *testing.T) {
 		{"hset rollcall:{web}:seen:lb a 1", []string{sync}}, {"hdel rollcall:{web}:seen:lb a", []string{sync}}, {"unlink rollcall:{web}:seen:lb", []string{sync}},
 		{"hgetall rollcall:{api}:seen:lb", []string{agent, sync, operate, watch}}, {"pexpire rollcall:{web}:seen:lb 1", []string{sync}}, {"pexpire rollcall:{web}:applied 1", no}, {"unlink rollcall:{web}:applied", no},
 		{"xadd rollcall:events * what x", []string{sidecar, agent, reap, operate}}, {"xtrim rollcall:events maxlen 0", no}, {"xdel rollcall:events 1-1", no}, {"del rollcall:events", no},
+		{"set rollcall:docker:x y", []string{agent}}, {"pttl rollcall:docker:x", []string{agent}}, {"del rollcall:docker:x", no},
+		{"sadd rollcall:docker-addrs:x y", []string{agent}}, {"srem rollcall:docker-addrs:x y", []string{agent}}, {"pexpire rollcall:docker-addrs:x 1", []string{agent}}, {"unlink rollcall:docker-addrs:x", no},
+		{"smembers rollcall:docker-addrs:x", []string{agent, operate, watch}},
 		{"publish rollcall:changes x", []string{sidecar, agent, reap, operate}}, {"publish other x", no},
 		// Reading.
 		{"xrevrange rollcall:events + - count 1", []string{operate, watch}}, {"xread count 1 streams rollcall:events 0", []string{operate, watch}},

@@ -386,14 +386,14 @@ func TestDoctorRedis(t *testing.T) {
 			rules []any
 			want  [][3]string
 		}{
-			{"publish", []any{"-publish"}, [][3]string{{"bad", "rights: register", "publish rollcall:changes"}, {"bad", "rights: reap", "publish"}, {"bad", "rights: operator", "publish"}}},
+			{"publish", []any{"-publish"}, [][3]string{{"bad", "rights: register", "publish rollcall:changes"}, {"bad", "rights: docker", "publish rollcall:changes"}, {"bad", "rights: reap", "publish"}, {"bad", "rights: operator", "publish"}}},
 			{"subscribe", []any{"-subscribe"}, [][3]string{{"bad", "rights: lbsync", "subscribe rollcall:changes"}}},
-			{"channel", []any{"resetchannels", "&other"}, [][3]string{{"bad", "rights: register", "publish"}, {"bad", "rights: reap", "publish"}, {"bad", "rights: operator", "publish"}, {"bad", "rights: lbsync", "subscribe"}}},
-			{"pulse", []any{"-set"}, [][3]string{{"bad", "rights: register", "set rollcall:quiet"}, {"bad", "rights: reap", "set rollcall:quiet, set rollcall:reaper:-"}, {"bad", "rights: operator", "set rollcall:quiet"}}},
+			{"channel", []any{"resetchannels", "&other"}, [][3]string{{"bad", "rights: register", "publish"}, {"bad", "rights: docker", "publish"}, {"bad", "rights: reap", "publish"}, {"bad", "rights: operator", "publish"}, {"bad", "rights: lbsync", "subscribe"}}},
+			{"pulse", []any{"-set"}, [][3]string{{"bad", "rights: register", "set rollcall:quiet"}, {"bad", "rights: docker", "set rollcall:quiet"}, {"bad", "rights: reap", "set rollcall:quiet, set rollcall:reaper:-"}, {"bad", "rights: operator", "set rollcall:quiet"}}},
 			{"settings", []any{"-config"}, [][3]string{{"unknown", "redis pub/sub buffer", "no right"}, {"unknown", "redis replicas", "no right"}}},
 			{"no DISCARD", []any{"-discard"}, [][3]string{{"unknown", "redis rights", "MULTI"}}},
 			{"trial", []any{"-multi"}, [][3]string{{"unknown", "redis rights", "MULTI"}}},
-			{"info", []any{"-info"}, [][3]string{{"unknown", "redis", "NOPERM"}, {"bad", "rights: register", "info"}, {"bad", "rights: reap", "info"}, {"bad", "rights: operator", "info"}, {"bad", "rights: lbsync", "info"}}},
+			{"info", []any{"-info"}, [][3]string{{"unknown", "redis", "NOPERM"}, {"bad", "rights: register", "info"}, {"bad", "rights: docker", "info"}, {"bad", "rights: reap", "info"}, {"bad", "rights: operator", "info"}, {"bad", "rights: lbsync", "info"}}},
 		} {
 			t.Run(tt.name, func(t *testing.T) { expect(t, as(t, tt.rules...), tt.want...) })
 		}
