@@ -166,6 +166,9 @@ func (b *Beater) register(token string, since time.Time) error {
 	return nil
 }
 
+// Token is the token of the last registration. It must not be called while Run runs.
+func (b *Beater) Token() string { return b.token }
+
 // Run beats until ctx ends. Then, with a live context of its own, it says that it
 // is draining, waits until every live balancer has seen to that, and leaves with
 // its own token; if ctx's cause is ErrUnhealthy or ErrEnded it leaves at once, and

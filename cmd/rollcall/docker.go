@@ -6,7 +6,11 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"os"
+	"os/signal"
 	"strings"
+	"sync"
+	"syscall"
 
 	"github.com/urfave/cli/v2"
 
@@ -31,7 +35,8 @@ func dockerCommand() *cli.Command {
 			&cli.StringFlag{Name: "zone", EnvVars: env("zone"), Usage: "`NAME` of where the containers run"},
 			&cli.DurationFlag{Name: "drain-wait", Value: registrar.DefaultDrainWait, EnvVars: env("drain-wait"),
 				Usage: "longest time between a container's being told to stop and its leaving; it leaves when it ends, at the latest"},
-			&cli.BoolFlag{Name: "leave", EnvVars: env("leave"), Usage: "on SIGTERM, have all containers drain and leave; without it they stay registered for the TTL, in which another agent goes on"},
+			&cli.BoolFlag{Name: "leave", EnvVars: env("leave"), Usage: "on SIGTERM, have all containers drain and leave; without it, and without a SIGUSR2 before, they stay registered for the TTL, in which another agent goes on"},
+			&cli.StringFlag{Name: "id", EnvVars: env("id"), DefaultText: "the Engine's id and name, and the address", Usage: "`NAME` of this host's agent, which no other host's has: where the Engine may not be asked, or hosts have one name"},
 		)...),
 		Action: func(c *cli.Context) error {
 			if _, err := args(c, "", 0); err != nil {
@@ -40,7 +45,7 @@ func dockerCommand() *cli.Command {
 			trim()
 			cfg := docker.Config{
 				Engine: c.String("engine"), Internal: c.Bool("internal"), Network: c.String("network"), Explicit: c.Bool("explicit"),
-				Zone: c.String("zone"), DrainWait: c.Duration("drain-wait"), Leave: c.Bool("leave"),
+				Zone: c.String("zone"), DrainWait: c.Duration("drain-wait"), Leave: c.Bool("leave"), ID: c.String("id"),
 			}
 			for _, name := range c.StringSlice("service") {
 				svc, err := registrar.ParseService(name)
@@ -62,9 +67,9 @@ func dockerCommand() *cli.Command {
 			defer s.hangups(c)()
 			notify := newSystemd(s.log)
 			defer notify.close()
-			cfg.Tell = func(away error) {
-				if away != nil {
-					notify.status("the engine does not answer: " + away.Error())
+			cfg.Tell = func(why error) {
+				if why != nil {
+					notify.status(why.Error())
 				} else {
 					notify.useful("following the engine")
 				}
@@ -81,6 +86,8 @@ func dockerCommand() *cli.Command {
 				return usageError{err}
 			}
 			defer agent.Close()
+			ctx, unhear := leaveOn(c.Context, syscall.SIGUSR2, agent)
+			defer unhear()
 			stop, err := mon.serve(c.Context)
 			if err != nil {
 				return err
@@ -89,8 +96,41 @@ func dockerCommand() *cli.Command {
 			s.log.Info().Stringer("advertise", cfg.Advertise).Bool("internal", cfg.Internal).EmbedObject(where.choice).Msg("registering containers")
 			defer where.follow(c.Context, s.log, agent.Advertise)()
 			defer notify.stopping(c.Context)()
-			return agent.Run(c.Context)
+			return agent.Run(ctx)
 		},
+	}
+}
+
+// leaveOn has the agent's containers leave when it ends, if sig comes before. sig ends
+// nothing: it returns a context that ends with ctx, when a sig that came before that has
+// been heard. stop must be called in the end.
+func leaveOn(ctx context.Context, sig os.Signal, agent *docker.Agent) (until context.Context, stop func()) {
+	heard := make(chan os.Signal, 1)
+	signal.Notify(heard, sig)
+	ending, stopListening := context.WithCancel(ctx)
+	until, end := context.WithCancel(context.WithoutCancel(ctx))
+	var listening sync.WaitGroup
+	listening.Go(func() {
+		defer end()
+		for {
+			select {
+			case <-heard:
+				agent.LeaveAtEnd()
+				continue
+			case <-ending.Done():
+			}
+			select {
+			case <-heard:
+				agent.LeaveAtEnd()
+			default:
+			}
+			return
+		}
+	})
+	return until, func() {
+		signal.Stop(heard)
+		stopListening()
+		listening.Wait()
 	}
 }
 

@@ -79,6 +79,9 @@ func (m *monitor) docker(status func() docker.Status) (beaten func(error)) {
 	}})
 	m.ready = func() error {
 		s := status()
+		if s.Standby != nil {
+			return s.Standby
+		}
 		for _, i := range s.Instances {
 			if s.Away == nil && i.Standing == docker.Refused {
 				return fmt.Errorf("%s %s is not accepted; the log says why", i.Service, i.Addr)

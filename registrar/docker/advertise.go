@@ -41,7 +41,11 @@ func (w *worker) moves(ctx context.Context) {
 	if len(w.regs) == 0 || w.facts.started.Equal(w.over) || w.facts.state != serving && w.facts.state != waiting {
 		return
 	}
-	w.register(ctx)
+	wants, remarks := w.agent.where().plan(w.facts)
+	w.agent.mu.Lock()
+	w.plans(wants)
+	w.agent.mu.Unlock()
+	w.register(ctx, wants, remarks)
 }
 
 // awaited tells whether the registration r of k, which is not wanted any more, stays
@@ -51,13 +55,28 @@ func (w *worker) awaited(k key, r *registration, wants []want, host netip.Addr) 
 	if Standing(r.standing.Load()) == Absent {
 		return false // it is not healthy: there is nothing to keep
 	}
+	next, ok := successor(k, wants, host)
+	if !ok {
+		return false
+	}
+	s := w.regs[next]
+	return s == nil || Standing(s.standing.Load()) != Registered
+}
+
+// succeeded tells whether one of wants is in the place of k.
+func succeeded(k key, wants []want, host netip.Addr) bool {
+	_, ok := successor(k, wants, host)
+	return ok
+}
+
+// successor returns that of wants which is the same port at the host's other address.
+func successor(k key, wants []want, host netip.Addr) (key, bool) {
 	for _, want := range wants {
 		if want.service == k.service && want.addr.Port() == k.addr.Port() && want.addr.Addr() == host {
-			next := w.regs[want.key()]
-			return next == nil || Standing(next.standing.Load()) != Registered
+			return want.key(), true
 		}
 	}
-	return false
+	return key{}, false
 }
 
 // accepted has the worker remove what a registration that was just accepted

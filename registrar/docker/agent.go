@@ -3,12 +3,14 @@ package docker
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -54,11 +56,15 @@ type Config struct {
 	// kept, draining, at most. It ends when the container does.
 	DrainWait time.Duration
 	// Leave has every container leave when Run ends. Without it they stay, until
-	// another agent goes on or their TTL ends.
+	// another agent goes on or their TTL ends. LeaveAtEnd sets it later.
 	Leave bool
-	// Tell, if not nil, hears that the Engine answers (nil) or why not, when this
-	// changes.
-	Tell func(away error)
+	// ID, if not empty, names this host's agent in the place of what the Engine says
+	// of itself.
+	ID string
+	// Tell, if not nil, hears that the Engine answers (nil), or why the agent does not
+	// follow it, when this changes. Run calls it and waits for it, of any number of
+	// goroutines.
+	Tell func(why error)
 	// Beaten, if not nil, hears of every heartbeat as BeaterConfig.Beaten does, of
 	// any number of goroutines.
 	Beaten func(err error)
@@ -74,14 +80,29 @@ type Agent struct {
 	asking chan struct{} // full while so many inspect
 	relist chan struct{} // has room for one: list now
 	reopen chan struct{} // has room for one: the Engine is there, so hear its events
+	voice  registrar.Sparing
+	leave  atomic.Bool // at the end
+
+	// Set by Run while nobody else runs.
+	mark      string        // of what this agent registers; empty = none
+	lease     string        // its name
+	holder    string        // of the lease, this process alone
+	leased    bool          // it has the lease
+	length    time.Duration // of the lease
+	known     chan struct{} // closed when it is known what was registered here before
+	inspected chan struct{} // closed when every container of the first list has been inspected
 
 	dampers dampers
 	claims  claims
 	working sync.WaitGroup // the workers
 	mu      sync.Mutex
-	place   place              // guarded by mu
-	workers map[string]*worker // by container; guarded by mu
-	away    error              // why the Engine does not answer; guarded by mu
+	place   place                                          // guarded by mu
+	workers map[string]*worker                             // by container; guarded by mu
+	pending map[string]bool                                // containers of the first list that have not been inspected; nil = no list yet; guarded by mu
+	spots   map[netip.AddrPort]map[registrar.Service]*spot // guarded by mu
+	ledger  bool                                           // there is one; guarded by mu
+	away    error                                          // why the Engine does not answer; guarded by mu
+	standby error                                          // why the agent does not register, else; guarded by mu
 }
 
 // errUnasked is the Engine's state before its first answer.
@@ -96,6 +117,9 @@ func New(cfg Config, store *registrar.Store, log zerolog.Logger) (*Agent, error)
 	if cfg.Network != "" && !cfg.Internal {
 		return nil, errors.New("a network is of internal addresses")
 	}
+	if len(cfg.ID) > registrar.MaxName {
+		return nil, fmt.Errorf("id of %d bytes, at most %d", len(cfg.ID), registrar.MaxName)
+	}
 	opts := []client.Opt{client.FromEnv}
 	if cfg.Engine != "" {
 		opts = append(opts, client.WithHost(cfg.Engine))
@@ -104,35 +128,56 @@ func New(cfg Config, store *registrar.Store, log zerolog.Logger) (*Agent, error)
 	if err != nil {
 		return nil, fmt.Errorf("docker engine: %w", err)
 	}
-	return &Agent{
+	a := &Agent{
 		cfg:    cfg,
 		place:  place{cfg.Advertise, cfg.Internal, cfg.Network, cfg.Explicit, cfg.Services, cfg.Zone},
 		engine: engine, store: store, roll: registrar.NewRoll(store),
 		log:    log.With().Str("component", "docker").Logger(),
 		asking: make(chan struct{}, inspections), relist: make(chan struct{}, 1), reopen: make(chan struct{}, 1),
-		workers: map[string]*worker{}, away: errUnasked,
-	}, nil
+		holder: rand.Text(), workers: map[string]*worker{}, away: errUnasked,
+	}
+	a.leave.Store(cfg.Leave)
+	return a, nil
 }
+
+// LeaveAtEnd has every container leave when Run ends, as Config.Leave does. Any number
+// of goroutines may call it.
+func (a *Agent) LeaveAtEnd() { a.leave.Store(true) }
 
 // Close closes the connections to the Engine.
 func (a *Agent) Close() error { return a.engine.Close() }
 
-// Run follows the Engine until ctx ends, and returns nil then. It may be called
-// once.
+// Run registers the Engine's containers until ctx ends, and returns nil then. While
+// another agent does, it stands by. It may be called once.
 func (a *Agent) Run(ctx context.Context) error {
+	a.identify(ctx)
+	a.lease = leaseOf(a.mark, a.cfg.Services)
+	for ctx.Err() == nil && a.stand(ctx) {
+		a.lead(ctx)
+	}
+	return nil
+}
+
+// serve follows the Engine until ctx ends.
+func (a *Agent) serve(ctx context.Context) {
+	a.known, a.inspected = make(chan struct{}), make(chan struct{})
+	a.mu.Lock()
+	a.workers, a.pending, a.spots = map[string]*worker{}, nil, map[netip.AddrPort]map[registrar.Service]*spot{}
+	a.mu.Unlock()
+	var beside sync.WaitGroup
+	defer beside.Wait()
 	defer a.working.Wait()
-	var following sync.WaitGroup
-	defer following.Wait()
-	following.Go(func() { a.follow(ctx) })
 	lost := make(chan error, 1)
-	following.Go(func() { a.watch(ctx, lost) })
+	beside.Go(func() { a.sweep(ctx) })
+	beside.Go(func() { a.follow(ctx) })
+	beside.Go(func() { a.watch(ctx, lost) })
 
 	wait := time.NewTimer(0)
 	defer wait.Stop()
 	for failures := 0; ; {
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case <-a.relist:
 		case err := <-lost:
 			a.answered(err)
@@ -140,14 +185,14 @@ func (a *Agent) Run(ctx context.Context) error {
 		}
 		err := a.Reconcile(ctx)
 		if ctx.Err() != nil {
-			return nil
+			return
 		}
 		a.answered(err)
 		if failures++; err == nil {
 			failures = 0
 			wait.Reset(registrar.Shorten(resync))
 		} else {
-			wait.Reset(registrar.Backoff(failures, engineTimeout))
+			wait.Reset(retry(failures, err))
 		}
 	}
 }
@@ -155,25 +200,67 @@ func (a *Agent) Run(ctx context.Context) error {
 // Reconcile lists the containers that run, and has every one of them inspected,
 // and also those that are known and not in the list.
 func (a *Agent) Reconcile(ctx context.Context) error {
-	tctx, cancel := context.WithTimeout(ctx, engineTimeout)
-	defer cancel()
-	list, err := a.engine.ContainerList(tctx, client.ContainerListOptions{})
+	ids, err := a.list(ctx)
 	if err != nil {
-		return fmt.Errorf("list the containers: %w", err)
+		return err
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	listed := map[string]bool{}
-	for _, c := range list.Items {
-		listed[c.ID] = true
-		a.post(ctx, c.ID, note{what: look})
+	for _, id := range ids {
+		listed[id] = true
+		a.post(ctx, id, note{what: look})
 	}
 	for id := range a.workers {
 		if !listed[id] {
 			a.post(ctx, id, note{what: missed})
 		}
 	}
+	if a.pending == nil {
+		if a.pending = listed; len(listed) == 0 {
+			close(a.inspected)
+		}
+	}
 	return nil
+}
+
+// list returns the ids of the containers that run.
+func (a *Agent) list(ctx context.Context) (ids []string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	list, err := a.engine.ContainerList(ctx, client.ContainerListOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("list the containers: %w", err)
+	}
+	for _, c := range list.Items {
+		ids = append(ids, c.ID)
+	}
+	return ids, nil
+}
+
+// inspectedOne notes what an inspection that began at asked says of w: what it is to
+// have while it runs.
+func (a *Agent) inspectedOne(w *worker, wants []want, asked time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	w.seen = asked
+	w.plans(wants)
+	if a.pending[w.id] {
+		if delete(a.pending, w.id); len(a.pending) == 0 {
+			close(a.inspected)
+		}
+	}
+}
+
+// retry is the delay before the Engine is asked again after so many failures in a
+// row. One that is not there is asked more often: that it is back matters, and costs it
+// nothing.
+func retry(failures int, err error) time.Duration {
+	limit := engineTimeout
+	if client.IsErrConnectionFailed(err) {
+		limit = time.Second
+	}
+	return registrar.Backoff(failures, limit)
 }
 
 // answered notes whether the Engine answers.
@@ -191,9 +278,13 @@ func (a *Agent) answered(err error) {
 	default:
 		a.log.Warn().Err(err).Int("containers", known).Msg("the engine does not answer; beating for the containers that are known, retrying for ever")
 	}
-	if a.cfg.Tell != nil {
-		a.cfg.Tell(err)
+	if a.cfg.Tell == nil {
+		return
 	}
+	if err != nil {
+		err = fmt.Errorf("the engine does not answer: %w", err)
+	}
+	a.cfg.Tell(err)
 }
 
 // follow hears the Engine's events until ctx ends.
@@ -407,6 +498,7 @@ func (a *Agent) command(id string, argv []string) health.Check {
 // Status is what an agent knows at one time.
 type Status struct {
 	Away       error // why the Engine does not answer; nil = it does
+	Standby    error // why the agent does not register, which is not the Engine's fault; nil = it does
 	Containers int   // that run, as far as is known
 	Instances  []InstanceStatus
 }
@@ -422,7 +514,7 @@ type InstanceStatus struct {
 func (a *Agent) Status() Status {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	s := Status{Away: a.away, Containers: len(a.workers)}
+	s := Status{Away: a.away, Standby: a.standby, Containers: len(a.workers)}
 	for _, w := range a.workers {
 		for k, r := range w.regs {
 			s.Instances = append(s.Instances, InstanceStatus{k.service, k.addr, Standing(r.standing.Load())})

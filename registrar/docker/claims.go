@@ -97,8 +97,8 @@ func (c *claims) first(k key, container string) (first string, say bool, changed
 // must be called, and waits for its end. It returns nil if ctx ends first.
 func (r *registration) mine(ctx context.Context) (mine context.Context, stop func()) {
 	for {
-		first, say, changed := r.claims.first(r.key, r.container)
-		if first != r.container {
+		first, say, changed := r.claims.first(r.key, r.worker.id)
+		if first != r.worker.id {
 			if say {
 				r.log.Warn().Str("other", facts{id: first}.shortID()).
 					Msg("another container that was started before it has the address; registered when that ends")

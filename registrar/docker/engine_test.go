@@ -597,6 +597,10 @@ type proxied struct {
 	anew   atomic.Bool  // who is healthy is starting, as after a restart of a later Engine
 	late   atomic.Bool  // who starts a command does not hear that it runs
 	execs  atomic.Int32 // commands that were made in it
+	noInfo atomic.Bool  // it may not be asked who it is
+	stuck  atomic.Value // id of a container whose inspections are not answered; "" = of none
+	asked  atomic.Int32 // such inspections
+	events atomic.Bool  // they are not hidden
 }
 
 // count adds an answer to n if path is of the container.
@@ -604,6 +608,11 @@ func (p *proxied) count(n *atomic.Int32, path string) {
 	if id, _ := p.id.Load().(string); id != "" && strings.Contains(path, "/"+id+"/") {
 		n.Add(1)
 	}
+}
+
+func (p *proxied) isStuck(path string) bool {
+	id, _ := p.stuck.Load().(string)
+	return id != "" && strings.Contains(path, "/"+id+"/")
 }
 
 func behind(tb testing.TB, e *dockertest.Engine) *proxied {
@@ -639,7 +648,17 @@ func behind(tb testing.TB, e *dockertest.Engine) *proxied {
 	}
 	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch path := r.URL.Path; {
-		case strings.HasSuffix(path, "/events"):
+		case strings.HasSuffix(path, "/info") && p.noInfo.Load():
+			http.Error(w, `{"message":"Forbidden"}`, http.StatusForbidden)
+			return
+		case strings.HasSuffix(path, "/json") && p.isStuck(path):
+			p.asked.Add(1)
+			for p.isStuck(path) && r.Context().Err() == nil {
+				time.Sleep(5 * time.Millisecond) // a slow Engine's, not the test's
+			}
+			http.Error(w, `{"message":"gave up"}`, http.StatusInternalServerError)
+			return
+		case strings.HasSuffix(path, "/events") && !p.events.Load():
 			http.Error(w, `{"message":"no events here"}`, http.StatusForbidden)
 			return
 		case p.lost.Load() && strings.Contains(path, "/containers/") && strings.HasSuffix(path, "/json") && !strings.HasSuffix(path, "/containers/json"):

@@ -15,21 +15,28 @@ import (
 
 // registration is one port of one life of a container.
 type registration struct {
-	key       key
-	container string
-	beater    *registrar.Beater
-	damper    *registrar.Damper // of all lives of the port
-	claims    *claims           // of all containers
-	prober    *health.Prober    // nil: it counts as healthy
-	log       zerolog.Logger
+	worker *worker
+	key    key
+	shared bool // other containers may say that they have the address too: it is on the host's own network
+	beater *registrar.Beater
+	damper *registrar.Damper // of all lives of the port
+	claims *claims           // of all containers
+	prober *health.Prober    // nil: it counts as healthy
+	log    zerolog.Logger
 
 	standing atomic.Int32 // a Standing
 	cancel   context.CancelCauseFunc
 	// unregister ends the Run that a healthy app has; of run alone.
 	unregister context.CancelCauseFunc
-	hurry      chan struct{} // the Beater's; closed once, by leave
-	hurried    bool          // of the worker
+	hurry      chan struct{} // the Beater's
+	hasten     func()        // closes hurry, once
+	accepted   chan struct{} // closed when the first heartbeat was
+	accept     func()        // closes accepted, once
 	done       chan struct{} // closed when run has returned
+}
+
+func (r *registration) place() registrar.Place {
+	return registrar.Place{Service: r.key.service, Addr: r.key.addr}
 }
 
 // Standing is how an instance stands with the register.
@@ -48,8 +55,19 @@ func (r *registration) beaten(err error) {
 	r.damper.Beaten(err)
 	if err == nil {
 		r.standing.Store(int32(Registered))
+		r.accept()
 	} else {
 		r.standing.Store(int32(Refused))
+	}
+}
+
+// over tells whether run has returned: another container has had the address.
+func (r *registration) over() bool {
+	select {
+	case <-r.done:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -67,9 +85,8 @@ func (r *registration) start(ctx context.Context) {
 // if it is nil. In a hurry no drain is waited for any longer.
 func (r *registration) leave(cause error, hurry bool) {
 	r.cancel(cause)
-	if hurry && !r.hurried {
-		r.hurried = true
-		close(r.hurry)
+	if hurry {
+		r.hasten()
 	}
 }
 
@@ -121,7 +138,7 @@ func (r *registration) beat(ctx context.Context) {
 	}
 }
 
-// hold registers until ctx ends. A token that has left, by another hand or in
+// hold registers until ctx ends, or a container of another service has the address. A token that has left, by another hand or in
 // another process's time, is followed by a new one.
 func (r *registration) hold(ctx context.Context) {
 	defer r.standing.Store(int32(Absent))
@@ -129,8 +146,13 @@ func (r *registration) hold(ctx context.Context) {
 		return
 	}
 	defer func() { r.damper.Left(context.Cause(ctx)) }()
-	for ctx.Err() == nil {
-		err := r.beater.Run(ctx)
+	beating, free, err := r.worker.agent.occupy(ctx, r)
+	if err != nil {
+		return
+	}
+	defer free()
+	for beating.Err() == nil {
+		err := r.beater.Run(beating)
 		switch {
 		case errors.Is(err, registrar.ErrLeft):
 			r.log.Info().Msg("the registration had left; making a new one")

@@ -2,6 +2,8 @@ package docker
 
 import (
 	"context"
+	"errors"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -10,6 +12,10 @@ import (
 	"rollcall/registrar"
 	"rollcall/registrar/health"
 )
+
+// moveWait is how long the old addresses of a container that moves are kept for the
+// new ones to be registered.
+const moveWait = time.Second
 
 // what a note is about.
 type what int
@@ -38,6 +44,8 @@ type worker struct {
 
 	notes []note                // guarded by agent.mu
 	regs  map[key]*registration // guarded by agent.mu; only run changes it
+	plan  map[key]bool          // what it is to be registered as while it runs; guarded by agent.mu
+	seen  time.Time             // when the last inspection that was answered began; guarded by agent.mu
 
 	// Of run alone.
 	facts    facts     // of the last inspection that was answered
@@ -56,7 +64,7 @@ func (w *worker) run(ctx context.Context) {
 	for {
 		select {
 		case <-ctx.Done():
-			w.end()
+			w.end(context.Cause(ctx))
 			return
 		case <-again.C:
 			w.look(ctx)
@@ -92,6 +100,7 @@ func (w *worker) see(ctx context.Context, n note) {
 	case n.what == died:
 		w.over, w.missing = w.facts.started, true
 		w.leave(registrar.ErrEnded)
+		w.planNothing()
 	case w.facts.stops(n.signal) && !w.over.Equal(w.facts.started):
 		w.over = w.facts.started
 		w.log.Info().Str("signal", n.signal).Int("instances", len(w.regs)).Msg("told to stop; draining")
@@ -101,10 +110,26 @@ func (w *worker) see(ctx context.Context, n note) {
 	}
 }
 
+// plans notes what the container is to have. The caller holds the agent's mu.
+func (w *worker) plans(wants []want) {
+	w.plan = map[key]bool{}
+	for _, want := range wants {
+		w.plan[want.key()] = true
+	}
+}
+
+// planNothing notes that the container is to have nothing until it is inspected again.
+func (w *worker) planNothing() {
+	w.agent.mu.Lock()
+	defer w.agent.mu.Unlock()
+	w.plan = nil
+}
+
 // look inspects the container and has what it is now. One that is not found has
 // ended if the Engine has also said so otherwise: a single 404, of a proxy before
 // the socket say, must not take out what serves.
 func (w *worker) look(ctx context.Context) {
+	asked := time.Now()
 	f, err := w.agent.inspect(ctx, w.id)
 	if w.missing && errdefs.IsNotFound(err) {
 		f, err = facts{id: w.id}, nil
@@ -121,6 +146,12 @@ func (w *worker) look(ctx context.Context) {
 		w.leave(registrar.ErrEnded)
 	}
 	w.facts = f
+	var wants []want
+	var remarks []remark
+	if f.state != ended {
+		wants, remarks = w.agent.where().plan(f)
+	}
+	w.agent.inspectedOne(w, wants, asked)
 	switch {
 	case f.state == sick:
 		w.leave(registrar.ErrUnhealthy)
@@ -130,14 +161,16 @@ func (w *worker) look(ctx context.Context) {
 	case f.state != serving:
 		w.leave(registrar.ErrEnded)
 	case !f.started.Equal(w.over):
-		w.register(ctx)
+		w.register(ctx, wants, remarks)
 	}
 }
 
-// register makes the registrations be those that the container is to have.
-func (w *worker) register(ctx context.Context) {
-	place := w.agent.where()
-	wants, remarks := place.plan(w.facts)
+// register makes the registrations be those that the container is to have. In one life
+// its addresses change when it moves between networks: it cannot be reached at the old
+// ones any more, so that nothing has to drain, and when the new ones have come the old
+// ones go at once. They also change when the host has another address: then each drains
+// and leaves when the register has its successor.
+func (w *worker) register(ctx context.Context, wants []want, remarks []remark) {
 	first := !w.facts.started.Equal(w.said)
 	if first {
 		w.said = w.facts.started
@@ -147,20 +180,10 @@ func (w *worker) register(ctx context.Context) {
 	for _, want := range wants {
 		wanted[want.key()] = true
 	}
-	var going []key
-	for k, r := range w.regs {
-		if !wanted[k] && !w.awaited(k, r, wants, place.advertise) {
-			r.leave(nil, false)
-			going = append(going, k)
-		}
-	}
-	for _, k := range going {
-		<-w.regs[k].done
-		w.set(k, nil)
-	}
 	w.agent.claims.set(w.id, w.facts.started, wants)
+	var come []*registration
 	for _, want := range wants {
-		if w.regs[want.key()] != nil {
+		if r := w.regs[want.key()]; r != nil && !r.over() {
 			continue
 		}
 		r, err := w.registration(want)
@@ -172,6 +195,43 @@ func (w *worker) register(ctx context.Context) {
 		}
 		r.start(ctx)
 		w.set(want.key(), r)
+		come = append(come, r)
+	}
+	var old, going []key
+	host := w.agent.where().advertise
+	for k, r := range w.regs {
+		switch {
+		case wanted[k], w.awaited(k, r, wants, host):
+		case succeeded(k, wants, host):
+			r.leave(nil, false)
+			going = append(going, k)
+		default:
+			old = append(old, k)
+		}
+	}
+	if len(old) > 0 {
+		await(ctx, come)
+	}
+	for _, k := range old {
+		w.regs[k].leave(registrar.ErrEnded, true)
+	}
+	for _, k := range append(old, going...) {
+		<-w.regs[k].done
+		w.set(k, nil)
+	}
+}
+
+// await waits until the register has rs, for moveWait at most.
+func await(ctx context.Context, rs []*registration) {
+	ctx, cancel := context.WithTimeout(ctx, moveWait)
+	defer cancel()
+	for _, r := range rs {
+		select {
+		case <-r.accepted:
+		case <-r.done:
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 
@@ -179,15 +239,17 @@ func (w *worker) register(ctx context.Context) {
 func (w *worker) registration(want want) (*registration, error) {
 	a := w.agent
 	r := &registration{
-		hurry: make(chan struct{}),
-		log:   w.log.With().Str("service", string(want.service)).Stringer("addr", want.addr).Logger(),
-		key:   want.key(), container: w.id, damper: w.damper(want), claims: &w.agent.claims,
+		worker: w, key: want.key(), damper: w.damper(want), claims: &w.agent.claims, shared: w.facts.hostNetwork && !a.place.internal,
+		hurry: make(chan struct{}), accepted: make(chan struct{}),
+		log: w.log.With().Str("service", string(want.service)).Stringer("addr", want.addr).Logger(),
 	}
+	r.hasten = sync.OnceFunc(func() { close(r.hurry) })
+	r.accept = sync.OnceFunc(func() { close(r.accepted) })
 	var err error
 	r.beater, err = registrar.NewBeater(registrar.BeaterConfig{
 		Service: want.service, Addr: want.addr, Weight: want.weight, Zone: a.cfg.Zone, Tags: want.tags,
 		DrainWait: a.cfg.DrainWait, Hurry: r.hurry, Roll: a.roll,
-		Token: want.token(w.facts), Since: w.facts.started,
+		Token: want.token(w.facts), Since: w.facts.started, Agent: a.mark,
 		Beaten: w.accepted(r, func(err error) {
 			r.beaten(err)
 			if a.cfg.Beaten != nil {
@@ -226,10 +288,10 @@ func (w *worker) leave(cause error) {
 	}
 }
 
-// end is what becomes of the registrations when the agent ends.
-func (w *worker) end() {
+// end is what becomes of the registrations when the agent ends, or stands by.
+func (w *worker) end(why error) {
 	cause := registrar.ErrHandedOver
-	if w.agent.cfg.Leave {
+	if w.agent.leave.Load() && !errors.Is(why, errTakenOver) {
 		cause = nil
 	}
 	for _, r := range w.regs {

@@ -442,6 +442,7 @@ type Spec struct {
 	Env        []string
 	Labels     map[string]string
 	Publish    []string // [ADDR:]PORT of the container, on the Engine's Host or on ADDR, a free port of that
+	Port       uint16   // where they are published in the place of a free one
 	Expose     []string
 	Network    string // empty = the Engine's; or host, or none
 	Check      bool   // HEALTHCHECK by "app check", ten times a second, unhealthy at once
@@ -463,7 +464,11 @@ func (e *Engine) Run(tb testing.TB, s Spec) *Container {
 			at, p = p[:i], p[i+1:]
 		}
 		port := network.MustParsePort(p)
-		host.PortBindings[port] = []network.PortBinding{{HostIP: netip.MustParseAddr(at)}}
+		binding := network.PortBinding{HostIP: netip.MustParseAddr(at)}
+		if s.Port > 0 {
+			binding.HostPort = strconv.Itoa(int(s.Port))
+		}
+		host.PortBindings[port] = []network.PortBinding{binding}
 		cfg.ExposedPorts[port] = struct{}{}
 	}
 	for _, p := range s.Expose {
