@@ -192,7 +192,7 @@ func TestEngineLeftBehind(t *testing.T) {
 }
 
 // TestEngineLeavesWhenRedisIsBack: what was left behind leaves also if Redis was away
-// when the agent started.
+// when the agent started, and before another service's container takes its port.
 func TestEngineLeavesWhenRedisIsBack(t *testing.T) {
 	t.Parallel()
 	h := newHost(t, dockertest.Shared(t), nil)
@@ -201,6 +201,8 @@ func TestEngineLeavesWhenRedisIsBack(t *testing.T) {
 	h.here(t, "back", addr, "")
 	h.end()
 	c.Do(t, "KILL")
+	free(t, c)
+	h.Run(t, dockertest.Spec{Publish: []string{"8080"}, Port: addr.Port(), Labels: named("front")})
 	// One that refuses to say what there was, as long as it is so.
 	if err := h.rdb.Do(t.Context(), "CONFIG", "SET", "min-replicas-to-write", 1).Err(); err != nil {
 		t.Fatal(err)
@@ -216,6 +218,10 @@ func TestEngineLeavesWhenRedisIsBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.went(t, "back", addr, registrar.Left)
+	h.here(t, "front", addr, "")
+	if got, want := fmt.Sprint(h.order(t, addr)), "[back joined back left front joined]"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
 }
 
 // TestMarks: what makes two agents' registrations each other's, and what does not.
