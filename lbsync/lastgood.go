@@ -12,6 +12,7 @@ import (
 
 	"rollcall/notifier"
 	"rollcall/registrar"
+	"rollcall/registrar/regular"
 )
 
 // lastGood is what lbsync keeps in a file for a start without Redis, and to
@@ -36,7 +37,7 @@ type lastInstance struct {
 // loadLastGood reads the file; none is an empty one.
 func loadLastGood(path string) (lastGood, error) {
 	var l lastGood
-	b, err := os.ReadFile(path)
+	b, err := regular.Read(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return l, nil
 	}

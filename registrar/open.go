@@ -8,12 +8,13 @@ import (
 	"fmt"
 	"net"
 	"net/url"
-	"os"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"rollcall/registrar/regular"
 )
 
 // Deadlines of every exchange with Redis. go-redis' own (dial 5 s, read 3 s,
@@ -339,7 +340,7 @@ func (a Access) tls(secure bool) (*tls.Config, error) {
 	}
 	c := &tls.Config{MinVersion: tls.VersionTLS12}
 	if a.CA != "" {
-		pem, err := os.ReadFile(a.CA)
+		pem, err := regular.Read(a.CA)
 		if err != nil {
 			return nil, fmt.Errorf("redis CA: %w", err)
 		}
@@ -347,10 +348,22 @@ func (a Access) tls(secure bool) (*tls.Config, error) {
 		if !c.RootCAs.AppendCertsFromPEM(pem) {
 			return nil, fmt.Errorf("redis CA: %s holds no certificate", a.CA)
 		}
+	} else if _, err := x509.SystemCertPool(); err != nil {
+		// Go reads the system's once, at their first use. If that were when there is no
+		// descriptor, no server would be believed ever after.
+		return nil, fmt.Errorf("redis CA: the system's certificates: %w", err)
 	}
 	if a.Cert != "" {
 		own := func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			pair, err := tls.LoadX509KeyPair(a.Cert, a.Key)
+			cert, err := regular.Read(a.Cert)
+			if err != nil {
+				return nil, err
+			}
+			key, err := regular.Read(a.Key)
+			if err != nil {
+				return nil, err
+			}
+			pair, err := tls.X509KeyPair(cert, key)
 			return &pair, err
 		}
 		if _, err := own(nil); err != nil {

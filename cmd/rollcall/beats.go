@@ -83,6 +83,16 @@ func (g registeredGauge) Collect(ch chan<- prometheus.Metric) {
 	ch <- prometheus.MustNewConstMetric(g.desc, prometheus.GaugeValue, number(yes), addr)
 }
 
+// unseen counts looks at apps that could not be made. It may be called on nil.
+func (m *monitor) unseen() func() {
+	if m == nil {
+		return nil
+	}
+	n := counter("rollcall_check_unknown_total", "Looks at an app that could not be made, for want of a process or a descriptor, say.")
+	m.add(n)
+	return n.Inc
+}
+
 // beaten is a registrar.BeaterConfig's hook.
 func (b *beats) beaten(err error) {
 	b.sent.Inc()

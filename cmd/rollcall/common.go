@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"rollcall/registrar"
+	"rollcall/registrar/regular"
 )
 
 const defaultRedis = "redis://127.0.0.1:6379/0"
@@ -141,8 +143,7 @@ func access(c *cli.Context, flag string) (registrar.Access, error) {
 }
 
 // secret returns how to read the variable name, or the file that the variable
-// name_FILE names. The variables are those of now: register takes the password
-// out of its environment before it connects.
+// name_FILE names. The variables are those of now.
 func secret(name string) func() (string, error) {
 	value, file := os.Getenv(name), os.Getenv(name+"_FILE")
 	return func() (string, error) {
@@ -158,8 +159,17 @@ func secret(name string) func() (string, error) {
 }
 
 func secretFile(path string) (string, error) {
-	b, err := os.ReadFile(path)
+	b, err := regular.Read(path)
 	return strings.TrimRight(string(b), "\r\n"), err
+}
+
+// fileKind refuses what can never be the file that a flag names. What is not there, or
+// cannot be seen now, may be there later.
+func fileKind(flag, path string) error {
+	if err := regular.CheckPath(path); errors.Is(err, regular.ErrKind) {
+		return fmt.Errorf("--%s: %w", flag, err)
+	}
+	return nil
 }
 
 // args returns the command's arguments, of which it takes as many as want.

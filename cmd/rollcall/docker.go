@@ -81,6 +81,7 @@ func dockerCommand() *cli.Command {
 			var agent *docker.Agent
 			if mon != nil {
 				cfg.Beaten = mon.docker(func() docker.Status { return agent.Status() })
+				cfg.Unknown = mon.unseen()
 			}
 			if agent, err = docker.New(cfg, s.store, s.log); err != nil {
 				return usageError{err}

@@ -115,6 +115,7 @@ func doctorCommand() *cli.Command {
 			}
 			d := &doctor{store: s.store, backends: backends, roles: roles}
 			d.places = func(socket string) []identity.Place { return places(c, socket, socket) }
+			d.host()
 			d.registry(c.Context, c.Duration("ttl"), c.Duration("heartbeat"))
 			d.address(c.Context, newLocator(c))
 			for i, client := range clients {

@@ -26,6 +26,7 @@ import (
 	"rollcall/lbsync/haproxy"
 	"rollcall/lbsync/identity"
 	"rollcall/registrar"
+	"rollcall/registrar/regular"
 )
 
 func lbsyncCommand() *cli.Command {
@@ -178,7 +179,7 @@ func dataplaneTarget(c *cli.Context, log zerolog.Logger) (*target, error) {
 func dataplaneReadable(c *cli.Context) error {
 	for _, f := range dataplaneFlags[1:] {
 		if name := c.String(f); name != "" {
-			file, err := os.Open(name)
+			file, err := regular.Open(name)
 			if err != nil {
 				return usage("--%s: %v", f, err)
 			}
@@ -340,6 +341,11 @@ func syncConfig(c *cli.Context) (lbsync.Config, error) {
 	}
 	if err := cfg.Check(); err != nil {
 		return cfg, usageError{err}
+	}
+	if cfg.StateFile != "" {
+		if err := fileKind("state-file", cfg.StateFile); err != nil {
+			return cfg, usageError{err}
+		}
 	}
 	return cfg, nil
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -70,12 +71,16 @@ func newMonitor(c *cli.Context, log zerolog.Logger) (*monitor, error) {
 // add has these served. It must be called before serve.
 func (m *monitor) add(cs ...prometheus.Collector) { m.collectors = append(m.collectors, cs...) }
 
-// Bounds of the server. Its longest answer is a profile of pprof.
+// Bounds of the server. Its longest answer is a profile of pprof; any other must have
+// been read after readTimeout.
 const (
 	headerTimeout = 5 * time.Second
+	readTimeout   = 5 * time.Second
 	answerTimeout = 90 * time.Second
 	idleTimeout   = 2 * time.Minute
 	closeTimeout  = time.Second
+	// monitorConnections are open at most. A scraper needs one or two.
+	monitorConnections, monitorShare = 64, 4
 )
 
 // serve listens until stop is called, which waits for the server's end. A nil
@@ -98,9 +103,9 @@ func (m *monitor) serve(ctx context.Context) (stop func(), err error) {
 	}
 	errlog := stdlog.New(m.log, "", 0)
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: errlog, MaxRequestsInFlight: 4}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, nil) })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) { answer(w, m.ready()) })
+	mux.Handle("GET /metrics", whole(promhttp.HandlerFor(registry, promhttp.HandlerOpts{ErrorLog: errlog, MaxRequestsInFlight: 4})))
+	mux.Handle("GET /healthz", whole(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { answer(w, nil) })))
+	mux.Handle("GET /readyz", whole(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { answer(w, m.ready()) })))
 	if m.pprof {
 		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
@@ -111,10 +116,12 @@ func (m *monitor) serve(ctx context.Context) (stop func(), err error) {
 		Handler: mux, ErrorLog: errlog, MaxHeaderBytes: 16 << 10,
 		ReadHeaderTimeout: headerTimeout, ReadTimeout: headerTimeout, WriteTimeout: answerTimeout, IdleTimeout: idleTimeout,
 	}
+	bounded := boundConnections(l, monitorConnections, monitorShare, m.log)
+	bounded.Attach(srv)
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		if err := srv.Serve(bounded); !errors.Is(err, http.ErrServerClosed) {
 			m.log.Error().Err(err).Msg("nothing is served any more")
 		}
 	}()
@@ -128,6 +135,30 @@ func (m *monitor) serve(ctx context.Context) (stop func(), err error) {
 		<-ended
 	}, nil
 }
+
+// whole has a handler's answer made before any of it is sent, so that a client which
+// reads slowly keeps nobody else from one, and sends it within readTimeout.
+func whole(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		made := &madeAnswer{header: w.Header(), code: http.StatusOK}
+		h.ServeHTTP(made, r)
+		// A connection that has none is as good as gone.
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(readTimeout))
+		w.WriteHeader(made.code)
+		_, _ = w.Write(made.body.Bytes()) // who does not read it has had its time
+	})
+}
+
+// madeAnswer is a http.ResponseWriter.
+type madeAnswer struct {
+	header http.Header
+	code   int
+	body   bytes.Buffer
+}
+
+func (a *madeAnswer) Header() http.Header         { return a.header }
+func (a *madeAnswer) WriteHeader(code int)        { a.code = code }
+func (a *madeAnswer) Write(b []byte) (int, error) { return a.body.Write(b) }
 
 // answer says in one line that all is well, or what is not.
 func answer(w http.ResponseWriter, err error) {

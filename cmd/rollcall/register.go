@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/rs/zerolog"
 	"github.com/urfave/cli/v2"
 
 	"rollcall/registrar"
@@ -64,35 +65,33 @@ func registerCommand() *cli.Command {
 			if side.command, err = command(c); err != nil {
 				return usageError{err}
 			}
-			if side.prober, err = prober(c, children, len(side.command) > 0); err != nil {
-				return usageError{err}
-			}
+			side.env = childEnv(os.Environ())
 			s, err := begin(c, 1)
 			if err != nil {
 				return err
 			}
 			defer s.close()
+			mon, err := newMonitor(c, s.log)
+			if err != nil {
+				return err
+			}
+			if side.prober, err = prober(c, side, s.log, mon); err != nil {
+				return usageError{err}
+			}
 			if side.command == nil {
 				defer s.hangups(c)()
 			}
 			side.log = s.log
 			side.notify = newSystemd(s.log)
 			defer side.notify.close()
-			// Neither is the app's business, nor that of a command that checks it.
-			for _, name := range []string{"ROLLCALL_REDIS_PASSWORD", "NOTIFY_SOCKET"} {
-				if err := os.Unsetenv(name); err != nil {
-					return err
-				}
+			if err := keepPrivate(); err != nil {
+				s.log.Warn().Err(err).Msg("processes of this user can read this one's passwords")
 			}
 			kept := keepID(c, &cfg, s.log)
 			defer kept.Close()
 			cfg.Hurry, cfg.Tell = side.hurry, settled(side.notify.useful)
 			side.service, side.damper = cfg.Service, registrar.NewDamper(s.store, s.log)
 			cfg.Beaten = side.damper.Beaten
-			mon, err := newMonitor(c, s.log)
-			if err != nil {
-				return err
-			}
 			if mon != nil {
 				side.beats = mon.beats(cfg.Service, func() netip.AddrPort { return side.beater.addr() }, side.damper)
 				cfg.Beaten = func(err error) {
@@ -133,7 +132,7 @@ func command(c *cli.Context) ([]string, error) {
 }
 
 // prober makes what looks after the app's health; nil if nothing shall.
-func prober(c *cli.Context, children *child.Reaper, around bool) (*health.Prober, error) {
+func prober(c *cli.Context, side *sidecar, log zerolog.Logger, mon *monitor) (*health.Prober, error) {
 	cfg := health.Config{Interval: c.Duration("check-interval"), Timeout: c.Duration("check-timeout"), Rise: c.Int("rise"), Fall: c.Int("fall")}
 	ways := 0
 	for _, name := range []string{"check", "ready-file", "beat-file"} {
@@ -148,14 +147,17 @@ func prober(c *cli.Context, children *child.Reaper, around bool) (*health.Prober
 	var err error
 	switch ready, beat := c.String("ready-file"), c.String("beat-file"); {
 	case c.String("check") != "":
-		if check, err = health.Parse(c.String("check"), children); err != nil {
+		if check, err = health.Parse(c.String("check"), side.children, side.env); err != nil {
 			return nil, err
 		}
 	case ready != "":
 		// The app's own word: once is enough.
+		if err := fileKind("ready-file", ready); err != nil {
+			return nil, err
+		}
 		cfg = health.Config{Interval: fileInterval, Timeout: cfg.Timeout, Rise: 1, Fall: 1}
 		var before os.FileInfo
-		if around {
+		if side.command != nil {
 			if before, err = os.Stat(ready); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return nil, fmt.Errorf("--ready-file: %w", err)
 			}
@@ -166,11 +168,15 @@ func prober(c *cli.Context, children *child.Reaper, around bool) (*health.Prober
 		if age < 2*fileInterval {
 			return nil, usage("--beat-file-age %v: want %v or more", age, 2*fileInterval)
 		}
+		if err := fileKind("beat-file", beat); err != nil {
+			return nil, err
+		}
 		cfg = health.Config{Interval: fileInterval, Timeout: cfg.Timeout, Rise: 1, Fall: 1}
 		check = health.BeatFile(beat, age)
 	default:
 		return nil, nil
 	}
+	cfg.Log, cfg.Unknown = log, mon.unseen()
 	return health.New(cfg, check)
 }
 

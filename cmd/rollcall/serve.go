@@ -17,6 +17,10 @@ import (
 // applied what, the rest for writes that wait.
 const servePool = 6
 
+// serveConnections are open at most: streams and long polls last, so there is room for
+// all of them and for some more.
+const serveConnections, serveShare = httpapi.MaxStreams + httpapi.MaxWaits + 300, 2
+
 func serveCommand() *cli.Command {
 	return &cli.Command{
 		Name: "serve", Usage: "serve the page and the HTTP API; read-only without --token-file",
@@ -84,7 +88,7 @@ func serveCommand() *cli.Command {
 				return fmt.Errorf("--listen: %w", err)
 			}
 			s.log.Info().Stringer("addr", l.Addr()).Bool("writes", cfg.Token != nil).Msg("serving the page and the API")
-			return srv.Serve(c.Context, l)
+			return srv.Serve(c.Context, boundConnections(l, serveConnections, serveShare, s.log))
 		},
 	}
 }

@@ -28,6 +28,7 @@ func trim() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(25)
 	}
+	reserveThreads()
 	debug.FreeOSMemory() // what the imported packages' initialisation has left
 }
 
@@ -44,6 +45,7 @@ func settled(tell func(status string)) func(status string) {
 // app's health, and the app itself, if it is around one.
 type sidecar struct {
 	command     []string       // nil: it is beside the app
+	env         []string       // the command's
 	prober      *health.Prober // nil: the instance counts as healthy
 	stopTimeout time.Duration
 	beater      *mover
@@ -57,13 +59,18 @@ type sidecar struct {
 
 	// Of run's goroutine alone.
 	app     *child.Process
-	ended   <-chan struct{} // when the app ends; nil, which is never, without one
+	ended   <-chan struct{}       // when the app ends; nil, which is never, without one
+	halts   <-chan syscall.Signal // when it is stopped, and goes on; nil without one
+	tty     *child.Terminal       // that the app is used by; nil: it is not
+	healthy bool                  // by the check, so far
 	signals <-chan heard
 	stops   stops // SIGINTs and SIGTERMs so far
 	hasty   bool
 	begun   bool       // a Run has
 	left    chan error // a Run's end; nil while none runs
 	cancel  context.CancelCauseFunc
+	// suspended: the terminal has stopped the app, and so the instance has left.
+	suspended bool
 }
 
 // forwarded go to the app as they come. SIGINT and SIGTERM do not: they make the
@@ -83,10 +90,12 @@ func (s *sidecar) run(ctx context.Context) error {
 	defer deaf()
 	if s.command != nil {
 		var err error
-		if s.app, err = s.children.Start(s.command, os.Environ(), [3]*os.File{os.Stdin, os.Stdout, os.Stderr}); err != nil {
+		s.tty = child.ControllingTerminal(os.Stdin)
+		if s.app, err = s.children.StartOn(s.tty, s.command, s.env, [3]*os.File{os.Stdin, os.Stdout, os.Stderr}); err != nil {
 			return err
 		}
-		s.ended = s.app.Done()
+		defer s.tty.Take()
+		s.ended, s.halts = s.app.Done(), s.app.Stops()
 		s.log.Info().Str("command", s.command[0]).Int("pid", s.app.PID()).Msg("app started")
 	}
 	// What follows ends when this goroutine says so.
@@ -106,9 +115,9 @@ func (s *sidecar) run(ctx context.Context) error {
 	for s.stops.n == 0 {
 		select {
 		case c := <-changes:
-			if c.Healthy {
+			if s.healthy = c.Healthy; c.Healthy {
 				s.log.Info().Msg("healthy")
-				s.beat(ctx)
+				s.register(ctx)
 				break
 			}
 			s.log.Warn().Err(c.Cause).Msg("unhealthy")
@@ -126,6 +135,8 @@ func (s *sidecar) run(ctx context.Context) error {
 			return err
 		case <-s.ended:
 			return s.appEnded()
+		case sig := <-s.halts:
+			s.appStopped(ctx, sig)
 		case h := <-s.signals:
 			s.hear(h)
 		}
@@ -218,6 +229,7 @@ func (s *sidecar) stopApp() {
 		return
 	}
 	s.app.Signal(syscall.SIGTERM)
+	s.app.Continue() // a stopped one would not hear it
 	timeout := time.NewTimer(s.stopTimeout)
 	defer timeout.Stop()
 	for before := s.stops.n; ; {
@@ -237,6 +249,7 @@ func (s *sidecar) stopApp() {
 
 // appEnded leaves, if that is still to be done, and returns the app's code.
 func (s *sidecar) appEnded() error {
+	s.tty.Take()
 	s.log.Info().Stringer("how", s.app).Int("code", s.app.Code()).Msg("app ended")
 	s.leave(registrar.ErrEnded)
 	return appError(s.app.Code())

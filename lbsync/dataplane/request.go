@@ -12,13 +12,13 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
-	"os"
 	"strings"
 	"time"
 
 	"github.com/haproxytech/client-native/v5/models"
 
 	"rollcall/lbsync"
+	"rollcall/registrar/regular"
 )
 
 // maxBody and maxHeader bound an answer. The statistics of 10,000 servers are some 15 MB.
@@ -113,7 +113,7 @@ func (c *Client) send(ctx context.Context, r request) (received int, err error) 
 		req.Header.Set("Content-Type", "application/json")
 	}
 	if c.cfg.User != "" {
-		password, err := os.ReadFile(c.cfg.PasswordFile)
+		password, err := regular.Read(c.cfg.PasswordFile)
 		if err != nil {
 			return 0, fmt.Errorf("password: %w", err)
 		}
@@ -185,7 +185,7 @@ func (c *Client) connect() error {
 		MaxResponseHeaderBytes: maxHeader,
 	}
 	if c.cfg.CAFile != "" {
-		pem, err := os.ReadFile(c.cfg.CAFile)
+		pem, err := regular.Read(c.cfg.CAFile)
 		if err != nil {
 			return fmt.Errorf("CA: %w", err)
 		}

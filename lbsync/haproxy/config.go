@@ -5,15 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 
 	"rollcall/lbsync"
+	"rollcall/registrar/regular"
 )
 
 // Config file reading, for `rollcall doctor` and lbsync's --config: the few keywords
@@ -104,7 +103,7 @@ func ReadConfig(paths []string) (*File, error) {
 	f := &File{}
 	var defaults, section Proxy
 	for _, path := range paths {
-		file, err := os.Open(path)
+		file, err := regular.Open(path)
 		if err != nil {
 			return nil, fmt.Errorf("read configuration: %w", err)
 		}
@@ -281,13 +280,9 @@ var ErrStateForm = errors.New("no state file of HAProxy's")
 // are now. It returns fs.ErrNotExist or fs.ErrPermission, wrapped, where that is
 // why, and ErrStateForm.
 func Kept(path, backend string, servers []ServerFacts) (int, error) {
-	text, err := os.ReadFile(path)
+	text, err := regular.Read(path)
 	if err != nil {
-		var perr *fs.PathError
-		if errors.As(err, &perr) {
-			return 0, err
-		}
-		return 0, fmt.Errorf("read %s: %w", path, err)
+		return 0, err
 	}
 	first, rest, _ := strings.Cut(string(text), "\n")
 	if strings.TrimSpace(first) != "1" {

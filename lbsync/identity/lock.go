@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"rollcall/registrar"
+	"rollcall/registrar/regular"
 )
 
 // lockPoll paces the attempts of an lbsync that stands by: with its start, the next
@@ -57,9 +58,17 @@ func (l *Locks) take(socket string, backends []string) error {
 
 // lock locks one file, and adds it to l.
 func (l *Locks) lock(path string, create, how int) error {
-	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_NOFOLLOW|create, 0o600)
+	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|create, 0o600)
 	if err != nil {
 		return fmt.Errorf("%w; lbsync must be able to write there", err)
+	}
+	info, err := f.Stat()
+	if err == nil {
+		err = regular.Check(path, info)
+	}
+	if err != nil {
+		_ = f.Close() // nothing was written
+		return err
 	}
 	if err := syscall.Flock(int(f.Fd()), how|syscall.LOCK_NB); err != nil {
 		_ = f.Close() // nothing was written

@@ -152,6 +152,10 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		BaseContext: func(net.Listener) context.Context { return ctx },
 		ErrorLog:    stdlog.New(s.log, "", 0),
 	}
+	// A listener that bounds its connections must know which of them have a request.
+	if bounded, ok := l.(interface{ Attach(*http.Server) }); ok {
+		bounded.Attach(srv)
+	}
 	var working sync.WaitGroup
 	defer working.Wait()
 	working.Go(func() { _ = s.watcher.Run(ctx, s.fold) }) // it returns nil

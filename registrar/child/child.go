@@ -59,20 +59,30 @@ func (r *Reaper) loop() {
 	}
 }
 
-// collect waits for every child that has ended.
+// collect waits for every child that has ended, and notes of those that run here
+// which are stopped or go on.
 func (r *Reaper) collect() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for {
 		var status syscall.WaitStatus
-		pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG, nil)
+		pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG|syscall.WUNTRACED|syscall.WCONTINUED, nil)
 		switch {
 		case errors.Is(err, syscall.EINTR):
 			continue
 		case err != nil || pid <= 0: // ECHILD: there is none; 0: none has ended
 			return
 		}
-		if p := r.running[pid]; p != nil {
+		p := r.running[pid]
+		switch {
+		case p == nil:
+		case status.Stopped():
+			p.stopped = true
+			p.tell(status.StopSignal())
+		case status.Continued():
+			p.stopped = false
+			p.tell(0)
+		default:
 			delete(r.running, pid)
 			p.status = status
 			close(p.done)
@@ -87,16 +97,23 @@ type Process struct {
 	pid    int
 	done   chan struct{}
 	status syscall.WaitStatus // set before done is closed
+
+	stops   chan syscall.Signal // has room for the last one
+	stopped bool                // by a signal, now; guarded by reaper.mu
 }
 
 // Start runs argv with env, looked up in PATH, with these files as its standard
 // input, output and error.
 func (r *Reaper) Start(argv, env []string, files [3]*os.File) (*Process, error) {
+	return r.start(argv, env, files, &syscall.SysProcAttr{Setpgid: true})
+}
+
+func (r *Reaper) start(argv, env []string, files [3]*os.File, sys *syscall.SysProcAttr) (*Process, error) {
 	path, err := Look(argv)
 	if err != nil {
 		return nil, err
 	}
-	attr := &syscall.ProcAttr{Env: env, Sys: &syscall.SysProcAttr{Setpgid: true}}
+	attr := &syscall.ProcAttr{Env: env, Sys: sys}
 	for _, f := range files {
 		attr.Files = append(attr.Files, f.Fd())
 	}
@@ -106,7 +123,7 @@ func (r *Reaper) Start(argv, env []string, files [3]*os.File) (*Process, error) 
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", path, err)
 	}
-	p := &Process{reaper: r, pid: pid, done: make(chan struct{})}
+	p := &Process{reaper: r, pid: pid, done: make(chan struct{}), stops: make(chan syscall.Signal, 1)}
 	r.running[pid] = p
 	return p, nil
 }
@@ -127,6 +144,28 @@ func (p *Process) PID() int { return p.pid }
 
 // Done is closed when the process has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Stops has the signal that has stopped the process, or 0 when it goes on: the last
+// of these that was not received yet.
+func (p *Process) Stops() <-chan syscall.Signal { return p.stops }
+
+// tell leaves sig as the last. The caller holds reaper.mu, so nobody else sends.
+func (p *Process) tell(sig syscall.Signal) {
+	select {
+	case <-p.stops:
+	default:
+	}
+	p.stops <- sig
+}
+
+// Continue has the process and its group go on if a signal has stopped it.
+func (p *Process) Continue() {
+	p.reaper.mu.Lock()
+	defer p.reaper.mu.Unlock()
+	if p.reaper.running[p.pid] == p && p.stopped {
+		_ = syscall.Kill(-p.pid, syscall.SIGCONT) // it may have been continued or ended
+	}
+}
 
 // Signal sends sig to the process alone, as long as it runs.
 func (p *Process) Signal(sig syscall.Signal) {

@@ -6,20 +6,20 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/client"
 	"github.com/rs/zerolog"
 
 	"rollcall/registrar"
-	"rollcall/registrar/health"
+	"rollcall/registrar/regular"
 )
 
 const (
@@ -68,6 +68,9 @@ type Config struct {
 	// Beaten, if not nil, hears of every heartbeat as BeaterConfig.Beaten does, of
 	// any number of goroutines.
 	Beaten func(err error)
+	// Unknown, if not nil, hears of each look at a container that could not be made,
+	// of any number of goroutines.
+	Unknown func()
 }
 
 // Agent registers the containers of one Engine.
@@ -119,6 +122,14 @@ func New(cfg Config, store *registrar.Store, log zerolog.Logger) (*Agent, error)
 	}
 	if len(cfg.ID) > registrar.MaxName {
 		return nil, fmt.Errorf("id of %d bytes, at most %d", len(cfg.ID), registrar.MaxName)
+	}
+	// The client reads these, and would wait for a pipe's writer for ever.
+	if dir := os.Getenv("DOCKER_CERT_PATH"); dir != "" {
+		for _, name := range []string{"ca.pem", "cert.pem", "key.pem"} {
+			if err := regular.CheckPath(filepath.Join(dir, name)); errors.Is(err, regular.ErrKind) {
+				return nil, fmt.Errorf("docker engine: DOCKER_CERT_PATH: %w", err)
+			}
+		}
 	}
 	opts := []client.Opt{client.FromEnv}
 	if cfg.Engine != "" {
@@ -435,64 +446,6 @@ func (a *Agent) inspect(ctx context.Context, id string) (facts, error) {
 		return facts{}, fmt.Errorf("inspect container %s: the answer is not about it", id)
 	}
 	return read(r.Container), nil
-}
-
-// command returns a check that runs argv in the container.
-func (a *Agent) command(id string, argv []string) health.Check {
-	stuck := "" // a command that has not ended in time; the Engine cannot kill it
-	return func(ctx context.Context) error {
-		if stuck != "" {
-			r, err := a.engine.ExecInspect(ctx, stuck, client.ExecInspectOptions{})
-			switch {
-			case errdefs.IsNotFound(err):
-			case err != nil:
-				return err
-			case r.Running:
-				return fmt.Errorf("process %d has not ended", r.PID)
-			}
-			stuck = ""
-		}
-		e, err := a.engine.ExecCreate(ctx, id, client.ExecCreateOptions{Cmd: argv, AttachStdout: true, AttachStderr: true})
-		if err != nil {
-			return err
-		}
-		stuck = e.ID // whether or not the Engine says in time that it has started it
-		out, err := a.engine.ExecAttach(ctx, e.ID, client.ExecAttachOptions{})
-		if err != nil {
-			return err
-		}
-		stop := context.AfterFunc(ctx, out.Close)
-		_, err = io.Copy(io.Discard, out.Reader)
-		if stop() {
-			out.Close()
-		}
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if err != nil {
-			return fmt.Errorf("read the command's output: %w", err)
-		}
-		poll := time.NewTicker(exitPoll)
-		defer poll.Stop()
-		for {
-			r, err := a.engine.ExecInspect(ctx, e.ID, client.ExecInspectOptions{})
-			if err != nil {
-				return err
-			}
-			if !r.Running {
-				stuck = ""
-				if r.ExitCode != 0 {
-					return fmt.Errorf("exit status %d", r.ExitCode)
-				}
-				return nil
-			}
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-poll.C:
-			}
-		}
-	}
 }
 
 // Status is what an agent knows at one time.

@@ -601,6 +601,7 @@ type proxied struct {
 	stuck  atomic.Value // id of a container whose inspections are not answered; "" = of none
 	asked  atomic.Int32 // such inspections
 	events atomic.Bool  // they are not hidden
+	broken atomic.Bool  // commands cannot be made
 }
 
 // count adds an answer to n if path is of the container.
@@ -664,6 +665,9 @@ func behind(tb testing.TB, e *dockertest.Engine) *proxied {
 		case p.lost.Load() && strings.Contains(path, "/containers/") && strings.HasSuffix(path, "/json") && !strings.HasSuffix(path, "/containers/json"):
 			p.count(&p.unseen, path)
 			http.Error(w, `{"message":"No such container"}`, http.StatusNotFound)
+			return
+		case p.broken.Load() && strings.Contains(path, "/exec"):
+			http.Error(w, `{"message":"fork: resource temporarily unavailable"}`, http.StatusInternalServerError)
 			return
 		case strings.HasSuffix(path, "/exec"):
 			p.count(&p.execs, path)

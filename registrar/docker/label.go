@@ -355,7 +355,7 @@ func (a attrs) check(addr netip.AddrPort) (c check, remarks []remark) {
 			scheme = "https+insecure"
 		}
 		c.url = scheme + "://" + addr.String() + "/" + strings.TrimPrefix(v, "/")
-		if _, err := health.Parse(c.url, nil); err != nil {
+		if _, err := health.Parse(c.url, nil, nil); err != nil {
 			return check{}, append(remarks, a.wrong(way, "want a path such as /healthz%s", instead))
 		}
 	}

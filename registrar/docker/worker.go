@@ -265,7 +265,7 @@ func (w *worker) registration(want want) (*registration, error) {
 	case want.check.command != nil:
 		check = a.command(w.id, want.check.command)
 	case want.check.url != "":
-		if check, err = health.Parse(want.check.url, nil); err != nil {
+		if check, err = health.Parse(want.check.url, nil, nil); err != nil {
 			return nil, err
 		}
 	default:
@@ -273,6 +273,7 @@ func (w *worker) registration(want want) (*registration, error) {
 	}
 	r.prober, err = health.New(health.Config{
 		Interval: want.check.interval, Timeout: want.check.timeout, Rise: health.DefaultRise, Fall: health.DefaultFall,
+		Log: r.log, Unknown: a.cfg.Unknown,
 	}, check)
 	return r, err
 }

@@ -3,6 +3,7 @@ package health
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -10,7 +11,9 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -30,16 +33,17 @@ const Forms = "http://HOST:PORT/PATH, https://…, https+insecure://…, tcp://H
 //   - tcp: a connection is accepted.
 //   - grpc: grpc.health.v1 answers SERVING, for the service if one is named.
 //   - exec: the command, split at blanks and run without a shell, exits with 0.
-//     What it leaves behind is killed. children starts it.
+//     What it leaves behind is killed. children starts it, with env.
 //
-// It does no I/O, but to find the command.
-func Parse(s string, children *child.Reaper) (Check, error) {
+// It does no I/O, but to find the command, and for https to read the system's
+// certificates.
+func Parse(s string, children *child.Reaper, env []string) (Check, error) {
 	if command, ok := strings.CutPrefix(s, "exec:"); ok {
 		argv := strings.Fields(command)
 		if _, err := child.Look(argv); err != nil {
 			return nil, err
 		}
-		return (&program{children: children, argv: argv}).look, nil
+		return (&program{children: children, argv: argv, env: env}).look, nil
 	}
 	u, err := url.Parse(s)
 	if err != nil || u.Host == "" || u.Opaque != "" {
@@ -47,7 +51,7 @@ func Parse(s string, children *child.Reaper) (Check, error) {
 	}
 	switch u.Scheme {
 	case "http", "https", "https+insecure":
-		return httpCheck(u), nil
+		return httpCheck(u)
 	case "tcp", "grpc":
 		if _, port, err := net.SplitHostPort(u.Host); err != nil || port == "" {
 			return nil, fmt.Errorf("check %q: want a port", s)
@@ -62,23 +66,35 @@ func Parse(s string, children *child.Reaper) (Check, error) {
 
 // httpCheck makes a new connection for each look: that the app accepts one is
 // part of the answer.
-func httpCheck(u *url.URL) Check {
+func httpCheck(u *url.URL) (Check, error) {
 	// No proxy from the environment: the app is near.
 	transport := &http.Transport{DisableKeepAlives: true, DisableCompression: true}
-	if u.Scheme == "https+insecure" {
+	switch u.Scheme {
+	case "https+insecure":
 		u.Scheme = "https"
 		transport.TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
+	case "https":
+		// Go reads them once, at their first use. If that were when there is no
+		// descriptor, no certificate would be believed ever after.
+		roots, err := x509.SystemCertPool()
+		if err != nil {
+			return nil, fmt.Errorf("check %q: the system's certificates: %w", u.Redacted(), err)
+		}
+		transport.TLSClientConfig = &tls.Config{RootCAs: roots}
 	}
 	client := &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	return func(ctx context.Context) error {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+		var t trail
+		req, err := http.NewRequestWithContext(t.trace(ctx), http.MethodGet, u.String(), nil)
 		if err != nil {
 			return err
 		}
 		req.Header.Set("User-Agent", "rollcall")
+		// A dial goes on after its request has ended, for minutes if nobody answers.
+		defer transport.CloseIdleConnections()
 		r, err := client.Do(req)
 		if err != nil {
-			return err
+			return t.judge(err)
 		}
 		// A server that is cut off in its answer may log that.
 		_, err = io.CopyN(io.Discard, r.Body, 64<<10)
@@ -87,18 +103,19 @@ func httpCheck(u *url.URL) Check {
 			return fmt.Errorf("status %s", r.Status)
 		}
 		if err != nil && !errors.Is(err, io.EOF) {
-			return fmt.Errorf("read the answer: %w", err)
+			return t.judge(fmt.Errorf("read the answer: %w", err))
 		}
 		return nil
-	}
+	}, nil
 }
 
 func tcpCheck(addr string) Check {
 	return func(ctx context.Context) error {
 		var d net.Dialer
-		c, err := d.DialContext(ctx, "tcp", addr)
+		var t trail
+		c, err := d.DialContext(t.trace(ctx), "tcp", addr)
 		if err != nil {
-			return err
+			return t.judge(err)
 		}
 		return c.Close()
 	}
@@ -113,19 +130,38 @@ func grpcCheck(addr, service string) Check {
 		grpc.WithReadBufferSize(4 << 10), grpc.WithWriteBufferSize(4 << 10),
 	}
 	return func(ctx context.Context) error {
-		c, err := grpc.NewClient("passthrough:///"+addr, options...)
+		var t trail
+		dialing := make(chan error, 1) // why the first dial failed; of gRPC's error only the text is left
+		dial := grpc.WithContextDialer(func(dctx context.Context, addr string) (net.Conn, error) {
+			conn, err := new(net.Dialer).DialContext(t.trace(dctx), "tcp", addr)
+			if err != nil {
+				select {
+				case dialing <- err:
+				default:
+				}
+			}
+			return conn, err
+		})
+		c, err := grpc.NewClient("passthrough:///"+addr, append(slices.Clone(options), dial)...)
 		if err != nil {
 			return err
 		}
 		r, err := healthpb.NewHealthClient(c).Check(ctx, &healthpb.HealthCheckRequest{Service: service})
 		err = errors.Join(err, c.Close())
+		if err == nil {
+			if r.Status != healthpb.HealthCheckResponse_SERVING {
+				err = fmt.Errorf("status %s", r.Status)
+			}
+			return err
+		}
 		if ctx.Err() != nil {
-			return ctx.Err() // gRPC has an error of its own for this
+			err = ctx.Err() // gRPC has an error of its own for this
 		}
-		if err == nil && r.Status != healthpb.HealthCheckResponse_SERVING {
-			err = fmt.Errorf("status %s", r.Status)
+		select {
+		case err = <-dialing:
+		default:
 		}
-		return err
+		return t.judge(err)
 	}
 }
 
@@ -137,9 +173,13 @@ const killWait = time.Second
 type program struct {
 	children *child.Reaper
 	argv     []string
+	env      []string
 	stuck    *child.Process // a killed one that has not ended
 }
 
+// look runs the command. That it cannot be started, for whatever reason, or was
+// killed by another hand, which is the kernel's when memory runs out, tells nothing
+// of the app: nobody has asked it.
 func (c *program) look(ctx context.Context) error {
 	if c.stuck != nil {
 		select {
@@ -151,17 +191,20 @@ func (c *program) look(ctx context.Context) error {
 	}
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
-		return err
+		return unknown(err)
 	}
 	defer null.Close()
-	p, err := c.children.Start(c.argv, os.Environ(), [3]*os.File{null, null, null})
+	p, err := c.children.Start(c.argv, c.env, [3]*os.File{null, null, null})
 	if err != nil {
-		return err
+		return unknown(err)
 	}
 	defer p.Kill() // and whom it left behind
 	select {
 	case <-p.Done():
-		if p.Code() != 0 {
+		switch {
+		case p.Code() == 128+int(syscall.SIGKILL):
+			return unknown(errors.New(p.String()))
+		case p.Code() != 0:
 			return errors.New(p.String())
 		}
 		return nil

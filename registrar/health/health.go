@@ -11,6 +11,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/rs/zerolog"
+
 	"rollcall/registrar"
 )
 
@@ -29,8 +31,13 @@ const (
 // should serve when it can.
 const startInterval = 250 * time.Millisecond
 
-// Check looks once. It returns nil if the app can serve, and else why not. It
-// returns soon after ctx ends, and is never called twice at a time.
+// ErrUnknown says that a look could not be made: for want of a process, a
+// descriptor, memory or a right, say. It tells nothing of the app.
+var ErrUnknown = errors.New("could not look")
+
+// Check looks once. It returns nil if the app can serve, and else why not; an error
+// that wraps ErrUnknown says neither. It returns soon after ctx ends, and is never
+// called twice at a time.
 type Check func(ctx context.Context) error
 
 // Config is how to look.
@@ -39,6 +46,12 @@ type Config struct {
 	Timeout  time.Duration // of one look
 	Rise     int           // successes in a row that make it healthy again; the first time one is enough
 	Fall     int           // misses in a row that make it unhealthy
+	// Log hears when looks cannot be made, and when they can again. Its zero value
+	// says nothing.
+	Log zerolog.Logger
+	// Unknown, if not nil, hears of each look that could not be made, of Run's
+	// goroutine.
+	Unknown func()
 }
 
 // State is what all looks so far come to. The zero State has seen nothing and is
@@ -81,6 +94,7 @@ type Prober struct {
 	check Check
 	state State
 	last  error // of the last look
+	blind blindness
 }
 
 // New checks cfg.
@@ -125,13 +139,26 @@ func (p *Prober) Run(ctx context.Context, changes chan<- Change) {
 }
 
 // Probe looks once and tells whether that changed the state. A look that ctx cut
-// short counts for nothing.
+// short, or that could not be made, counts for nothing: the instance stays what it
+// is for as long as that lasts, and a row of misses or successes goes on after it.
 func (p *Prober) Probe(ctx context.Context) (changed bool) {
 	tctx, cancel := context.WithTimeout(ctx, p.cfg.Timeout)
 	defer cancel()
 	err := p.check(tctx)
 	if ctx.Err() != nil {
 		return false
+	}
+	if errors.Is(err, ErrUnknown) {
+		if p.blind.more(time.Now()) {
+			p.cfg.Log.Warn().Err(err).Bool("healthy", p.state.Healthy).Int("looks", p.blind.looks).Msg("the app's health is unknown; the instance stays as it is")
+		}
+		if p.cfg.Unknown != nil {
+			p.cfg.Unknown()
+		}
+		return false
+	}
+	if looks, say := p.blind.end(); say {
+		p.cfg.Log.Info().Int("looks", looks).Msg("the app's health can be seen again")
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("no answer within %v", p.cfg.Timeout)

@@ -50,7 +50,7 @@ func TestState(t *testing.T) {
 
 func TestParseRefuses(t *testing.T) {
 	for _, s := range []string{"", "http://", "ftp://h:1", "tcp://h", "grpc://h/x", "localhost:80", "exec:", "exec: ", "exec:no-such-program", "http:h", "%"} {
-		if _, err := Parse(s, nil); err == nil {
+		if _, err := Parse(s, nil, nil); err == nil {
 			t.Errorf("%q is accepted", s)
 		}
 	}
@@ -59,7 +59,7 @@ func TestParseRefuses(t *testing.T) {
 // look looks once, within a second.
 func look(tb testing.TB, url string, children *child.Reaper) error {
 	tb.Helper()
-	check, err := Parse(url, children)
+	check, err := Parse(url, children, os.Environ())
 	if err != nil {
 		tb.Fatal(err)
 	}
