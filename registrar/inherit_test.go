@@ -19,8 +19,7 @@ import (
 func TestInherit(t *testing.T) {
 	t.Parallel()
 	srv := redistest.Start(t)
-	const interval = 300 * time.Millisecond
-	other, draining := `{"id":"other","weight":7}`, `{"id":"kept","weight":1,"draining":true}`
+	other, draining := `{"id":"other","weight":7}`, fmt.Sprintf(`{"id":"kept","weight":1,"draining":true,"registered":%d}`, int64(t0))
 	for i, c := range []struct {
 		name   string
 		held   string        // what is there; empty: nothing
@@ -31,6 +30,7 @@ func TestInherit(t *testing.T) {
 		cause  error
 		hasty  bool
 		nowait bool   // without a drain
+		mute   bool   // no balancer acknowledges
 		want   Reason // of whose token left; empty: nobody did
 		drains bool   // the balancer was asked to drain it
 	}{
@@ -38,9 +38,10 @@ func TestInherit(t *testing.T) {
 		{name: "nothing there, kept", kept: true},
 		{name: "killed", held: other, begins: true, want: Left, drains: true},
 		{name: "killed, and has not begun", held: other, want: Left, drains: true},
-		{name: "killed long ago", held: other, age: 2 * interval, begins: false, want: Left, drains: true},
+		{name: "killed long ago", held: other, age: 600 * time.Millisecond, want: Left, drains: true},
 		{name: "killed, kept", held: `{"id":"kept","weight":1}`, kept: true, want: Left, drains: true},
 		{name: "killed while it drained, kept", held: draining, kept: true, want: Left, drains: true},
+		{name: "killed while it drained, kept, and no balancer speaks", held: draining, kept: true, mute: true, want: Left},
 		{name: "metadata that is none", held: "garbage", want: Left, drains: true},
 		{name: "beats", held: other, beats: true, begins: true},
 		{name: "beats, and has not begun", held: other, beats: true},
@@ -57,9 +58,20 @@ func TestInherit(t *testing.T) {
 			s, err := NewStore(rdb, fmt.Sprint("ns", i))
 			must(t, err)
 			ctx := t.Context()
+			interval := 300 * time.Millisecond
+			if c.beats {
+				interval = 30 * time.Second // whoever waits for its silence waits for ever
+			}
 			do(t, s, "HSET", s.keys.Config(), "ttl_ms", 5*interval.Milliseconds(), "interval_ms", interval.Milliseconds())
 			now := func() int64 { return rdb.Time(ctx).Val().UnixMilli() }
 			a := host(1)
+			// A balancer that acknowledges what drains, and nothing else from now on.
+			read := func() Snapshot {
+				snap, err := s.Read(ctx, web, nil)
+				must(t, err)
+				return snap
+			}
+			must(t, s.Acker("lb").Ack(ctx, web, read().Token))
 			if c.held != "" {
 				_, err := s.Beat(ctx, web, Beat{Addr: a, Token: "x", Meta: c.held})
 				must(t, err)
@@ -71,7 +83,7 @@ func TestInherit(t *testing.T) {
 				defer func() { close(stop); <-beating }()
 				go func() {
 					defer close(beating)
-					tick := time.NewTicker(interval / 5)
+					tick := time.NewTicker(50 * time.Millisecond)
 					defer tick.Stop()
 					for {
 						select {
@@ -89,8 +101,11 @@ func TestInherit(t *testing.T) {
 			}
 			var kept []string
 			cfg := BeaterConfig{Service: web, Addr: a, Weight: 1, DrainWait: time.Minute, Hurry: hurry, Keep: func(token string, _ time.Time) { kept = append(kept, token) }}
-			if c.nowait {
+			switch {
+			case c.nowait:
 				cfg.DrainWait = 0
+			case c.mute:
+				cfg.DrainWait = interval
 			}
 			if c.kept {
 				cfg.Token, cfg.Since = "kept", time.UnixMilli(t0)
@@ -103,13 +118,6 @@ func TestInherit(t *testing.T) {
 					t.Fatalf("it begins with %v", err)
 				}
 			}
-			// A balancer that acknowledges what drains, and nothing else from now on.
-			read := func() Snapshot {
-				snap, err := s.Read(ctx, web, nil)
-				must(t, err)
-				return snap
-			}
-			must(t, s.Acker("lb").Ack(ctx, web, read().Token))
 			begun := now()
 			ended, cancel := context.WithCancelCause(ctx)
 			cancel(c.cause)
@@ -125,7 +133,7 @@ func TestInherit(t *testing.T) {
 				}
 				snap := read()
 				for _, e := range snap.Entries {
-					if e.Present && e.Instance.Meta.ID == b.token && e.Instance.Meta.Draining {
+					if !c.mute && e.Present && e.Instance.Meta.ID == b.token && e.Instance.Meta.Draining {
 						drained = true
 						must(t, s.Acker("lb").Ack(ctx, web, snap.Token))
 					}
@@ -148,8 +156,8 @@ func TestInherit(t *testing.T) {
 			if c.held == other && c.want != "" && took+c.age.Milliseconds() <= 2*interval.Milliseconds() {
 				t.Errorf("it was taken out %d ms after its last beat", took+c.age.Milliseconds())
 			}
-			if c.drains && !slices.Contains(l.said(t), "info: drained") {
-				t.Errorf("said %q", l.said(t))
+			if said := l.said(t); slices.Contains(said, "info: drained") != c.drains {
+				t.Errorf("said %q", said)
 			}
 			if forgot := kept[len(kept)-1] == ""; forgot != !errors.Is(c.cause, ErrHandedOver) || kept[0] != b.token {
 				t.Errorf("kept %q", kept)

@@ -413,6 +413,30 @@ func TestStopInTheWait(t *testing.T) {
 	}
 }
 
+// TestStopInTheWaitWithItsRights does that with the rights of a sidecar alone.
+func TestStopInTheWaitWithItsRights(t *testing.T) {
+	s := &system{redis: startRoles(t)}
+	root := s.redis.Client(t)
+	if err := root.HSet(t.Context(), "rollcall:config", "ttl_ms", 3000, "interval_ms", 1000).Err(); err != nil {
+		t.Fatal(err)
+	}
+	const addr = "10.0.0.7:80"
+	args := []string{"register", "--redis", roleURL(s.redis, "sidecar-web"), "--service", "web", "--addr", addr, "--id-file", ""}
+	first := s.spawn(t, args...)
+	s.comes(t, addr)
+	first.signal(t, syscall.SIGKILL)
+	p := s.spawn(t, args...)
+	p.says(t, "another registration holds this address")
+	if code := p.signal(t, syscall.SIGTERM); code != 0 {
+		t.Errorf("exit %d", code)
+	}
+	p.says(t, "INF drained")
+	s.goes(t, addr, "left")
+	if refused, err := root.ACLLog(t.Context(), 10).Result(); err != nil || len(refused) > 0 {
+		t.Errorf("refused: %+v, %v", refused, err)
+	}
+}
+
 // TestManyAtOneAddress: an instance of two services, and of two registries, has an id
 // in each.
 func TestManyAtOneAddress(t *testing.T) {
