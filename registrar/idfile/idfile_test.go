@@ -213,7 +213,7 @@ func TestLockOfARemovedFile(t *testing.T) {
 	var all sync.WaitGroup
 	for range 8 {
 		all.Go(func() {
-			for enough() < 300 {
+			for enough() < 100 {
 				f := Open(Place{Path: path}, of, zerolog.Nop())
 				if f.file != nil {
 					count(1)
