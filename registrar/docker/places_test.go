@@ -214,8 +214,14 @@ func TestEngineLeavesWhenRedisIsBack(t *testing.T) {
 		}
 		return nil
 	})
+	begun := time.Now()
 	if err := h.rdb.Do(t.Context(), "CONFIG", "SET", "min-replicas-to-write", 0).Err(); err != nil {
 		t.Fatal(err)
+	}
+	eventually(t, func() error { return h.agent.Status().Standby })
+	// Another agent that held the lease before the outage would have taken it first.
+	if took := time.Since(begun); took < registrar.DefaultInterval/2 {
+		t.Errorf("it has the lease %v after redis was back", took)
 	}
 	h.went(t, "back", addr, registrar.Left)
 	h.here(t, "front", addr, "")
@@ -343,6 +349,9 @@ func TestEngineStandsBy(t *testing.T) {
 	// In order.
 	begun := time.Now()
 	second.end() // with Leave
+	if left := h.rdb.PTTL(t.Context(), key).Val(); left > 10*time.Millisecond && h.rdb.Get(t.Context(), key).Val() == second.agent.holder {
+		t.Errorf("it still has the lease for %v", left)
+	}
 	h.here(t, "standby", addr, m.ID)
 	state(h, true)
 	t.Logf("taken over %v after the other one was told to end", time.Since(begun).Round(time.Millisecond))
