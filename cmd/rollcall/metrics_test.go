@@ -526,6 +526,7 @@ func metricNames(t *testing.T) (names []string, histograms map[string]bool) {
 			m.beats("web", addr, registrar.NewDamper(nil, zerolog.Nop()))
 		},
 		func(m *monitor) { m.docker(func() docker.Status { return docker.Status{} }) },
+		func(m *monitor) { m.unseen() },
 		func(m *monitor) {
 			m.reaper(&reaper.Config{}, func() (map[registrar.Service]registrar.ReaperStatus, error) { return nil, nil })
 		},
