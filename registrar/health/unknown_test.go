@@ -179,8 +179,7 @@ func nameServer(tb testing.TB, codes map[string]byte) {
 			if err != nil {
 				return
 			}
-			label := string(buf[13 : 13+int(buf[12])])
-			code, known := codes[label]
+			code, known := codes[string(buf[13:13+int(buf[12])])]
 			if !known {
 				continue
 			}
