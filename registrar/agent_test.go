@@ -121,3 +121,37 @@ func TestAgentDenied(t *testing.T) {
 		}
 	}
 }
+
+// TestClusterAgent: a lease and a ledger have their places in a Cluster too, and what
+// services hold is read from wherever they are.
+func TestClusterAgent(t *testing.T) {
+	t.Parallel()
+	c := redistest.StartCluster(t, 3)
+	s, ctx := newClusterStore(t, c), t.Context()
+	if l, err := s.KeepLease(ctx, "e", "a", true); err != nil || !l.Held || l.Length != DefaultInterval/2 {
+		t.Errorf("%+v, %v", l, err)
+	}
+	must(t, s.rdb.HSet(ctx, s.keys.Config(), "interval_ms", 1000).Err())
+	if l, err := s.KeepLease(ctx, "e", "a", false); err != nil || !l.Held || l.Length != 500*time.Millisecond {
+		t.Errorf("%+v, %v", l, err)
+	}
+	must(t, s.EndLease(ctx, "e", "a"))
+	var places []Place
+	for i, of := range onEach(t, c) {
+		token := fmt.Sprint("t", i)
+		_, err := s.Beat(ctx, of[0], Beat{Addr: host(i), Token: token, Meta: `{"id":"` + token + `","weight":1,"agent":"m"}`})
+		must(t, err)
+		places = append(places, Place{of[0], host(i)})
+	}
+	must(t, s.WriteLedger(ctx, "m", places, nil))
+	if got, err := s.Ledger(ctx, "m"); err != nil || len(got) != len(places) {
+		t.Errorf("%v, %v", got, err)
+	}
+	held, err := s.Held(ctx, places)
+	must(t, err)
+	for i, h := range held {
+		if want := (Held{fmt.Sprint("t", i), "m"}); h != want {
+			t.Errorf("%s: %+v, want %+v", places[i], h, want)
+		}
+	}
+}

@@ -375,6 +375,8 @@ func TestBeatTakesNobodyOut(t *testing.T) {
 	ctx := t.Context()
 	join(t, s, host(1), "before")
 	b, _ := newBeater(t, s, 0)
+	var told []string
+	b.cfg.Tell = func(status string) { told = append(told, status) }
 	for _, silent := range []int64{0, 1, intervalMS, 2*intervalMS - 1, 2 * intervalMS} {
 		s.setClock(t0 + silent)
 		next, err := b.Beat(ctx)
@@ -388,6 +390,9 @@ func TestBeatTakesNobodyOut(t *testing.T) {
 	s.setClock(t0 + 2*intervalMS + 1)
 	if _, err := b.Beat(ctx); err != nil {
 		t.Fatalf("it has missed its beats: %v", err)
+	}
+	if want := []string{"not registered: another registration holds the address, until it misses its heartbeats", "registered"}; !slices.Equal(told, want) {
+		t.Errorf("told %q, want %q", told, want)
 	}
 	s.setClock(t0) // a clock that is set back makes nobody silent
 	join(t, s, host(2), "ahead")

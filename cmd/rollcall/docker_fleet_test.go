@@ -358,7 +358,7 @@ func TestEngineUnitStops(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	line := regexp.MustCompile(`(?m)^ExecStop=/bin/sh -c '(.*)'$`).FindSubmatch(text)
+	line := regexp.MustCompile(`(?m)^ExecStop=\+/bin/sh -c '(.*)'$`).FindSubmatch(text)
 	if line == nil {
 		t.Fatal("the unit has no ExecStop")
 	}
