@@ -282,7 +282,7 @@ func TestDoctor(t *testing.T) {
 			do(t, "zadd", "rollcall:{api}:instances", fromNow(-12*time.Second), a)
 			do(t, "sadd", "rollcall:services", "api")
 		},
-			doAll(cmd{"del", "rollcall:{api}:instances"}, cmd{"srem", "rollcall:services", "api"}), nil, [][3]string{{"warn", "registry addresses", "in api (silent for 12s) and web"}}},
+			doAll(cmd{"del", "rollcall:{api}:instances"}, cmd{"srem", "rollcall:services", "api"}), nil, [][3]string{{"warn", "registry addresses", "in api (silent for 1"}}},
 		{"no config", doAll(cmd{"del", "rollcall:config"}), doAll(cmd{"hset", "rollcall:config", "interval_ms", "5000", "ttl_ms", "15000"}), nil, [][3]string{{"warn", "registry config", "none"}}},
 	} {
 		try(tt, none)

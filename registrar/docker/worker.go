@@ -3,6 +3,7 @@ package docker
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -180,7 +181,7 @@ func (w *worker) register(ctx context.Context, wants []want, remarks []remark) {
 	for _, want := range wants {
 		wanted[want.key()] = true
 	}
-	w.agent.claims.set(w.id, w.facts.started, wants)
+	w.claim(wants) // with what it has still
 	var come []*registration
 	for _, want := range wants {
 		if r := w.regs[want.key()]; r != nil && !r.over() {
@@ -219,6 +220,17 @@ func (w *worker) register(ctx context.Context, wants []want, remarks []remark) {
 		<-w.regs[k].done
 		w.set(k, nil)
 	}
+	w.claim(wants)
+}
+
+// claim has the container claim the addresses that it is to have, and those that it has
+// not left yet: a registration whose claim ends hands over, and leaves nothing.
+func (w *worker) claim(wants []want) {
+	all := slices.Clone(wants)
+	for k := range w.regs {
+		all = append(all, want{service: k.service, addr: k.addr})
+	}
+	w.agent.claims.set(w.id, w.facts.started, all)
 }
 
 // await waits until the register has rs, for moveWait at most.
