@@ -19,6 +19,7 @@ import (
 
 // counted is a log that counts what it is told, by level.
 type counted struct {
+	mu     sync.Mutex // guards all below while a backend runs
 	bytes  map[string]int
 	lines  map[string]int
 	said   map[string]int // what one line said, by level and kind
@@ -32,6 +33,8 @@ func (c *counted) Write(p []byte) (int, error) {
 		Level, Message, State string
 		Counts                map[string]int
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if err := json.Unmarshal(p, &l); err != nil {
 		c.wrong = append(c.wrong, err.Error())
 	}
@@ -99,11 +102,15 @@ func TestSumOfABurst(t *testing.T) {
 				time.Sleep(time.Second / 20) // of the simulated clock
 			}
 			synctest.Wait()
+			c.mu.Lock()
 			if c.sums > 0 {
 				t.Errorf("%d sums at once", c.sums)
 			}
+			c.mu.Unlock()
 			time.Sleep(time.Minute)
 			synctest.Wait()
+			c.mu.Lock()
+			defer c.mu.Unlock()
 			if c.sums != 1 || c.said["info ready"]+c.summed["ready"] != 100 {
 				t.Errorf("%d sums after a minute; said %v, summed %v", c.sums, c.said, c.summed)
 			}

@@ -49,10 +49,10 @@ func TestSidecarDamped(t *testing.T) {
 			}
 			if last {
 				s.comes(t, addr)
+				m.signal(t, syscall.SIGTERM) // and all of its log is there
 				if out := m.out.String(); strings.Count(out, `"message":"registered"`)+strings.Count(out, " registered ") < 4 {
 					t.Error(out)
 				}
-				m.signal(t, syscall.SIGTERM)
 				return
 			}
 			m.shows(t, "rollcall_damped", 1, 1)
