@@ -106,23 +106,28 @@ func notifySocket(t *testing.T) (next func(limit time.Duration) string) {
 func TestNotifyStandsStill(t *testing.T) {
 	next := notifySocket(t)
 	path := os.Getenv("NOTIFY_SOCKET")
-	fill, err := net.Dial("unixgram", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer fill.Close()
+	// full fills the socket: what one sender may have under way can be less than what
+	// the socket holds (net.unix.max_dgram_qlen), so it is full when a new one gets
+	// nothing through.
 	full := func() {
 		t.Helper()
-		for {
-			if err := fill.SetWriteDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
-				t.Fatal(err)
-			}
-			_, err := fill.Write([]byte("filler"))
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				return
-			}
+		for sent := 1; sent > 0; {
+			fill, err := net.Dial("unixgram", path)
 			if err != nil {
 				t.Fatal(err)
+			}
+			t.Cleanup(func() { fill.Close() })
+			for sent = 0; ; sent++ {
+				if err := fill.SetWriteDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+					t.Fatal(err)
+				}
+				_, err := fill.Write([]byte("filler"))
+				if errors.Is(err, os.ErrDeadlineExceeded) {
+					break
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
 			}
 		}
 	}
