@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -99,7 +98,7 @@ func TestAddressesDealtAnew(t *testing.T) {
 	first := map[registrar.Service]time.Time{}
 	haproxytest.Poll(t, "the new ones beat", func() error {
 		for svc, of := range map[registrar.Service][]*haproxytest.Instance{"misc": instances[:each], "web": instances[each:]} {
-			snap, err := store.Read(context.Background(), svc, nil)
+			snap, err := store.Read(t.Context(), svc, nil)
 			if err != nil {
 				return err
 			}
