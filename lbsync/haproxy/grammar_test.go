@@ -152,9 +152,11 @@ func record(t *testing.T, target string) (r *recorder, path string) {
 func (r *recorder) pass(conn net.Conn, target string) {
 	defer conn.Close()
 	line, err := bufio.NewReader(conn).ReadString('\n')
-	r.mu.Lock()
-	r.sent = append(r.sent, line)
-	r.mu.Unlock()
+	if line != "" { // a connection on which nothing was said is none of a command
+		r.mu.Lock()
+		r.sent = append(r.sent, line)
+		r.mu.Unlock()
+	}
 	if err != nil {
 		return
 	}
