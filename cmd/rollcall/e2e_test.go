@@ -65,21 +65,36 @@ func (s *system) binary(t *testing.T) string {
 // spawn starts a rollcall that the test's end kills.
 func (s *system) spawn(t *testing.T, args ...string) *process {
 	t.Helper()
-	p := &process{cmd: exec.Command(s.binary(t), args...), out: &lockedBuffer{}, done: make(chan struct{})}
-	p.cmd.Env = append(append(p.cmd.Environ(), "ROLLCALL_REDIS="+s.redis.URL()), s.env...)
-	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := p.cmd.Start(); err != nil {
+	return s.start(t, exec.Command(s.binary(t), args...))
+}
+
+// start starts cmd with the variables of s. Output that goes nowhere yet is kept. The
+// test's end kills it.
+func (s *system) start(t *testing.T, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{cmd: cmd, out: &lockedBuffer{}, done: make(chan struct{})}
+	cmd.Env = append(append(cmd.Environ(), "ROLLCALL_REDIS="+s.redis.URL()), s.env...)
+	if cmd.Stdout == nil {
+		cmd.Stdout = p.out
+	}
+	if cmd.Stderr == nil {
+		cmd.Stderr = p.out
+	}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	go func() {
 		defer close(p.done)
-		_ = p.cmd.Wait() // the exit code is read from ProcessState
+		_ = cmd.Wait() // the exit code is read from ProcessState
 	}()
 	t.Cleanup(func() {
 		p.signal(t, syscall.SIGKILL)
 		if t.Failed() {
-			t.Logf("rollcall %s\n%s", strings.Join(args, " "), p.out)
+			t.Logf("%s\n%s", strings.Join(cmd.Args, " "), p.out)
 		}
 	})
 	return p

@@ -260,6 +260,9 @@ func TestTerminalWithoutShell(t *testing.T) {
 	s.comes(t, addr)
 	c.types(t, "one\n")
 	c.says(t, "got[one]")
+	if out := c.out.String(); strings.Contains(out, "the app is stopped") || strings.Contains(out, "the app goes on") {
+		t.Errorf("the app had to wait for the terminal: %s", out)
+	}
 	c.types(t, "\x1a")
 	c.says(t, "the app goes on")
 	stands(t, "the app has the terminal", app, "S", true)

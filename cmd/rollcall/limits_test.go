@@ -28,24 +28,9 @@ func (s *system) spawnAs(t *testing.T, uid int, before []string, args ...string)
 		t.Fatal(err)
 	}
 	line := append(append(before[:len(before):len(before)], binary), args...)
-	p := &process{cmd: exec.Command(line[0], line[1:]...), out: &lockedBuffer{}, done: make(chan struct{})}
-	p.cmd.Env = append(append(p.cmd.Environ(), "ROLLCALL_REDIS="+s.redis.URL()), s.env...)
-	p.cmd.Stdout, p.cmd.Stderr, p.cmd.Dir = p.out, p.out, "/"
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Credential: credential(uid)}
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		defer close(p.done)
-		_ = p.cmd.Wait() // the exit code is read from ProcessState
-	}()
-	t.Cleanup(func() {
-		p.signal(t, syscall.SIGKILL)
-		if t.Failed() {
-			t.Logf("rollcall %s\n%s", strings.Join(args, " "), p.out)
-		}
-	})
-	return p
+	cmd := exec.Command(line[0], line[1:]...)
+	cmd.Dir, cmd.SysProcAttr = "/", &syscall.SysProcAttr{Credential: credential(uid)}
+	return s.start(t, cmd)
 }
 
 // credential is of a user with no other process; nil where this one cannot become it.
@@ -129,6 +114,10 @@ func TestSidecarAtItsLimits(t *testing.T) {
 			token := s.comes(t, addr)
 			p.says(t, "serving metrics and health")
 			m := &monitored{process: p, url: "http://" + served.FindStringSubmatch(p.out.String())[1]}
+			threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", p.cmd.Process.Pid))
+			if t.Logf("%d threads", len(threads)); err != nil || len(threads) <= spareThreads {
+				t.Errorf("none is spare: %v", err)
+			}
 			version := rdb.Get(t.Context(), "rollcall:{web}:version").Val()
 			stays := func(when string) {
 				t.Helper()

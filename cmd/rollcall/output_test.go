@@ -71,31 +71,15 @@ func (p *pipe) leave() { p.once.Do(func() { _ = p.r.Close() }) }
 // process's own buffer.
 func (s *system) spawnWith(t *testing.T, stdout, stderr *os.File, args ...string) *process {
 	t.Helper()
-	p := &process{cmd: exec.Command(s.binary(t), args...), out: &lockedBuffer{}, done: make(chan struct{})}
-	p.cmd.Env = append(append(p.cmd.Environ(), "ROLLCALL_REDIS="+s.redis.URL()), s.env...)
-	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
-	if stdout != nil {
-		p.cmd.Stdout = stdout
+	cmd := exec.Command(s.binary(t), args...)
+	if stdout != nil { // else the interface would not be nil
+		cmd.Stdout = stdout
 	}
 	if stderr != nil {
-		p.cmd.Stderr = stderr
+		cmd.Stderr = stderr
 	}
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	p.cmd.WaitDelay = time.Second // the output of an app that is left behind
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		defer close(p.done)
-		_ = p.cmd.Wait() // the exit code is read from ProcessState
-	}()
-	t.Cleanup(func() {
-		p.signal(t, syscall.SIGKILL)
-		if t.Failed() {
-			t.Logf("rollcall %s\n%s", strings.Join(args, " "), p.out)
-		}
-	})
-	return p
+	cmd.WaitDelay = time.Second // the output of an app that is left behind
+	return s.start(t, cmd)
 }
 
 // freeAddr returns a loopback address that nobody listens on.

@@ -3,7 +3,11 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
+	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -128,8 +132,8 @@ func TestTwoStops(t *testing.T) {
 			l := startLoad(t, "http://"+s.ha.Addr("be")+"/")
 			defer l.stop()
 			haproxytest.Poll(t, "it gets requests", func() error {
-				if i.Served() == 0 {
-					return errors.New("none")
+				if i.Served() == 0 || l.sent.Load() < 20 {
+					return fmt.Errorf("%d of %d", i.Served(), l.sent.Load())
 				}
 				return nil
 			})
@@ -140,7 +144,7 @@ func TestTwoStops(t *testing.T) {
 			send(t, p, c.second)
 			if c.drains {
 				s.draining(t, addr)
-				time.Sleep(100 * time.Millisecond) // for the second signal to be heard
+				p.took(t) // the second one
 				send(t, lb, syscall.SIGCONT)
 			}
 			if code := p.ends(t); code != 0 {
@@ -181,7 +185,7 @@ func TestTimeout(t *testing.T) {
 	send(t, lb, syscall.SIGSTOP)
 	defer send(t, lb, syscall.SIGCONT)
 	s.draining(t, addr)
-	time.Sleep(200 * time.Millisecond) // for the second signal to come, while the drain waits
+	p.took(t) // timeout sends the second at once after the first, and the drain waits
 	send(t, lb, syscall.SIGCONT)
 	if code := p.ends(t); code != 124 { // timeout's own
 		t.Errorf("exit %d", code)
@@ -208,7 +212,7 @@ func TestTwoStopsOfDaemons(t *testing.T) {
 			p.says(t, ready)
 			s.redis.Signal(t, syscall.SIGSTOP) // so that what is still to be told takes its time
 			send(t, p, syscall.SIGTERM)
-			time.Sleep(100 * time.Millisecond)
+			p.took(t)
 			_ = p.cmd.Process.Signal(syscall.SIGINT) // it may have ended
 			defer s.redis.Signal(t, syscall.SIGCONT)
 			if code := p.ends(t); code != 0 {
@@ -244,7 +248,7 @@ func TestEngineTwoStops(t *testing.T) {
 	send(t, p, syscall.SIGTERM)
 	s.draining(t, addr)
 	send(t, p, syscall.SIGINT)
-	time.Sleep(100 * time.Millisecond) // for it to be heard
+	p.took(t)
 	haproxytest.Poll(t, "the balancer has drained it", acked)
 	if code := p.ends(t); code != 0 {
 		t.Errorf("%v", p.cmd.ProcessState)
@@ -253,7 +257,48 @@ func TestEngineTwoStops(t *testing.T) {
 	p.says(t, "drained")
 }
 
-// freeAddr returns an address that nobody listens on.
+// took waits until no signal to stop waits in the kernel to be taken by p or, where p
+// was started through another program, by the processes that it started.
+func (p *process) took(t *testing.T) {
+	t.Helper()
+	const stops = 1<<(syscall.SIGINT-1) | 1<<(syscall.SIGTERM-1)
+	pids := append(children(t, p.cmd.Process.Pid), p.cmd.Process.Pid)
+	haproxytest.Poll(t, "signals are taken", func() error {
+		for _, pid := range pids {
+			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+			if errors.Is(err, fs.ErrNotExist) {
+				continue // it has ended
+			}
+			if err != nil {
+				return err
+			}
+			_, rest, _ := strings.Cut(string(status), "\nShdPnd:\t")
+			mask, _, _ := strings.Cut(rest, "\n")
+			if n, err := strconv.ParseUint(mask, 16, 64); err != nil || n&stops != 0 {
+				return fmt.Errorf("process %d: %q: %v", pid, mask, err)
+			}
+		}
+		return nil
+	})
+}
+
+// children returns the processes that pid started and that live.
+func children(t *testing.T, pid int) (pids []int) {
+	t.Helper()
+	list, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", pid))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	for _, f := range strings.Fields(string(list)) {
+		child, err := strconv.Atoi(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pids = append(pids, child)
+	}
+	return pids
+}
+
 func send(t *testing.T, p *process, sig syscall.Signal) {
 	t.Helper()
 	if err := p.cmd.Process.Signal(sig); err != nil {
