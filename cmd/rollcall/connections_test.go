@@ -72,8 +72,8 @@ func TestConnections(t *testing.T) {
 	}
 	for range 50 { // idle
 		dial()
-		if took := scrapes(t, "http://"+inner.Addr().String()+"/", 1); took > time.Second {
-			t.Logf("an answer took %v", took)
+		if took, failed := scrapes(t, "http://"+inner.Addr().String()+"/", 1); took > time.Second || failed > 0 {
+			t.Logf("an answer took %v, %d tries failed", took, failed)
 		}
 	}
 	haproxytest.Poll(t, "no more are open than may", func() error {
@@ -94,8 +94,8 @@ func TestConnections(t *testing.T) {
 			t.Errorf("%s was cut off, want %s", got, want)
 		}
 	}
-	if took := scrapes(t, "http://"+inner.Addr().String()+"/", 1); took > time.Second {
-		t.Logf("an answer took %v", took)
+	if took, failed := scrapes(t, "http://"+inner.Addr().String()+"/", 1); took > time.Second || failed > 0 {
+		t.Logf("an answer took %v, %d tries failed", took, failed)
 	}
 	if got := hears(t, ended); got != "2" {
 		t.Errorf("%s was cut off, want 2", got)

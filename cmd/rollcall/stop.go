@@ -37,8 +37,9 @@ type heard struct {
 }
 
 // listen has signals come as they are heard, until stop is called, which waits for
-// the end of that. The end of told, which any signal to stop brings about too, is
-// one that came before.
+// the end of that. From then on they do nothing: the process is about to end, with a
+// code that is not to become a signal's. The end of told, which any signal to stop
+// brings about too, is one that came before.
 func listen(told <-chan struct{}, sigs ...os.Signal) (signals <-chan heard, stop func()) {
 	in, out, end := make(chan os.Signal, 16), make(chan heard, 16), make(chan struct{})
 	signal.Notify(in, sigs...)
@@ -61,8 +62,7 @@ func listen(told <-chan struct{}, sigs ...os.Signal) (signals <-chan heard, stop
 		}
 	})
 	return out, func() {
-		signal.Stop(in)
-		close(end)
+		close(end) // in fills and then drops what comes
 		listening.Wait()
 	}
 }
