@@ -53,6 +53,7 @@ type backend struct {
 	outages  *registrar.Sparing // bounds what all backends say of a balancer that comes and goes
 	refills  *registrar.Sparing // and of the backends of its new processes
 	sums     *registrar.Sums    // and of changes, when there are many
+	looks    *looks             // of all backends
 	log      zerolog.Logger
 
 	wake chan struct{} // of capacity 1: look at what mu guards
@@ -72,10 +73,11 @@ type backend struct {
 	status   BackendStatus           // after the last step; without Synced and Behind
 	sights   sights                  // what was seen, for the register
 
-	since      time.Time  // the oldest change that is not applied was heard; zero = none
-	have       *Inventory // nil: unknown
-	seen       time.Time  // last complete answer
-	readAt     time.Time  // last whole read
+	since      time.Time     // the oldest change that is not applied was heard; zero = none
+	have       *Inventory    // nil: unknown
+	seen       time.Time     // last complete answer
+	readAt     time.Time     // last whole read
+	readTook   time.Duration // by that
 	nextFull   time.Duration
 	rising     int                                  // who waited for its check at the last whole read, or since
 	riseIn     time.Duration                        // from that read to the next look at them
@@ -152,7 +154,7 @@ func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registr
 		log:   log.With().Str("service", string(bc.Service)).Str("backend", bc.Backend).Logger(),
 		wake:  make(chan struct{}, 1), dirty: map[netip.AddrPort]time.Time{}, back: map[netip.AddrPort]bool{},
 		fast: map[netip.AddrPort]time.Time{}, leaving: map[netip.AddrPort]*leaving{}, held: map[netip.AddrPort]time.Time{},
-		outages: &registrar.Sparing{}, refills: &registrar.Sparing{}, sums: &registrar.Sums{},
+		outages: &registrar.Sparing{}, refills: &registrar.Sparing{}, sums: &registrar.Sums{}, looks: &looks{took: map[*backend]time.Duration{}},
 		unplaced: map[netip.AddrPort]bool{}, said: said{}, postponed: map[netip.AddrPort]bool{}, doubted: map[netip.AddrPort]bool{},
 		told: map[netip.AddrPort]order{}, others: map[netip.AddrPort]registrar.Service{},
 	}
@@ -350,6 +352,9 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 	b.status = BackendStatus{Serving: b.have.Serving, Held: len(b.held), Postponed: len(b.postponed), Unplaced: len(b.unplaced)}
 	b.mu.Unlock()
 	b.claims.keep(b, silent)
+	if whole {
+		b.nextFull = b.looks.spent(b, b.readTook, b.cfg.Full)
+	}
 	b.observe(addrs, whole)
 	return b.pause(time.Now()), nil
 }
@@ -372,6 +377,8 @@ func (b *backend) forget() {
 
 // readWhole reads the backend and returns every address that matters to it.
 func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
+	begun := time.Now()
+	defer func() { b.readTook = time.Since(begun) }()
 	st, err := b.balancer.Read(ctx, b.name)
 	if err != nil {
 		return nil, err

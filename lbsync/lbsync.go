@@ -18,7 +18,7 @@ import (
 
 // Defaults of Config.
 const (
-	DefaultFull         = 30 * time.Second       // between two whole reads of a backend
+	DefaultFull         = 30 * time.Second       // between two whole reads of a backend, at most; see looks
 	DefaultProbe        = 250 * time.Millisecond // of the balancer's process
 	DefaultHold         = 5 * time.Minute        // of who is silent but whose check is up
 	DefaultDrainTimeout = 30 * time.Second       // for connections in use
@@ -190,13 +190,14 @@ func New(cfg Config, bal Balancer, store *registrar.Store, log zerolog.Logger) (
 	// One outage of the balancer is said by each backend, and a few more are.
 	few := len(cfg.Backends) + 7
 	outages, refills := &registrar.Sparing{AtOnce: few}, &registrar.Sparing{AtOnce: few}
+	all := &looks{took: map[*backend]time.Duration{}}
 	var svcs []registrar.Service
 	for _, bc := range cfg.Backends {
 		if s.backends[bc.Service] == nil {
 			svcs = append(svcs, bc.Service)
 		}
 		b := newBackend(cfg, bc, bal, func(svc registrar.Service) { s.watcher.Refresh(svc) }, s.applied, s.looked, s.claims, s.log)
-		b.outages, b.refills = outages, refills
+		b.outages, b.refills, b.looks = outages, refills, all
 		s.backends[bc.Service] = append(s.backends[bc.Service], b)
 	}
 	s.services = svcs
@@ -323,7 +324,7 @@ func (s *Syncer) whole() bool {
 // acknowledge tells the register what has been applied, at once, and that this
 // balancer lives, every few seconds.
 func (s *Syncer) acknowledge(ctx context.Context) {
-	timer := time.NewTimer(registrar.Shorten(registrar.AckInterval))
+	timer := time.NewTimer(registrar.Shorten(publishAfter)) // what it follows is said soon, whatever has been applied
 	defer timer.Stop()
 	ready := s.cfg.Ready
 	var outage registrar.Outage
@@ -398,7 +399,9 @@ func (s *Syncer) Retire(ctx context.Context) error {
 	for _, svc := range s.services {
 		s.retiring = append(s.retiring, retiring{s.acker, svc, true})
 	}
-	return s.retire(ctx)
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	return errors.Join(s.acker.Follow(tctx, nil), s.retire(ctx))
 }
 
 // retire has the register forget what is to be forgotten, and keeps what it could
@@ -426,7 +429,7 @@ func (s *Syncer) retire(ctx context.Context) error {
 // Acknowledge tells the register, for each service, the state that every one of
 // its backends has: for all services, or for those where that has changed. A
 // service of which nothing has been applied yet is left out. With all it also has
-// Config.Former forgotten.
+// Config.Former forgotten, and says what this balancer follows.
 func (s *Syncer) Acknowledge(ctx context.Context, all bool) error {
 	var errs []error
 	type answer struct {
@@ -471,9 +474,22 @@ func (s *Syncer) Acknowledge(ctx context.Context, all bool) error {
 		}
 	}
 	if all {
-		errs = append(errs, s.retire(ctx))
+		tctx, cancel := registrar.WithTimeout(ctx)
+		errs = append(errs, s.acker.Follow(tctx, s.follows()), s.retire(ctx))
+		cancel()
 	}
 	return errors.Join(errs...)
+}
+
+// follows is each service with its backends.
+func (s *Syncer) follows() map[registrar.Service][]string {
+	of := map[registrar.Service][]string{}
+	for svc, bs := range s.backends {
+		for _, b := range bs {
+			of[svc] = append(of[svc], b.name)
+		}
+	}
+	return of
 }
 
 // refusing is version 0, if one of bs is not driven: so those who ask the register hear

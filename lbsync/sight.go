@@ -12,9 +12,13 @@ import (
 	"rollcall/registrar"
 )
 
-// This file tells the register what HAProxy has, for those who ask why, and for the
-// guard of the last server (registrar.ErrLast). Nothing of lbsync waits for it or is
-// decided by it.
+// This file tells the register what HAProxy has: for those who ask whether instances
+// serve, and why not, and for the guard of the last server (registrar.ErrLast). Nothing
+// of lbsync waits for it or is decided by it.
+//
+// What HAProxy changes by itself it tells nobody: a check, an agent, a human. A backend
+// is therefore looked at every lookEvery, or less often where all looks of the process
+// would take more than a hundredth of the time.
 
 const (
 	// publishAfter is how long after a look the register is told of it: first goes
@@ -24,6 +28,13 @@ const (
 	publishRetry = 5 * time.Second
 	// publishTimeout bounds one publication, of 20 calls with 10,000 servers.
 	publishTimeout = 10 * registrar.Timeout
+	// lookEvery is the longest time between two looks at a whole backend, as long as
+	// all looks of a process take no more of its time than one part of lookShare.
+	lookEvery = 2 * time.Second
+	lookShare = 100
+	// tellEvery is how often the register is told that there has been a look, if it has
+	// shown nothing new.
+	tellEvery = 10 * time.Second
 	// sameTime is how far two readings of one moment may differ: Redis' clock is
 	// known by the last read only.
 	sameTime = 1000 // ms
@@ -35,8 +46,27 @@ type sights struct {
 	states  map[netip.AddrPort]registrar.ServerState
 	changed map[netip.AddrPort]bool // since they were taken last
 	up      int                     // servers of the backend that are Serving, ours and others'
+	version int64                   // of the service, that the states are not older than; 0 = unknown
 	wholeAt time.Time               // the last look at all; zero: there was none
+	takenAt time.Time               // of the look at all that was taken last
 	fresh   bool                    // one of these two is of after they were taken last
+}
+
+// looks is what the last look at each backend of a process took. Its methods may be
+// called by any number of goroutines.
+type looks struct {
+	mu   sync.Mutex
+	took map[*backend]time.Duration // guarded by mu
+	all  time.Duration              // their sum; guarded by mu
+}
+
+// spent notes what a look at b took, and returns the time until the next, at most limit.
+func (l *looks) spent(b *backend, took, limit time.Duration) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all += took - l.took[b]
+	l.took[b] = took
+	return registrar.Shorten(min(limit, max(lookEvery, lookShare*l.all)))
 }
 
 // told is what the register has been told of one service.
@@ -48,13 +78,13 @@ type told struct {
 // observe takes in what the backend has of addrs, after a step; whole says that
 // these are all, just read.
 func (b *backend) observe(addrs []netip.AddrPort, whole bool) {
-	news := whole
+	news := false
 	for _, a := range addrs {
 		news = b.observeOne(a) || news // each by itself: a change must not wait for all
 	}
 	b.mu.Lock()
-	if up := b.have.Serving; up != b.sights.up {
-		b.sights.up, b.sights.fresh, news = up, true, true
+	if up := b.have.Serving; up != b.sights.up || b.applied.Version != b.sights.version {
+		b.sights.up, b.sights.version, b.sights.fresh, news = up, b.applied.Version, true, true
 	}
 	b.mu.Unlock()
 	if whole {
@@ -63,12 +93,14 @@ func (b *backend) observe(addrs []netip.AddrPort, whole bool) {
 			all[a] = true
 		}
 		b.mu.Lock()
-		b.sights.wholeAt, b.sights.fresh = b.readAt, true
+		b.sights.wholeAt = b.readAt
+		b.sights.fresh = b.sights.fresh || b.readAt.Sub(b.sights.takenAt) >= tellEvery
 		for a := range b.sights.states {
 			if !all[a] {
-				b.sights.set(a, registrar.ServerState{}, false)
+				b.sights.set(a, registrar.ServerState{}, false, 0)
 			}
 		}
+		news = news || b.sights.fresh || len(b.sights.changed) > 0
 		b.mu.Unlock()
 	}
 	if news {
@@ -83,7 +115,7 @@ func (b *backend) observeOne(addr netip.AddrPort) bool {
 	defer b.mu.Unlock()
 	e := b.view.Lookup(addr)
 	if !there && !e.Present {
-		return b.sights.set(addr, registrar.ServerState{}, false)
+		return b.sights.set(addr, registrar.ServerState{}, false, 0)
 	}
 	st := registrar.ServerState{}
 	if e.Present && admin(e.Instance.State()) == Maint {
@@ -91,11 +123,13 @@ func (b *backend) observeOne(addr netip.AddrPort) bool {
 	}
 	if there {
 		st.Server, st.State, st.Weight = s.Name, s.Admin.String(), s.Weight
-		if s.Checked {
+		switch down := !s.Up && s.Admin != Maint; {
+		case s.Checked && s.Up:
+			st.Check = "up"
+		case s.Checked:
 			st.Check = "down"
-			if s.Up {
-				st.Check = "up"
-			}
+		default:
+			st.Down = down
 		}
 	}
 	v := b.rules.decide(e, s, there, b.read(addr, s, there))
@@ -118,7 +152,7 @@ func (b *backend) observeOne(addr netip.AddrPort) bool {
 	case b.unplaced[addr]:
 		st.Note = registrar.NoteUnplaced
 	case e.Present && v.goal == Keep && v.why != "":
-		st.Note, st.Why = registrar.NoteRefused, v.why
+		st.Note, st.Why, st.Excluded = registrar.NoteRefused, v.why, !b.rules.allowed(addr.Addr())
 	case there && s.Resolver:
 		st.Note, st.Why = registrar.NoteUndone, "HAProxy's own resolver put it into maint: it must have no `resolvers`"
 	case e.Present && v.goal == Serve && there && s.Agent && b.undid(addr, s):
@@ -129,7 +163,20 @@ func (b *backend) observeOne(addr netip.AddrPort) bool {
 	case there && b.have.Human(s):
 		st.Note = registrar.NoteHuman
 	}
-	return b.sights.set(addr, st, true)
+	if st.Why == "" {
+		st.Why = notServing[st.Reason()]
+	}
+	return b.sights.set(addr, st, true, b.redisTime(time.Now()))
+}
+
+// notServing says in words why HAProxy sends a server no requests.
+var notServing = map[string]string{
+	registrar.NoteUnplaced: "no slot is left",
+	registrar.NoteHuman:    "a human put it into maint",
+	registrar.ReasonMaint:  "it is in maint",
+	registrar.ReasonDrain:  "it is drained",
+	registrar.ReasonDown:   "its health check in HAProxy fails",
+	registrar.ReasonWeight: "it has no weight",
 }
 
 // undid tells whether a server with an agent had what the register asks, and has it no
@@ -144,7 +191,7 @@ func (b *backend) observeFault() {
 	b.mu.Lock()
 	b.applied = registrar.Token{}
 	b.status = BackendStatus{Fault: b.fault}
-	b.sights.wholeAt, b.sights.fresh = b.readAt, true
+	b.sights.wholeAt, b.sights.fresh, b.sights.version = b.readAt, true, 0
 	present := map[netip.AddrPort]bool{}
 	b.view.Each(func(e registrar.Entry) {
 		if e.Present {
@@ -152,11 +199,11 @@ func (b *backend) observeFault() {
 		}
 	})
 	for a := range present {
-		b.sights.set(a, registrar.ServerState{Note: registrar.NoteRefused, Why: b.fault}, true)
+		b.sights.set(a, registrar.ServerState{Note: registrar.NoteRefused, Why: b.fault}, true, b.redisTime(time.Now()))
 	}
 	for a := range b.sights.states {
 		if !present[a] {
-			b.sights.set(a, registrar.ServerState{}, false)
+			b.sights.set(a, registrar.ServerState{}, false, 0)
 		}
 	}
 	b.mu.Unlock()
@@ -186,7 +233,7 @@ func (b *backend) unserved() error {
 		}
 		if without++; !first.IsValid() || e.Addr.Compare(first) < 0 {
 			first = e.Addr
-			why = cmp.Or(st.Why, map[string]string{registrar.NoteUnplaced: "no slot is left"}[st.Note], refused)
+			why = cmp.Or(st.Why, refused)
 		}
 	})
 	if without == 0 {
@@ -198,12 +245,15 @@ func (b *backend) unserved() error {
 // redisTime is the time, unix ms by Redis' clock, at t. The caller has mu.
 func (b *backend) redisTime(t time.Time) int64 { return b.now + t.Sub(b.viewAt).Milliseconds() }
 
-// set enters the state of addr, or that there is none, and tells whether it is
+// set enters the state of addr at now, or that there is none, and tells whether it is
 // another than before.
-func (s *sights) set(addr netip.AddrPort, st registrar.ServerState, there bool) bool {
+func (s *sights) set(addr netip.AddrPort, st registrar.ServerState, there bool, now int64) bool {
 	old, had := s.states[addr]
-	if had && old.Note == st.Note {
-		st.Since, st.Until = settled(old.Since, st.Since), settled(old.Until, st.Until)
+	if had && old.Note == st.Note && old.Reason() == st.Reason() {
+		st.Since, st.Until = settled(old.Since, cmp.Or(st.Since, old.Since)), settled(old.Until, st.Until)
+	}
+	if st.Since == 0 && there && st.Reason() != "" {
+		st.Since = now
 	}
 	if had == there && old == st {
 		return false
@@ -254,17 +304,18 @@ func (b *backend) take(all bool) []netip.AddrPort {
 		}
 	}
 	clear(b.sights.changed)
-	b.sights.fresh = false
+	b.sights.fresh, b.sights.takenAt = false, b.sights.wholeAt
 	return addrs
 }
 
 // seenOf adds to seen what this backend has of each address there, and how many of
-// its servers are up.
-func (b *backend) seenOf(seen registrar.Seen) {
+// its servers are up. It returns the service version that this is not older than.
+func (b *backend) seenOf(seen registrar.Seen) (version int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if !b.sights.wholeAt.IsZero() {
 		seen.Up[b.name] = b.sights.up
+		seen.Counts[b.name] = b.standings()
 	}
 	for a := range seen.Servers {
 		if st, ok := b.sights.states[a]; ok {
@@ -274,6 +325,17 @@ func (b *backend) seenOf(seen registrar.Seen) {
 			seen.Servers[a][b.name] = st
 		}
 	}
+	return b.sights.version
+}
+
+// standings counts how the registered instances stand. The caller has mu.
+func (b *backend) standings() (n registrar.Standing) {
+	b.view.Each(func(e registrar.Entry) {
+		if e.Present {
+			n.Add(e.Addr, b.sights.states[e.Addr])
+		}
+	})
+	return n
 }
 
 // history is the one that the list of the service is of.
@@ -353,7 +415,7 @@ func (s *Syncer) publishOne(ctx context.Context, svc registrar.Service) error {
 		t.addrs = nil // what the register has is of the other's HAProxy
 		return nil
 	}
-	seen := registrar.Seen{Up: map[string]int{}, Servers: map[netip.AddrPort]map[string]registrar.ServerState{}}
+	seen := registrar.Seen{Up: map[string]int{}, Counts: map[string]registrar.Standing{}, Servers: map[netip.AddrPort]map[string]registrar.ServerState{}}
 	history := bs[0].history()
 	// It may have none of it, or what was told long ago, or of another's HAProxy.
 	seen.Anew = t.addrs == nil || t.history != history || double != registrar.Sole
@@ -371,8 +433,10 @@ func (s *Syncer) publishOne(ctx context.Context, svc registrar.Service) error {
 			seen.Servers[a] = nil
 		}
 	}
-	for _, b := range bs {
-		b.seenOf(seen)
+	for i, b := range bs {
+		if v := b.seenOf(seen); i == 0 || v < seen.Version {
+			seen.Version = v
+		}
 	}
 	if seen.Anew {
 		t.addrs, t.history = map[netip.AddrPort]bool{}, history

@@ -239,6 +239,7 @@ func (s *Store) rights(svc Service) []right {
 		{RoleSync, []any{"hset", k.Seen(svc, "-"), "-", "-"}}, {RoleSync, []any{"hdel", k.Seen(svc, "-"), "-"}}, {RoleSync, []any{"hlen", k.Seen(svc, "-")}},
 		{RoleSync, []any{"unlink", k.Seen(svc, "-")}}, {RoleSync, []any{"pexpire", k.Seen(svc, "-"), 0}},
 		{RoleSync, []any{"zadd", k.Balancers(), 0, "-"}}, {RoleSync, []any{"zremrangebyscore", k.Balancers(), 0, 0}}, {RoleSync, []any{"zrem", k.Balancers(), "-"}},
+		{RoleSync, []any{"hgetall", whole.Follows()}}, {RoleSync, []any{"hset", whole.Follows(), "-", "-"}}, {RoleSync, []any{"hdel", whole.Follows(), "-"}},
 		{RoleSync, []any{"hkeys", k.Owners()}}, {RoleSync, []any{"hset", k.Owners(), "-", "-"}}, {RoleSync, []any{"hdel", k.Owners(), "-"}},
 	}...)
 }

@@ -26,7 +26,7 @@ func TestRightsCoverScripts(t *testing.T) {
 	}
 	roles := map[string][]string{
 		"beat": {RoleSidecar}, "still": {RoleSidecar}, "roll": {RoleSidecar}, "leave": {RoleSidecar}, "announce": {RoleSidecar, RoleReaper, RoleAdmin}, "deregister": {RoleAdmin}, "admin": {RoleAdmin},
-		"reap": {RoleReaper}, "latest": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "report": {RoleReaper}, "ack": {RoleSync}, "retire": {RoleSync}, "seen": {RoleSync},
+		"reap": {RoleReaper}, "latest": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "report": {RoleReaper}, "ack": {RoleSync}, "retire": {RoleSync}, "seen": {RoleSync}, "follow": {RoleSync}, "followers": nil,
 		"others": {RoleSidecar}, "elsewhere": {RoleReaper, RoleSync}, "lease": {RoleAgent}, "ledger": {RoleAgent}, "read": nil, "versions": nil, "applied": nil, "entry": nil, "lib": {RoleSidecar, RoleReaper, RoleAdmin}, "event": {RoleSidecar, RoleReaper, RoleAdmin},
 	}
 	err = fs.WalkDir(sources, ".", func(path string, d fs.DirEntry, err error) error {
@@ -104,7 +104,7 @@ func TestKind(t *testing.T) {
 		typ string
 	}{
 		{k.Services(), "", "set"}, {k.Version(), "", "string"}, {k.Epoch(), "", "string"}, {k.Config(), "", "hash"},
-		{k.Balancers(), "", "zset"}, {k.Owners(), "", "hash"}, {k.Reaper("a"), "", "string"}, {"x:reapers", "", "hash"}, {k.LetGo(), "", "string"}, {k.Events(), "", "stream"}, {"x:{_canary}:meta", "_canary", "hash"},
+		{k.Balancers(), "", "zset"}, {k.Owners(), "", "hash"}, {k.Follows(), "", "hash"}, {k.Reaper("a"), "", "string"}, {"x:reapers", "", "hash"}, {k.LetGo(), "", "string"}, {k.Events(), "", "stream"}, {"x:{_canary}:meta", "_canary", "hash"},
 		{k.Docker("a"), "", "string"}, {k.DockerAddrs("a"), "", "set"}, {"x:docker", "", ""},
 		{"x:{web}:services", "", ""}, {"x:{web}:_canary:meta", "", ""},
 		{k.Instances("web"), "web", "zset"}, {k.Meta("web"), "web", "hash"}, {k.Admin("web"), "web", "hash"}, {k.Gone("web"), "web", "hash"},

@@ -64,7 +64,8 @@ func (k Keys) Applied(s Service) string   { return k.of(s, "applied") }   // HAS
 
 // Seen is a HASH of one balancer: addr → JSON, backend → ServerState; up → JSON, backend →
 // how many servers, ours and others', are Serving; at → the time of its last look at all
-// servers, unix ms. It expires.
+// servers, unix ms; version → the service version that this is not older than; counts →
+// JSON, backend → Standing. It expires.
 func (k Keys) Seen(s Service, balancer string) string { return k.of(s, "seen:"+balancer) }
 
 func (k Keys) ServiceVersion(s Service) string {
@@ -87,6 +88,10 @@ func (k Keys) Reaper(id string) string { return k.shared("reaper:" + id) }
 // Docker is a STRING, the lease of an agent: its holder. It expires. In a Cluster it
 // is the whole register's, and so are the ledgers.
 func (k Keys) Docker(id string) string { return k.ns + ":docker:" + id }
+
+// Follows is a HASH: balancer id → "<unix ms> <JSON, service → backends>", what it
+// follows. In a Cluster it is the whole register's.
+func (k Keys) Follows() string { return k.ns + ":balancer-follows" }
 
 // DockerAddrs is a SET, the ledger of an agent, by its mark: "<service> <addr>", where
 // it may have registrations. It expires.
@@ -118,6 +123,8 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 		return "", "string"
 	case strings.HasPrefix(key, k.DockerAddrs("")):
 		return "", "set"
+	case key == k.Follows():
+		return "", "hash"
 	}
 	if k.cluster && k.scope == "" {
 		switch {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
 	"time"
 
@@ -25,10 +26,15 @@ type ServerState struct {
 	State  string `json:"state,omitempty"`  // ready, drain or maint, as HAProxy has it
 	Check  string `json:"check,omitempty"`  // up or down; empty without a health check
 	Weight int    `json:"weight"`
+	Down   bool   `json:"down,omitempty"` // HAProxy has it down, and not by a health check
 	Note   string `json:"note,omitempty"` // why it is not as the register asks, a Note…; empty: it is
-	Why    string `json:"why,omitempty"`  // of the note, for people
-	Since  int64  `json:"since,omitempty"`
-	Until  int64  `json:"until,omitempty"` // unix ms by Redis' clock, as Since is; 0: there is no such time
+	// Excluded says that this balancer is not to serve it: its operator allows other
+	// networks only.
+	Excluded bool   `json:"excluded,omitempty"`
+	Why      string `json:"why,omitempty"` // of the note, or of what else keeps requests from it, for people
+	// Since is when the note began, or else when it was first seen to serve no more.
+	Since int64 `json:"since,omitempty"`
+	Until int64 `json:"until,omitempty"` // of the note; unix ms by Redis' clock, as Since is; 0: there is no such time
 }
 
 // The notes of a ServerState.
@@ -42,9 +48,77 @@ const (
 	NoteUndone   = "undone"   // it was as the register asks, and HAProxy, its agent say, has made it otherwise
 )
 
-// Serving tells whether HAProxy sends new requests to it.
+// Serving tells whether HAProxy sends new requests to it: it would choose it for one
+// without persistence. That is all that "ready" and "serving" mean anywhere. No server
+// of rollcall's is a backup.
 func (s ServerState) Serving() bool {
-	return s.State == "ready" && s.Check != "down" && s.Weight > 0
+	return s.State == "ready" && s.Check != "down" && !s.Down && s.Weight > 0
+}
+
+// Reasons that no note gives for a server that does not serve.
+const (
+	ReasonMaint  = "maint"
+	ReasonDrain  = "drain"
+	ReasonDown   = "down"
+	ReasonWeight = "weight" // it has none
+	// ReasonExcluded is the reason where ServerState.Excluded says so.
+	ReasonExcluded = "excluded"
+	ReasonPending  = "pending" // nobody has said anything of it yet
+)
+
+// Reason is why no new request goes to it, a Note… or a Reason…; empty if one would.
+func (s ServerState) Reason() string {
+	switch {
+	case s.Serving():
+		return ""
+	case s.Excluded:
+		return ReasonExcluded
+	case s.Note != "":
+		return s.Note
+	case s.State == "maint":
+		return ReasonMaint
+	case s.State == "drain":
+		return ReasonDrain
+	case s.Server == "":
+		return ReasonPending
+	case s.Check == "down" || s.Down:
+		return ReasonDown
+	}
+	return ReasonWeight
+}
+
+// Standing is how the registered instances of a service stand in one backend.
+type Standing struct {
+	Registered int                `json:"registered"`
+	Serving    int                `json:"serving"`       // of them
+	Not        map[string]Example `json:"not,omitempty"` // of them, by ServerState.Reason
+}
+
+// Example stands for all instances that do not serve for one reason.
+type Example struct {
+	Count int    `json:"count"`
+	Addr  string `json:"addr"`            // the one for which that is so for longest
+	Why   string `json:"why,omitempty"`   // of that one
+	Since int64  `json:"since,omitempty"` // of that one
+}
+
+// Add counts st of a registered instance.
+func (c *Standing) Add(addr netip.AddrPort, st ServerState) {
+	c.Registered++
+	reason := st.Reason()
+	if reason == "" {
+		c.Serving++
+		return
+	}
+	if c.Not == nil {
+		c.Not = map[string]Example{}
+	}
+	e := c.Not[reason]
+	if e.Count == 0 || st.Since < e.Since || st.Since == e.Since && addr.String() < e.Addr {
+		e.Addr, e.Why, e.Since = addr.String(), st.Why, st.Since
+	}
+	e.Count++
+	c.Not[reason] = e
 }
 
 // Seen is what Publish says.
@@ -52,17 +126,24 @@ type Seen struct {
 	Anew bool           // forget what was said before
 	Age  time.Duration  // of the last look at all servers
 	Up   map[string]int // by backend: servers, ours and others', that HAProxy sends new requests to, backups not counted
+	// Version is the service version that this is not older than; 0 if that is not known.
+	Version int64
+	Counts  map[string]Standing // by backend
 	// Servers holds the states of the addresses that have changed, by backend; of
 	// an address without any there is nothing to say any more.
 	Servers map[netip.AddrPort]map[string]ServerState
 }
+
+// seenFields are what a balancer says beside addresses.
+var seenFields = [...]string{"at", "up", "version", "counts"}
 
 // Publish says what the HAProxy of the balancer id has of svc. It returns of how
 // many addresses the register has something after that: another number than the
 // balancer counts is a reason to begin anew. After an error some may be missing.
 func (s *Store) Publish(ctx context.Context, id string, svc Service, seen Seen) (addrs int, err error) {
 	up, err := json.Marshal(seen.Up)
-	if err != nil {
+	counts, err2 := json.Marshal(seen.Counts)
+	if err := errors.Join(err, err2); err != nil {
 		return 0, fmt.Errorf("say what HAProxy has of %s: %w", svc, err)
 	}
 	var pairs []any
@@ -81,12 +162,12 @@ func (s *Store) Publish(ctx context.Context, id string, svc Service, seen Seen) 
 	for first := true; first || len(pairs) > 0; first, anew = false, false {
 		part := pairs[:min(len(pairs), 2*sightChunk)]
 		pairs = pairs[len(part):]
-		argv := append([]any{flag(anew), seen.Age.Milliseconds(), balancerForget.Milliseconds(), s.now, up}, part...)
+		argv := append([]any{flag(anew), seen.Age.Milliseconds(), balancerForget.Milliseconds(), s.now, up, seen.Version, counts}, part...)
 		fields, err := s.seen.Run(ctx, s.rdb, keys, argv...).Int()
 		if err != nil {
 			return 0, fmt.Errorf("say what HAProxy has of %s: %w", svc, err)
 		}
-		addrs = fields - 2 // these are at and up
+		addrs = fields - len(seenFields)
 	}
 	return addrs, nil
 }
@@ -97,7 +178,9 @@ type Sight struct {
 	At       int64 // its last look at all of them, unix ms by Redis' clock; 0: it has said nothing
 	// Up counts the servers of each backend, ours and others', that HAProxy sends new
 	// requests to, backups not counted.
-	Up map[string]int
+	Up      map[string]int
+	Version int64               // of the service, that all of this is not older than; 0 if unknown
+	Counts  map[string]Standing // by backend
 	// Servers is by address and backend. What is no address or cannot be read is
 	// not in it.
 	Servers map[netip.AddrPort]map[string]ServerState
@@ -107,7 +190,7 @@ type Sight struct {
 // address if there are none: one a balancer, in their order. Acks knows the ids.
 func (s *Store) Sights(ctx context.Context, svc Service, ids []string, addrs ...netip.AddrPort) ([]Sight, error) {
 	k := s.keys.Of(svc)
-	fields := []string{"at", "up"}
+	fields := slices.Clone(seenFields[:])
 	for _, a := range addrs {
 		fields = append(fields, a.String())
 	}
@@ -150,6 +233,12 @@ func parseSight(id string, values map[string]string) Sight {
 	}
 	if err := json.Unmarshal([]byte(values["up"]), &sight.Up); err != nil {
 		sight.Up = nil // a part of it is not to be believed either
+	}
+	if v, err := strconv.ParseInt(values["version"], 10, 64); err == nil && v > 0 {
+		sight.Version = v
+	}
+	if err := json.Unmarshal([]byte(values["counts"]), &sight.Counts); err != nil {
+		sight.Counts = nil
 	}
 	for member, value := range values {
 		addr, err := ParseAddr(member)

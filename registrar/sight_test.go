@@ -35,7 +35,7 @@ func TestPublish(t *testing.T) {
 			if some != nil {
 				maps.DeleteFunc(expect, func(a netip.AddrPort, _ map[string]ServerState) bool { return a != some[0] && a != some[1] })
 			}
-			one := Sight{"lb1", s.clock() - seen.Age.Milliseconds(), seen.Up, expect}
+			one := Sight{"lb1", s.clock() - seen.Age.Milliseconds(), seen.Up, seen.Version, seen.Counts, expect}
 			if other := (Sight{Balancer: "lb2", Servers: map[netip.AddrPort]map[string]ServerState{}}); !reflect.DeepEqual(sights, []Sight{one, other}) {
 				t.Errorf("read %d addresses at %d, and %+v; want %d at %d", len(sights[0].Servers), sights[0].At, sights[1], len(one.Servers), one.At)
 			}
@@ -45,7 +45,8 @@ func TestPublish(t *testing.T) {
 	for n := range 2 * sightChunk * 2 { // whole chunks
 		many[host(n)] = map[string]ServerState{"be": {Server: fmt.Sprint("web", n), State: "ready", Check: "up", Weight: n % 257, Note: NoteHeld, Why: `"x"`, Since: t0, Until: t0 + 1}, "be2": {}}
 	}
-	publish(Seen{Up: map[string]int{"be": 7, "be2": 0}, Servers: many}, 2000)
+	counts := map[string]Standing{"be": {Registered: 2000, Serving: 3, Not: map[string]Example{ReasonDown: {7, "10.0.0.1:80", `"x"`, t0}}}, "be2": {}}
+	publish(Seen{Up: map[string]int{"be": 7, "be2": 0}, Version: 12, Counts: counts, Servers: many}, 2000)
 	s.setClock(t0 + 1000)
 	publish(Seen{Age: 300 * time.Millisecond}, 2000)
 	publish(Seen{Servers: map[netip.AddrPort]map[string]ServerState{host(1): nil, host(2): {"be": {State: "maint"}}, host(5001): nil}}, 1999)
@@ -55,9 +56,9 @@ func TestPublish(t *testing.T) {
 
 	// What others write there is not believed.
 	key := s.keys.Seen(web, "lb1")
-	do(t, s, "HSET", key, "at", "x", "up", `{"be":1,"be2":"x"}`, "10.0.0.1:80", "x", "10.0.0.2:80", `{"be":{"weight":"x"}}`, "10.0.0.3:80", "{}", "010.0.0.1:80", `{"be":{}}`, "", "1")
+	do(t, s, "HSET", key, "at", "x", "up", `{"be":1,"be2":"x"}`, "version", "-1", "counts", `{"be":1}`, "10.0.0.1:80", "x", "10.0.0.2:80", `{"be":{"weight":"x"}}`, "10.0.0.3:80", "{}", "010.0.0.1:80", `{"be":{}}`, "", "1")
 	sights, err := s.Sights(ctx, web, []string{"lb1"})
-	if err != nil || sights[0].At != 0 || sights[0].Up != nil || !reflect.DeepEqual(sights[0].Servers, want) {
+	if err != nil || sights[0].At != 0 || sights[0].Up != nil || sights[0].Version != 0 || sights[0].Counts != nil || !reflect.DeepEqual(sights[0].Servers, want) {
 		t.Errorf("%+v, %v", sights, err)
 	}
 	if left := s.rdb.PTTL(ctx, key).Val(); left <= 59*time.Minute || left > time.Hour {
@@ -136,5 +137,38 @@ func TestEntry(t *testing.T) {
 		if e, err := s.Entry(ctx, web, host(1)); unread != (err == nil) {
 			t.Errorf("%s is another type: %+v, %v", key, e, err)
 		}
+	}
+}
+
+func TestReason(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		st   ServerState
+		want string
+	}{
+		{ServerState{Server: "s", State: "ready", Weight: 1}, ""},
+		{ServerState{Server: "s", State: "ready", Check: "up", Weight: 256}, ""},
+		{ServerState{Server: "s", State: "ready", Weight: 1, Note: NoteHeld}, ""},
+		{ServerState{Server: "s", State: "ready", Check: "down", Weight: 1}, ReasonDown},
+		{ServerState{Server: "s", State: "ready", Down: true, Weight: 1}, ReasonDown},
+		{ServerState{Server: "s", State: "ready", Weight: 0}, ReasonWeight},
+		{ServerState{Server: "s", State: "drain", Weight: 1}, ReasonDrain},
+		{ServerState{Server: "s", State: "maint", Weight: 1}, ReasonMaint},
+		{ServerState{State: "maint"}, ReasonMaint},
+		{ServerState{Server: "s", State: "ready", Weight: 0, Note: NoteUndone}, NoteUndone},
+		{ServerState{Note: NoteUnplaced}, NoteUnplaced},
+		{ServerState{}, ReasonPending},
+	} {
+		if got := c.st.Reason(); got != c.want {
+			t.Errorf("%+v: %q, want %q", c.st, got, c.want)
+		}
+	}
+	var n Standing
+	n.Add(host(3), ServerState{Server: "s", State: "ready", Weight: 1})
+	n.Add(host(2), ServerState{Server: "s", State: "ready", Check: "down", Weight: 1, Why: "late", Since: 9})
+	n.Add(host(1), ServerState{Server: "s", State: "ready", Check: "down", Weight: 1, Why: "early", Since: 8})
+	n.Add(host(0), ServerState{Server: "s", State: "ready", Check: "down", Weight: 1, Why: "last", Since: 10})
+	if want := (Standing{4, 1, map[string]Example{ReasonDown: {3, host(1).String(), "early", 8}}}); !reflect.DeepEqual(n, want) {
+		t.Errorf("%+v, want %+v", n, want)
 	}
 }

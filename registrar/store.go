@@ -101,7 +101,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere, others, lease, ledger *redis.Script
+	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere, others, lease, ledger, follow, followers *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -117,7 +117,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		reap: script("reap"), latest: script("latest"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), retire: script("retire"), applied: script("applied"), report: script("report"),
-		seen: script("seen"), entry: script("entry"), announce: script("announce"), elsewhere: script("elsewhere"), others: script("others"),
+		seen: script("seen"), follow: script("follow"), followers: script("followers"), entry: script("entry"), announce: script("announce"), elsewhere: script("elsewhere"), others: script("others"),
 		lease: script("lease"), ledger: script("ledger"),
 	}
 	if _, s.keys.cluster = rdb.(*redis.ClusterClient); s.keys.cluster {

@@ -24,6 +24,11 @@ type serviceRow struct {
 	Instances int64             `json:"instances"`
 	Version   int64             `json:"version"`
 	Stale     int64             `json:"stale"` // silent for longer than the TTL
+	// Serving is how many of them get requests, in the backend where that is fewest;
+	// Balancers is how many live ones follow the service, and Backends how it stands in each.
+	Serving   int                         `json:"serving"`
+	Balancers int                         `json:"balancers"`
+	Backends  []registrar.BackendStanding `json:"backends"`
 }
 
 func servicesCommand() *cli.Command {
@@ -39,15 +44,22 @@ func servicesCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			rows, err := registrar.Try(c.Context, s.services)
+			rows, err := registrar.Try(c.Context, func(ctx context.Context) ([]serviceRow, error) {
+				rows, err := s.services(ctx)
+				if rows == nil {
+					return nil, err
+				}
+				_, unread := s.stand(ctx, rows)
+				return rows, errors.Join(err, unread)
+			})
 			if rows == nil {
 				return err
 			}
 			cells := make([][]string, len(rows))
 			for i, r := range rows {
-				cells[i] = []string{string(r.Service), strconv.FormatInt(r.Instances, 10), strconv.FormatInt(r.Stale, 10), strconv.FormatInt(r.Version, 10)}
+				cells[i] = []string{string(r.Service), strconv.FormatInt(r.Instances, 10), strconv.Itoa(r.Serving), strconv.Itoa(r.Balancers), strconv.FormatInt(r.Stale, 10), strconv.FormatInt(r.Version, 10)}
 			}
-			return errors.Join(err, s.table(rows, "SERVICE INSTANCES STALE VERSION", cells))
+			return errors.Join(err, s.table(rows, "SERVICE INSTANCES SERVING BALANCERS STALE VERSION", cells))
 		},
 	}
 }
@@ -71,6 +83,47 @@ func (s *session) services(ctx context.Context) ([]serviceRow, error) {
 		return r.Instances == 0 // its name stays on the list for a while
 	})
 	return rows, err
+}
+
+// stand enters how the services of rows stand in the live balancers that follow them,
+// and returns these.
+func (s *session) stand(ctx context.Context, rows []serviceRow) ([]registrar.Follower, error) {
+	followers, err := s.store.Followers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var svcs []registrar.Service
+	for _, r := range rows {
+		svcs = append(svcs, r.Service)
+	}
+	var ids []string
+	for _, f := range followers {
+		ids = append(ids, f.Balancer)
+	}
+	standings, err := s.store.Standings(ctx, svcs, ids)
+	if err != nil {
+		return nil, err
+	}
+	for i := range rows {
+		r := &rows[i]
+		first := true
+		for _, f := range followers {
+			if len(f.Follows[r.Service]) > 0 {
+				r.Balancers++
+			}
+			for _, backend := range f.Follows[r.Service] {
+				st := registrar.BackendStanding{Balancer: f.Balancer, Backend: backend} // it may have said nothing
+				if j := slices.IndexFunc(standings[r.Service], func(b registrar.BackendStanding) bool { return b.Balancer == f.Balancer && b.Backend == backend }); j >= 0 {
+					st = standings[r.Service][j]
+				}
+				r.Backends = append(r.Backends, st)
+				if first || st.Serving < r.Serving {
+					r.Serving, first = st.Serving, false
+				}
+			}
+		}
+	}
+	return followers, nil
 }
 
 // each calls f with the register of every service of a Cluster, of all at the
@@ -108,7 +161,7 @@ func count(ctx context.Context, store *registrar.Store, svcs []registrar.Service
 		return nil, err
 	}
 	for _, n := range counts {
-		rows = append(rows, serviceRow{n.Service, n.Members, v.Of[n.Service], n.Stale})
+		rows = append(rows, serviceRow{Service: n.Service, Instances: n.Members, Version: v.Of[n.Service], Stale: n.Stale, Backends: []registrar.BackendStanding{}})
 	}
 	return rows, nil
 }
@@ -124,6 +177,12 @@ type instanceRow struct {
 	ID     string               `json:"id,omitempty"`
 	Reason string               `json:"reason,omitempty"` // of the state
 	Word   registrar.AdminState `json:"word,omitempty"`   // an operator's
+	// Serving is how many of Balancers, the live ones that are to serve it, send it
+	// requests; NotServed is why the others do not, and who is not to serve it.
+	Serving   int                   `json:"serving"`
+	Balancers int                   `json:"balancers"`
+	NotServed []registrar.NotServed `json:"not_served,omitempty"`
+	Silent    bool                  `json:"silent"` // for longer than the TTL
 }
 
 func instancesCommand() *cli.Command {
@@ -144,26 +203,41 @@ func instancesCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			snap, err := registrar.Try(c.Context, func(ctx context.Context) (registrar.Snapshot, error) { return s.store.Read(ctx, svc, nil) })
+			v, err := registrar.Try(c.Context, func(ctx context.Context) (registrar.Served, error) { return s.store.Served(ctx, svc) })
 			if err != nil {
 				return err
 			}
-			rows := instances(snap)
+			rows := instances(v)
 			cells := make([][]string, len(rows))
 			for i, r := range rows {
 				age := time.Duration(r.AgeMS) * time.Millisecond
-				cells[i] = []string{r.Addr, r.State, strconv.Itoa(r.Weight), age.String(), dash(r.Zone), dash(tags(r.Tags)), dash(r.Reason)}
+				cells[i] = []string{r.Addr, r.State, fmt.Sprintf("%d/%d", r.Serving, r.Balancers), strconv.Itoa(r.Weight), age.String(), dash(r.Zone), dash(tags(r.Tags)), dash(r.Reason), dash(r.whyNot())}
 				if r.State == "garbage" {
-					cells[i][2], cells[i][3] = "-", "-"
+					cells[i][2], cells[i][3], cells[i][4] = "-", "-", "-"
 				}
 			}
-			return s.table(rows, "ADDR STATE WEIGHT BEAT ZONE TAGS REASON", cells)
+			return s.table(rows, "ADDR STATE SERVING WEIGHT BEAT ZONE TAGS REASON NOT-SERVED", cells)
 		},
 	}
 }
 
-func instances(snap registrar.Snapshot) []instanceRow {
-	rows := []instanceRow{}
+// whyNot says in words why not all serve it.
+func (r instanceRow) whyNot() string {
+	var parts []string
+	if r.Silent {
+		parts = append(parts, "silent")
+	}
+	if r.State != "garbage" && r.Balancers == 0 && len(r.NotServed) == 0 {
+		parts = append(parts, "no live balancer follows the service")
+	}
+	for _, n := range r.NotServed {
+		parts = append(parts, n.String())
+	}
+	return strings.Join(parts, "; ")
+}
+
+func instances(v registrar.Served) []instanceRow {
+	snap, rows := v.Snapshot, []instanceRow{}
 	for _, e := range snap.Entries {
 		if e.Garbage != "" {
 			rows = append(rows, instanceRow{Addr: e.Addr.String(), State: "garbage", Reason: e.Garbage})
@@ -172,10 +246,11 @@ func instances(snap registrar.Snapshot) []instanceRow {
 		if !e.Present {
 			continue
 		}
-		i := e.Instance
+		i, by := e.Instance, v.By(e.Addr)
 		rows = append(rows, instanceRow{
 			Addr: i.Addr.String(), State: stateWord(i), Weight: i.Weight(), AgeMS: max(0, snap.Now-i.Beat),
 			Zone: i.Meta.Zone, Tags: i.Meta.Tags, ID: i.Meta.ID, Reason: i.Admin.Reason, Word: i.Admin.State,
+			Serving: by.Serving, Balancers: by.Of, NotServed: by.Not, Silent: v.Silent(i) > 0,
 		})
 	}
 	for _, g := range snap.Garbage {

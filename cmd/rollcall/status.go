@@ -30,7 +30,9 @@ type statusDoc struct {
 	Held      []heldRow        `json:"held"`
 	Overrule  string           `json:"overrule"` // the command that takes the held out
 	Balancers []statusBalancer `json:"balancers"`
+	Serving   []serviceRow     `json:"serving"`  // the services that are on the list
 	Problems  []string         `json:"problems"` // why it is not healthy
+	Notes     []string         `json:"notes"`    // what else does not serve
 	cluster   bool
 }
 
@@ -81,7 +83,7 @@ type statusBalancer struct {
 
 func statusCommand() *cli.Command {
 	return &cli.Command{
-		Name: "status", Usage: "say whether the dead are taken out: reapers, what the protection holds and how to overrule it, balancers",
+		Name: "status", Usage: "say whether the living are served and the dead taken out: services, reapers, what the protection holds and how to overrule it, balancers",
 		Flags: redisFlags(outputFlag()),
 		Action: func(c *cli.Context) error {
 			if _, err := args(c, "", 0); err != nil {
@@ -128,14 +130,14 @@ func (s *session) status(ctx context.Context) (*statusDoc, error) {
 	}
 	doc := newStatus(o)
 	doc.count(rows)
-	return doc, nil
+	return doc, s.serving(ctx, doc, rows)
 }
 
 // newStatus makes the document of one registry, but for its counts.
 func newStatus(o registrar.Overview) *statusDoc {
 	doc := &statusDoc{
 		Now: o.Now, Registry: registryFacts{Epoch: o.Epoch, Version: o.Version, TTLMS: o.TTL.Milliseconds(), IntervalMS: o.Interval.Milliseconds()},
-		Reapers: []reaperRow{}, Held: held(o.Reapers), Balancers: []statusBalancer{}, Problems: []string{},
+		Reapers: []reaperRow{}, Held: held(o.Reapers), Balancers: []statusBalancer{}, Serving: []serviceRow{}, Problems: []string{}, Notes: []string{},
 		Overrule: reaper.Overrule(o.TTL, o.Interval),
 	}
 	for _, r := range o.Reapers {
@@ -169,7 +171,7 @@ func (s *session) clusterStatus(ctx context.Context) (*statusDoc, error) {
 		}
 		return err
 	})
-	doc := &statusDoc{cluster: true, Reapers: []reaperRow{}, Balancers: []statusBalancer{}, Problems: []string{}}
+	doc := &statusDoc{cluster: true, Reapers: []reaperRow{}, Balancers: []statusBalancer{}, Serving: []serviceRow{}, Problems: []string{}, Notes: []string{}}
 	ttl, interval := registrar.DefaultTTL, registrar.DefaultInterval
 	for _, o := range views {
 		doc.Now = max(doc.Now, o.Now)
@@ -201,6 +203,7 @@ func (s *session) clusterStatus(ctx context.Context) (*statusDoc, error) {
 		}
 	}
 	doc.Held = held(reports)
+	err = errors.Join(err, s.serving(ctx, doc, slices.Concat(rows...)))
 	slices.SortFunc(doc.Reapers, func(a, b reaperRow) int { return strings.Compare(a.Reaper, b.Reaper) })
 	slices.SortFunc(doc.Balancers, func(a, b statusBalancer) int { return strings.Compare(a.Balancer, b.Balancer) })
 	if len(idle) > 0 {
@@ -361,7 +364,12 @@ func (d statusDoc) tables(p printer) error {
 	if err != nil {
 		return err
 	}
-	var reapers, held, balancers [][]string
+	var serving, reapers, held, balancers [][]string
+	for _, r := range d.Serving {
+		if len(d.Serving) <= mostServices || int64(r.Serving) < r.Instances || r.Balancers == 0 {
+			serving = append(serving, []string{string(r.Service), strconv.FormatInt(r.Instances, 10), strconv.Itoa(r.Serving), strconv.Itoa(r.Balancers)})
+		}
+	}
 	for _, r := range d.Reapers {
 		why := r.Cause
 		if r.Error != "" {
@@ -392,6 +400,7 @@ func (d statusDoc) tables(p printer) error {
 		header string
 		rows   [][]string
 	}{
+		{"SERVICE INSTANCES SERVING BALANCERS", serving},
 		{"REAPER LIVE ARMED SINCE SEEN WHY-NOT", reapers},
 		{"HELD LOOK-DEAD SINCE RULE UNTIL", held},
 		{"BALANCER LIVE SEEN", balancers},
@@ -403,6 +412,12 @@ func (d statusDoc) tables(p printer) error {
 		if err := p.table(nil, t.header, t.rows); err != nil {
 			return err
 		}
+	}
+	if len(d.Notes) > 0 {
+		fmt.Fprintln(p.w)
+	}
+	for _, n := range d.Notes {
+		fmt.Fprintln(p.w, plain(n))
 	}
 	if len(held) > 0 {
 		fmt.Fprintf(p.w, "\nThis takes them out now, without proof that they are dead:\n  %s\n", plain(d.Overrule))

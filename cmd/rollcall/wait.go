@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,22 +23,31 @@ func timeoutFlag() cli.Flag {
 	return &cli.DurationFlag{Name: "timeout", Value: defaultWait, EnvVars: env("timeout"), Usage: "longest wait; exit code 4 when it ends"}
 }
 
+func noBalancerFlag() cli.Flag {
+	return &cli.BoolFlag{Name: "no-balancer", Usage: "it is enough if no balancer lives that follows the service"}
+}
+
 func waitFlags() []cli.Flag {
 	return []cli.Flag{
-		&cli.BoolFlag{Name: "wait", Usage: "until every live balancer has applied it"},
-		timeoutFlag(),
+		&cli.BoolFlag{Name: "wait", Usage: "until every live balancer has applied it, and none refuses, lacks or has undone an instance of the service"},
+		timeoutFlag(), noBalancerFlag(),
 	}
 }
 
-// waitApplied waits until every live balancer has applied version.
+// waitApplied waits until every live balancer has applied version, and refuses, lacks or
+// has undone nothing of the service.
 func waitApplied(c *cli.Context, s *session, svc registrar.Service, version int64) (live int, err error) {
+	v, err := waitServed(c, s, svc, registrar.Wanted{Ready: -1, Version: version})
+	return len(v.Acks.Live()), err
+}
+
+// waitServed waits for w, with the words of the command line's flags.
+func waitServed(c *cli.Context, s *session, svc registrar.Service, w registrar.Wanted) (registrar.Served, error) {
 	ctx, cancel := context.WithTimeout(c.Context, c.Duration("timeout"))
 	defer cancel()
-	live, err = s.store.WaitApplied(ctx, svc, version, nil)
-	if err == nil && live == 0 {
-		s.log.Warn().Str("service", string(svc)).Msg("no live balancer has this service: nobody to wait for")
-	}
-	return live, timedOut(c, ctx, err)
+	w.NoBalancer, w.Absent = c.Bool("no-balancer"), c.Bool("absent")
+	v, err := s.store.WaitServed(ctx, svc, w)
+	return v, timedOut(c, ctx, err)
 }
 
 // timedOut marks an error that came of the --timeout.
@@ -50,10 +60,12 @@ func timedOut(c *cli.Context, ctx context.Context, err error) error {
 
 func waitCommand() *cli.Command {
 	return &cli.Command{
-		Name: "wait", Usage: "wait for a state of a service in every live balancer", ArgsUsage: "SERVICE",
+		Name: "wait", Usage: "wait until every live balancer serves a state of a service", ArgsUsage: "SERVICE",
 		Flags: redisFlags(outputFlag(), timeoutFlag(),
 			&cli.StringFlag{Name: "for", Value: "converged", EnvVars: env("for"),
-				Usage: "`GOAL`: converged (all that is known now is applied), ready=N (so many instances serve, and that is applied), or version=N"},
+				Usage: "`GOAL`: converged (all that is known now is applied, and nothing is refused, without a slot or undone), version=N (the same of a version), or ready=N (so many instances get requests from every live balancer that is to serve them)"},
+			noBalancerFlag(),
+			&cli.BoolFlag{Name: "absent", Usage: "it is enough if nobody has ever registered as the service"},
 		),
 		Action: func(c *cli.Context) error {
 			a, err := args(c, "SERVICE", 1)
@@ -64,7 +76,7 @@ func waitCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			reached, err := parseGoal(c.String("for"))
+			w, err := parseGoal(c.String("for"))
 			if err != nil {
 				return err
 			}
@@ -73,91 +85,34 @@ func waitCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			ctx, cancel := context.WithTimeout(c.Context, c.Duration("timeout"))
-			defer cancel()
-			version, err := s.await(ctx, svc, reached)
+			v, err := waitServed(c, s, svc, w)
 			if err != nil {
-				return timedOut(c, ctx, err)
-			}
-			live, err := s.store.WaitApplied(ctx, svc, version, nil)
-			if err != nil {
-				return timedOut(c, ctx, err)
+				return err
 			}
 			o := struct {
 				Service   registrar.Service `json:"service"`
 				Version   int64             `json:"version"`
 				Balancers int               `json:"balancers"`
-			}{svc, version, live}
-			return s.line(o, "%s: version %d, applied by %d balancers", svc, version, live)
+			}{svc, cmp.Or(w.Version, v.Token.Version), len(v.Acks.Live())}
+			return s.line(o, "%s: version %d, applied by %d balancers", svc, o.Version, o.Balancers)
 		},
 	}
 }
 
-// goal returns the version that must be applied once the register is as wanted,
-// or why it is not yet.
-type goal func(registrar.Snapshot) (version int64, err error)
-
-func parseGoal(s string) (goal, error) {
+// parseGoal reads --for.
+func parseGoal(s string) (registrar.Wanted, error) {
 	name, number, numbered := strings.Cut(s, "=")
-	n, err := strconv.ParseInt(number, 10, 64)
+	n, err := strconv.Atoi(number)
 	switch {
 	case s == "converged":
-		return func(snap registrar.Snapshot) (int64, error) { return snap.Token.Version, nil }, nil
+		return registrar.Wanted{Ready: -1}, nil
 	case !numbered || err != nil || n < 0:
 	case name == "version":
-		return func(snap registrar.Snapshot) (int64, error) {
-			if snap.Token.Version < n {
-				return 0, fmt.Errorf("version is %d", snap.Token.Version)
-			}
-			return n, nil
-		}, nil
+		return registrar.Wanted{Ready: -1, Version: int64(n)}, nil
 	case name == "ready":
-		return func(snap registrar.Snapshot) (int64, error) {
-			ready := int64(0)
-			for _, e := range snap.Entries {
-				if e.Present && e.Instance.State() == registrar.AdminNone && e.Instance.Weight() > 0 {
-					ready++
-				}
-			}
-			if ready < n {
-				return 0, fmt.Errorf("%d of %d instances are ready", ready, n)
-			}
-			return snap.Token.Version, nil
-		}, nil
+		return registrar.Wanted{Ready: n}, nil
 	}
-	return nil, usage("--for %q: want converged, ready=N or version=N", s)
-}
-
-// await reads the service again and again until the goal is reached.
-func (s *session) await(ctx context.Context, svc registrar.Service, reached goal) (int64, error) {
-	const first, last = 10 * time.Millisecond, 500 * time.Millisecond
-	wait := time.NewTimer(0)
-	defer wait.Stop()
-	why, failures := ctx.Err(), 0
-	for pause := first; ; pause = min(2*pause, last) {
-		select {
-		case <-ctx.Done():
-			return 0, fmt.Errorf("wait for %s: %w", svc, errors.Join(why, ctx.Err()))
-		case <-wait.C:
-		}
-		tctx, cancel := registrar.WithTimeout(ctx)
-		snap, err := s.store.Read(tctx, svc, nil)
-		cancel()
-		if err == nil {
-			version, err := reached(snap)
-			if err == nil {
-				return version, nil
-			}
-			why, failures = err, 0
-			wait.Reset(registrar.Shorten(pause))
-			continue
-		}
-		if why == nil || ctx.Err() == nil { // else it is the read that was cut short
-			why = err
-		}
-		failures++
-		wait.Reset(registrar.Backoff(failures, last))
-	}
+	return registrar.Wanted{}, usage("--for %q: want converged, ready=N or version=N", s)
 }
 
 // lbRow is one line of `lb`.

@@ -150,7 +150,7 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do f
 // 202 if not all have in time.
 func (s *Server) await(ctx context.Context, out *done, patience time.Duration) (code int) {
 	tctx, cancel := context.WithTimeout(ctx, patience)
-	_, err := s.store.WaitApplied(tctx, out.Service, out.Version, nil)
+	_, err := s.store.WaitServed(tctx, out.Service, registrar.Wanted{Ready: -1, Version: out.Version})
 	cancel()
 	applied := err == nil
 	out.Applied = &applied
