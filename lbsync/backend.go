@@ -684,6 +684,7 @@ func (b *backend) standing() BackendStatus {
 	if b.applied.Interrupted(b.view.Token) {
 		s.Behind = b.view.Token.Version // what is applied is of another history
 	}
+	s.Standing = b.standings()
 	return s
 }
 

@@ -266,6 +266,8 @@ type BackendStatus struct {
 	Held      int   // due to leave by absence, but kept
 	Postponed int   // drains that wait, because nobody else is up
 	Unplaced  int   // instances without a slot
+	// Standing is how the registered instances stand.
+	Standing registrar.Standing
 	// Fault is why the backend is not driven, for people; empty if it is.
 	Fault string
 }
@@ -291,6 +293,9 @@ func (s *Syncer) Once(ctx context.Context) error {
 		if err != nil {
 			errs = append(errs, err)
 			continue
+		}
+		if !slices.ContainsFunc(snap.Entries, func(e registrar.Entry) bool { return e.Present }) {
+			s.log.Warn().Str("service", string(svc)).Bool("ever", snap.Token.Version > 0).Msg("nobody is registered as this service")
 		}
 		for _, b := range bs {
 			b.change(notifier.Change{Snapshot: snap, Heard: time.Now()})

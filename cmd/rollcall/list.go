@@ -207,6 +207,9 @@ func instancesCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
+			if v.Token.Version == 0 {
+				return s.unknown(c.Context, svc)
+			}
 			rows := instances(v)
 			cells := make([][]string, len(rows))
 			for i, r := range rows {

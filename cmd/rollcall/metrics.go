@@ -393,14 +393,15 @@ func (m *monitor) balancer(cfg *lbsync.Config, bal lbsync.Balancer) *meteredBala
 // syncer adds how an lbsync stands, and whether it drives its backends.
 func (m *monitor) syncer(status func() (st lbsync.Status, drives bool), bal *meteredBalancer) {
 	behind := gauge("rollcall_lbsync_versions_behind", "Versions of the service that were heard of and are not in HAProxy yet.", "service", "backend")
-	serving := gauge("rollcall_lbsync_servers_serving", "Servers that HAProxy sent requests to at the last look, at most 30 s ago.", "service", "backend")
+	serving := gauge("rollcall_lbsync_servers_serving", "Servers that HAProxy sent requests to at the last look.", "service", "backend")
 	held := gauge("rollcall_lbsync_servers_held", "Servers whose instance is absent, kept by their check or because too few others are up.", "service", "backend")
 	postponed := gauge("rollcall_lbsync_drains_waiting", "Drains that wait because no other server is up.", "service", "backend")
 	unplaced := gauge("rollcall_lbsync_instances_unplaced", "Instances without a slot, which get no requests.", "service", "backend")
+	not := gauge("rollcall_lbsync_instances_not_serving", "Registered instances that HAProxy sends no requests, by why: refused, excluded (by --allow), unplaced, undone, human, down, drain, maint, weight and others.", "service", "backend", "reason")
 	driving := gauge("rollcall_lbsync_driving", "1 while this lbsync drives its backends, 0 while it stands by for another.")
 	doubled := gauge("rollcall_lbsync_id_doubled", "1 while another lbsync acknowledges by the same id.")
 	m.add(scraped{
-		[]*prometheus.Desc{behind, serving, held, postponed, unplaced, driving, doubled},
+		[]*prometheus.Desc{behind, serving, held, postponed, unplaced, not, driving, doubled},
 		func(emit func(*prometheus.Desc, float64, ...string)) {
 			st, drives := status()
 			emit(driving, number(drives))
@@ -412,6 +413,9 @@ func (m *monitor) syncer(status func() (st lbsync.Status, drives bool), bal *met
 				emit(held, float64(b.Held), labels...)
 				emit(postponed, float64(b.Postponed), labels...)
 				emit(unplaced, float64(b.Unplaced), labels...)
+				for reason, e := range b.Standing.Not {
+					emit(not, float64(e.Count), append(labels[:2:2], reason)...)
+				}
 			}
 		},
 	})

@@ -160,3 +160,33 @@ func TestRefusedByAll(t *testing.T) {
 	becomes(0, "web: version", "wait", "web", "--timeout", "20s")
 	becomes(0, "", "status")
 }
+
+// TestUnknownService: a service that nobody knows is named, with the nearest.
+func TestUnknownService(t *testing.T) {
+	t.Parallel()
+	s := &system{redis: redistest.Start(t)}
+	s.spawn(t, "register", "--service", "web", "--addr", "127.0.0.1:9001")
+	s.comes(t, "127.0.0.1:9001")
+	for _, c := range []struct {
+		code int
+		args []string
+	}{
+		{exitFailed, []string{"instances", "wbe"}},
+		{exitFailed, []string{"explain", "wbe", "127.0.0.1:9001"}},
+		{exitWait, []string{"wait", "wbe", "--timeout", "100ms"}},
+	} {
+		if out, stderr, code := s.rollcall(t, c.args...); code != c.code || !strings.Contains(stderr, "nobody has ever registered as wbe; did you mean web?") {
+			t.Errorf("%v: exit %d, %s%s", c.args, code, out, stderr)
+		}
+	}
+	s.spawn(t, "watch", "wbe").says(t, "nobody has ever registered as wbe; did you mean web?")
+	if _, stderr, code := s.rollcall(t, "instances", "other"); code != exitFailed || strings.Contains(stderr, "did you mean") {
+		t.Errorf("exit %d, %s", code, stderr)
+	}
+	s.ha = haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 2}}})
+	for _, how := range []string{"--dry-run", "--once"} {
+		if _, stderr, code := s.rollcall(t, "lbsync", "--socket", s.ha.Socket, "--backend", "wbe=be", how); code != 0 || !strings.Contains(stderr, "nobody is registered as this service") {
+			t.Errorf("%s: exit %d, %s", how, code, stderr)
+		}
+	}
+}

@@ -85,6 +85,9 @@ func waitCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
+			if !c.Bool("absent") {
+				s.nameUnknown(c.Context, svc)
+			}
 			v, err := waitServed(c, s, svc, w)
 			if err != nil {
 				return err

@@ -61,6 +61,7 @@ func watchCommand() *cli.Command {
 				return err
 			}
 			defer stop()
+			s.nameUnknown(c.Context, svcs...)
 			ctx, cancel := whileRead(c.Context, c)
 			defer cancel()
 			var failed error
