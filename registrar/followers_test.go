@@ -7,7 +7,7 @@ import (
 	"rollcall/registrar/redistest"
 )
 
-func TestFollow(t *testing.T) {
+func TestFollowers(t *testing.T) {
 	t.Parallel()
 	s := fresh(t, redistest.Start(t))
 	ctx := t.Context()
