@@ -31,14 +31,14 @@ func (a *Acker) Follow(ctx context.Context, follows map[Service][]string) error 
 	return nil
 }
 
-// Follower is a live balancer and what it follows.
-type Follower struct {
+// Following is a live balancer and what it follows.
+type Following struct {
 	Balancer string
 	Follows  map[Service][]string
 }
 
 // Followers returns the live ones, by id. What cannot be read is left out.
-func (s *Store) Followers(ctx context.Context) ([]Follower, error) {
+func (s *Store) Followers(ctx context.Context) ([]Following, error) {
 	r, err := s.followers.RunRO(ctx, s.rdb, []string{s.keys.Follows()}, s.now).Slice()
 	if err == nil && len(r)%2 != 1 {
 		err = fmt.Errorf("answer of %d parts", len(r))
@@ -46,9 +46,9 @@ func (s *Store) Followers(ctx context.Context) ([]Follower, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read which services balancers follow: %w", err)
 	}
-	var list []Follower
+	var list []Following
 	for i := 1; i < len(r); i += 2 {
-		f := Follower{Balancer: text(r[i])}
+		f := Following{Balancer: text(r[i])}
 		at, names, _ := strings.Cut(text(r[i+1]), " ")
 		ms, err := strconv.ParseInt(at, 10, 64)
 		if err != nil || !(Acks{Now: integer(r[0])}).live(ms) || json.Unmarshal([]byte(names), &f.Follows) != nil {
@@ -56,7 +56,7 @@ func (s *Store) Followers(ctx context.Context) ([]Follower, error) {
 		}
 		list = append(list, f)
 	}
-	slices.SortFunc(list, func(x, y Follower) int { return cmp.Compare(x.Balancer, y.Balancer) })
+	slices.SortFunc(list, func(x, y Following) int { return cmp.Compare(x.Balancer, y.Balancer) })
 	return list, nil
 }
 

@@ -12,7 +12,7 @@ func TestFollowers(t *testing.T) {
 	s := fresh(t, redistest.Start(t))
 	ctx := t.Context()
 	follows := map[Service][]string{"web": {"be", "be2"}, "never": {"be3"}}
-	want := func(list ...Follower) {
+	want := func(list ...Following) {
 		t.Helper()
 		got, err := s.Followers(ctx)
 		if err != nil || !reflect.DeepEqual(got, list) {
@@ -23,7 +23,7 @@ func TestFollowers(t *testing.T) {
 	must(t, s.Acker("lb2").Follow(ctx, map[Service][]string{"web": {"be"}}))
 	s.setClock(t0 + 5000)
 	must(t, s.Acker("lb1").Follow(ctx, follows))
-	one, two := Follower{"lb1", follows}, Follower{"lb2", map[Service][]string{"web": {"be"}}}
+	one, two := Following{"lb1", follows}, Following{"lb2", map[Service][]string{"web": {"be"}}}
 	want(one, two)
 	s.setClock(t0 + BalancerLive.Milliseconds() + 1)
 	want(one)

@@ -46,7 +46,7 @@ func (s *Store) Served(ctx context.Context, svc Service) (Served, error) {
 }
 
 // follow adds the followers of svc that live and have acknowledged nothing of it.
-func (a *Acks) follow(svc Service, followers []Follower) {
+func (a *Acks) follow(svc Service, followers []Following) {
 	for _, f := range followers {
 		if len(f.Follows[svc]) == 0 {
 			continue

@@ -87,7 +87,7 @@ func (s *session) services(ctx context.Context) ([]serviceRow, error) {
 
 // stand enters how the services of rows stand in the live balancers that follow them,
 // and returns these.
-func (s *session) stand(ctx context.Context, rows []serviceRow) ([]registrar.Follower, error) {
+func (s *session) stand(ctx context.Context, rows []serviceRow) ([]registrar.Following, error) {
 	followers, err := s.store.Followers(ctx)
 	if err != nil {
 		return nil, err

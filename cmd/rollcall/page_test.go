@@ -260,14 +260,14 @@ func TestPage(t *testing.T) {
 			t.Errorf("%d lines for a service whose history has not come yet", n)
 		}
 		for _, i := range []*haproxytest.Instance{a, b, c} {
-			p.shows(row(i.Addr().String()), "ready")
+			p.shows(row(i.Addr().String()), "serving")
 			p.shows(row(i.Addr().String()), "commit=4f1c")
 			p.shows(row(i.Addr().String())+` td[data-label="In HAProxy"]`, "serving")
 		}
 		p.shows("#balancers tbody", "up to date")
 		p.shows("#reapers tbody", "armed")
 		p.shows("#events", "joined")
-		p.shows("#tiles", "3ready")
+		p.shows("#tiles", "3serving")
 		if got := ask[string](p, `document.querySelector("#chart svg").getAttribute("aria-label")`); !strings.Contains(got, "now 3 ready, 0 drained") {
 			t.Errorf("the chart says %q", got)
 		}
@@ -278,18 +278,34 @@ func TestPage(t *testing.T) {
 
 	t.Run("an instance leaves", func(t *testing.T) {
 		p := openTab(t, browser, url, 1280, 900, "")
-		p.shows(row(c.Addr().String()), "ready")
+		p.shows(row(c.Addr().String()), "serving")
 		sidecars[2].signal(t, syscall.SIGTERM)
 		p.gone(row(c.Addr().String()))
 		p.shows("#events li:first-child", "left")
-		p.shows("#tiles", "2ready")
+		p.shows("#tiles", "2serving")
 		p.shows("#news", c.Addr().String()+" is gone: left")
 		p.shows("#chart svg", "") // it is there
 	})
 
+	t.Run("it is not served", func(t *testing.T) {
+		p := openTab(t, browser, url, 1280, 900, "")
+		p.shows(row(b.Addr().String()), "serving")
+		v, err := store.Served(t.Context(), "web")
+		if err != nil {
+			t.Fatal(err)
+		}
+		server := "be/" + v.Sights[0].Servers[b.Addr()]["be"].Server
+		s.ha.Command(t, "set server "+server+" state maint") // a human's, which is left alone
+		p.shows(row(b.Addr().String())+` td[data-label="State"]`, "not served")
+		p.shows("#tiles", "1not served")
+		p.shows("details summary", "1 serving, 1 not served")
+		s.ha.Command(t, "set server "+server+" state ready")
+		p.shows(row(b.Addr().String())+` td[data-label="State"]`, "serving")
+	})
+
 	t.Run("it drains, by keyboard alone", func(t *testing.T) {
 		p := openTab(t, browser, url, 1280, 900, "401") // for the wrong token
-		p.shows(row(a.Addr().String()), "ready")
+		p.shows(row(a.Addr().String()), "serving")
 		button := fmt.Sprintf(`button[aria-label="Change web %s"]`, a.Addr())
 		p.reach(button)
 		p.press(kb.Enter)
@@ -322,7 +338,7 @@ func TestPage(t *testing.T) {
 		p.shows("#change-result", "applied by 1 balancer")
 		answered(t, "http://"+s.ha.Addr("be")+"/", a, b)
 		p.press(kb.Escape)
-		p.shows(row(a.Addr().String())+` td[data-label="State"]`, "ready")
+		p.shows(row(a.Addr().String())+` td[data-label="State"]`, "serving")
 		// An arrow key chooses what is next.
 		p.press(kb.Enter)
 		p.press(kb.ArrowDown + kb.ArrowDown + kb.ArrowDown)
@@ -375,7 +391,7 @@ func TestPage(t *testing.T) {
 
 	t.Run("it keeps no token that was not looked at", func(t *testing.T) {
 		p := openTab(t, browser, url, 1280, 900, "429")
-		p.shows(row(a.Addr().String()), "ready")
+		p.shows(row(a.Addr().String()), "serving")
 		p.reach(fmt.Sprintf(`button[aria-label="Change web %s"]`, a.Addr()))
 		p.press(kb.Enter)
 		p.reach("#token")
@@ -440,16 +456,16 @@ func TestPage(t *testing.T) {
 		s.redis.Signal(t, syscall.SIGSTOP)
 		p.shows("#banners", "Redis does not answer")
 		p.shows("#link-text", "old data")
-		p.shows(row(b.Addr().String()), "ready")
+		p.shows(row(b.Addr().String()), "serving")
 		s.redis.Signal(t, syscall.SIGCONT)
 		p.shows("#link-text", "live")
 		p.gone("#banners .banner.bad")
 		server.signal(t, syscall.SIGTERM)
 		p.shows("#banners", "The connection to rollcall serve is lost")
 		p.shows("#banners", "Last heard")
-		p.shows(row(b.Addr().String()), "ready")
+		p.shows(row(b.Addr().String()), "serving")
 		s.page(t, "serve", "--token-file", file, "--listen", strings.TrimPrefix(server.url, "http://"))
 		p.shows("#link-text", "live")
-		p.shows(row(b.Addr().String()), "ready")
+		p.shows(row(b.Addr().String()), "serving")
 	})
 }

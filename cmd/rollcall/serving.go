@@ -74,7 +74,7 @@ func (s *session) serving(ctx context.Context, doc *statusDoc, rows []serviceRow
 
 // unlisted says what is wrong with services that balancers follow and that are not on the
 // list.
-func (s *session) unlisted(ctx context.Context, doc *statusDoc, svcs []registrar.Service, followers []registrar.Follower) error {
+func (s *session) unlisted(ctx context.Context, doc *statusDoc, svcs []registrar.Service, followers []registrar.Following) error {
 	if len(svcs) == 0 {
 		return nil
 	}

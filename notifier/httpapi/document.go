@@ -24,7 +24,8 @@ type Summary struct {
 	Version   int64             `json:"version"`
 	Token     string            `json:"token"`
 	Instances int               `json:"instances"` // of the register: all but the garbage and the kept
-	Ready     int               `json:"ready"`
+	Ready     int               `json:"ready"`     // as the register wants them
+	Serving   int               `json:"serving"`   // of those: every live balancer that is to send them requests does
 	Out       int               `json:"out"`    // drain, draining or maint
 	Silent    int               `json:"silent"` // whatever their state
 	Absent    int               `json:"absent"`
@@ -70,8 +71,14 @@ type Instance struct {
 	Registered int64             `json:"registered,omitempty"` // by its own clock
 	Reason     string            `json:"reason,omitempty"`     // of the state
 	Word       *registrar.Admin  `json:"word,omitempty"`       // an operator's
-	HAProxy    []InHAProxy       `json:"haproxy,omitempty"`
+	// Serving is how many of Balancers, the live ones that are to serve it, send it requests.
+	Serving   int         `json:"serving"`
+	Balancers int         `json:"balancers"`
+	HAProxy   []InHAProxy `json:"haproxy,omitempty"`
 }
+
+// served tells whether all that are to serve it do.
+func (i Instance) served() bool { return i.Balancers > 0 && i.Serving == i.Balancers }
 
 // InHAProxy is what one balancer found of an instance in one backend, at its
 // last look.
@@ -184,6 +191,7 @@ func (s *service) build(now time.Time) *document {
 		TTLMS: s.view.TTL.Milliseconds(), IntervalMS: s.view.Interval.Milliseconds(),
 		Instances: []Instance{}, Gone: []Gone{}, Balancers: []Balancer{},
 	}}
+	of := registrar.Served{Acks: registrar.Acks{Balancers: s.acks}, Sights: s.sights}
 	// As a reaper has it: who has missed a heartbeat and a little more.
 	suspect := (s.view.TTL - s.view.Interval - s.view.Interval/10).Milliseconds()
 	s.view.Each(func(e registrar.Entry) {
@@ -192,7 +200,8 @@ func (s *service) build(now time.Time) *document {
 			d.Instances = append(d.Instances, Instance{Addr: e.Addr.String(), State: stateGarbage, Reason: e.Garbage, HAProxy: s.inHAProxy(e.Addr)})
 		case e.Present:
 			i := instance(e.Instance, s.read[e.Addr], suspect)
-			i.HAProxy = s.inHAProxy(e.Addr)
+			by := of.By(e.Addr)
+			i.Serving, i.Balancers, i.HAProxy = by.Serving, by.Of, s.inHAProxy(e.Addr)
 			d.Instances = append(d.Instances, i)
 		case e.Gone != nil:
 			d.Gone = append(d.Gone, Gone{e.Addr.String(), e.Gone.Reason, e.Gone.At})
@@ -310,6 +319,9 @@ func (d *document) sum() Summary {
 		switch i.State {
 		case stateReady:
 			s.Ready++
+			if i.served() {
+				s.Serving++
+			}
 		case stateAbsent:
 			s.Absent++
 		case stateGarbage:

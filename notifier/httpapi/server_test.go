@@ -325,7 +325,7 @@ func TestDocuments(t *testing.T) {
 	}
 
 	r := w.get(t, "/v1/services")
-	for _, want := range []string{`"service":"api"`, `"instances":4,"ready":2,"out":2,"silent":0,"absent":0,"garbage":0,"kept":1`, `"behind":1`, `"answers":true`} {
+	for _, want := range []string{`"service":"api"`, `"instances":4,"ready":2,"serving":1,"out":2,"silent":0,"absent":0,"garbage":0,"kept":1`, `"behind":1`, `"answers":true`} {
 		if !strings.Contains(r.body, want) {
 			t.Errorf("/v1/services lacks %s: %s", want, r.body)
 		}

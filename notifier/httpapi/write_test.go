@@ -62,7 +62,7 @@ func TestWrites(t *testing.T) {
 
 		{"drain", "POST", at + "/drain", `{"reason":"<b>new</b> disk"}`, auth, 200, `"done":"drain","version":2,"present":true}`},
 		{"the same page's own", "POST", at + "/drain", `{"reason":"other"}`, with("Sec-Fetch-Site", "same-origin"), 200, `"version":3`},
-		{"maint, nobody to wait for", "POST", at + "/maint?wait=5s", `{"reason":"x"}`, auth, 200, `"version":4,"present":true,"applied":true}`},
+		{"maint, nobody to wait for", "POST", at + "/maint?wait=50ms", `{"reason":"x"}`, auth, 202, `"version":4,"present":true,"applied":false,"why":"wait for web: no live balancer follows web`},
 		{"ready", "POST", at + "/ready", `{}`, auth, 200, `"version":5`},
 		{"weight", "POST", at + "/weight", `{"weight":0}`, auth, 200, `"version":6`},
 		{"own weight", "POST", at + "/weight", `{"weight":null}`, auth, 200, `"version":7`},
@@ -203,10 +203,20 @@ func TestWriteWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	token := v.Token("web")
-	for _, lb := range []string{"lb1", "lb2"} {
+	// apply is all that an lbsync says when it has applied token's version.
+	apply := func(lb string) {
+		t.Helper()
 		if err := w.store.Acker(lb).Ack(t.Context(), "web", token); err != nil {
 			t.Fatal(err)
 		}
+		if _, err := w.store.Publish(t.Context(), lb, "web", registrar.Seen{Version: token.Version, Servers: map[netip.AddrPort]map[string]registrar.ServerState{
+			netip.MustParseAddrPort("10.0.0.1:8080"): {"be": {Server: "s1", State: "drain", Weight: 100}},
+		}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, lb := range []string{"lb1", "lb2"} {
+		apply(lb)
 	}
 	drain := func(wait string) (code int, answer struct {
 		Applied   bool
@@ -224,9 +234,7 @@ func TestWriteWaits(t *testing.T) {
 		return r.code, answer
 	}
 	token.Version = 2
-	if err := w.store.Acker("lb1").Ack(t.Context(), "web", token); err != nil {
-		t.Fatal(err)
-	}
+	apply("lb1")
 	if code, a := drain("50ms"); code != 202 || a.Applied || !strings.Contains(a.Why, "1 of 2") || len(a.Balancers) != 2 || a.Balancers[0].Behind != 0 || a.Balancers[1].Behind != 1 {
 		t.Errorf("not applied: %d %+v", code, a)
 	}
@@ -239,9 +247,7 @@ func TestWriteWaits(t *testing.T) {
 	}()
 	token.Version = 3
 	for _, lb := range []string{"lb1", "lb2"} {
-		if err := w.store.Acker(lb).Ack(t.Context(), "web", token); err != nil {
-			t.Fatal(err)
-		}
+		apply(lb)
 	}
 	<-done
 }

@@ -192,7 +192,7 @@ function compare(old, d) {
     if (is === "gone" && !(b && b.state !== "gone")) continue;
     if (b && stateOf(d.service, b) === is && b.weight === i.weight && b.id === i.id) continue;
     view.fresh.set(d.service + " " + i.addr, performance.now());
-    announce(b ? `${d.service} ${i.addr} is ${is}${b.weight === i.weight ? "" : ", weight " + i.weight}` : `${d.service} ${i.addr} joined`);
+    announce(b ? `${d.service} ${i.addr} is ${word(is)}${b.weight === i.weight ? "" : ", weight " + i.weight}` : `${d.service} ${i.addr} joined`);
   }
   for (const addr of before.keys()) {
     const gone = d.gone.find((g) => g.addr === addr);
@@ -254,8 +254,14 @@ function drawHead() {
 function stateOf(service, i) {
   if (i.state === "absent" || i.state === "garbage" || i.state === "gone") return i.state;
   if (i.silent) return isHeld(service) ? "held" : "silent";
+  // Serving is said only of what every live balancer that is to serve it does serve.
+  if (i.state === "ready" && (!i.balancers || i.serving < i.balancers)) return "unserved";
   return i.state;
 }
+
+// WORDS are what a state is called where that is not its name.
+const WORDS = { ready: "serving", unserved: "not served" };
+const word = (state) => WORDS[state] || state;
 
 function isHeld(service) {
   return ((picture.status && picture.status.held) || []).some((h) => h.service === "" || h.service === service);
@@ -302,13 +308,14 @@ function drawBanners() {
 }
 
 function drawTiles(docs) {
-  const n = { ready: 0, out: 0, bad: 0, serving: 0 };
+  const n = { ready: 0, unserved: 0, out: 0, bad: 0, serving: 0 };
   for (const d of docs) {
     if (d.instances.some((i) => i.state !== "gone")) n.serving++;
     for (const i of d.instances) {
       const s = stateOf(d.service, i);
       if (s === "gone") continue;
       if (s === "ready") n.ready++;
+      else if (s === "unserved") n.unserved++;
       else if (s === "drain" || s === "draining" || s === "maint") n.out++;
       else n.bad++;
     }
@@ -321,7 +328,8 @@ function drawTiles(docs) {
   const armed = reapers.filter((r) => r.armed).length;
   const known = picture.status !== null;
   const tiles = [
-    { key: "ready", n: n.ready, label: "ready" },
+    { key: "ready", n: n.ready, label: "serving" },
+    ...(n.unserved ? [{ key: "unserved", n: n.unserved, label: "not served", class: "bad" }] : []),
     { key: "out", n: n.out, label: "drained or leaving", class: n.out ? "warn" : "" },
     { key: "bad", n: n.bad, label: "silent or unclear", class: n.bad ? "bad" : "" },
     { key: "services", n: n.serving, label: n.serving === 1 ? "service" : "services" },
@@ -452,7 +460,7 @@ function matching(d) {
   const words = view.filter.toLowerCase().split(/\s+/).filter(Boolean);
   if (!words.length) return d.instances;
   return d.instances.filter((i) => {
-    const hay = [d.service, i.addr, stateOf(d.service, i), i.zone || "", i.reason || "", ...Object.entries(i.tags || {}).map(([k, v]) => k + "=" + v)].join(" ").toLowerCase();
+    const hay = [d.service, i.addr, i.state, word(stateOf(d.service, i)), i.zone || "", i.reason || "", ...Object.entries(i.tags || {}).map(([k, v]) => k + "=" + v)].join(" ").toLowerCase();
     return words.every((w) => hay.includes(w));
   });
 }
@@ -482,7 +490,7 @@ function updateService(e, { d, rows }, services, writes) {
   const [, sum, lag, line, version] = e.querySelector("summary").children;
   const counts = new Map();
   for (const i of d.instances) counts.set(stateOf(d.service, i), (counts.get(stateOf(d.service, i)) || 0) + 1);
-  const words = ["ready", "draining", "drain", "maint", "silent", "held", "absent", "garbage", "gone"].filter((s) => counts.has(s)).map((s) => `${counts.get(s)} ${s}`);
+  const words = ["ready", "unserved", "draining", "drain", "maint", "silent", "held", "absent", "garbage", "gone"].filter((s) => counts.has(s)).map((s) => `${counts.get(s)} ${word(s)}`);
   text(sum, words.length ? words.join(", ") : lastGone(d));
   const behind = d.balancers.filter((b) => b.live && b.behind > 0);
   const live = d.balancers.filter((b) => b.live).length;
@@ -540,7 +548,7 @@ function updateRow(tr, d, i, columns) {
       case "State":
         td.classList.toggle("wide", !!i.reason);
         // What an operator said stays visible under what is worse.
-        fill(td, [state, i.state, i.reason], () => el("div", {}, el("span", { class: "chips" }, el("span", { class: "chip " + state }, state), state !== i.state && i.state !== "ready" ? el("span", { class: "chip " + i.state }, i.state) : null), i.reason ? el("bdi", { class: "why" }, plain(i.reason)) : null));
+        fill(td, [state, i.state, i.reason], () => el("div", {}, el("span", { class: "chips" }, el("span", { class: "chip " + state }, word(state)), state !== i.state && i.state !== "ready" ? el("span", { class: "chip " + i.state }, i.state) : null), i.reason ? el("bdi", { class: "why" }, plain(i.reason)) : null));
         break;
       case "In HAProxy":
         fill(td, i.haproxy || [], () => el("span", { class: "chips" }, ...(i.haproxy || []).map(inHAProxy)));
@@ -646,7 +654,7 @@ function openChange(service, addr) {
   const i = (picture.services.get(service) || { instances: [] }).instances.find((x) => x.addr === addr);
   Object.assign(change, { service, addr, busy: false, last: "", back: document.activeElement });
   text($("change-title"), `${plain(service)} ${plain(addr)}`);
-  text($("change-now"), i ? `Now ${stateOf(service, i)}, weight ${i.weight}.` : "It is gone.");
+  text($("change-now"), i ? `Now ${word(stateOf(service, i))}, weight ${i.weight}.` : "It is gone.");
   $("change-form").reset();
   const first = i && (i.state === "drain" || i.state === "maint") ? "ready" : "drain";
   for (const r of document.getElementsByName("verb")) r.checked = r.value === first;
