@@ -28,11 +28,12 @@ const (
 
 var numericEnd = regexp.MustCompile(`(^|\.)([0-9]+|0[xX][0-9a-fA-F]*)\.?$`)
 
-// nameForm is what isName accepts. It is no regexp.Regexp since each message of
-// the channel is held against it, and since its repetition takes 50 kB when
-// compiled, in every sidecar.
-const nameForm = `^[a-z0-9]([a-z0-9._-]{0,62})$`
+// nameForm is what isName accepts, in words.
+const nameForm = "1 to 63 lower-case letters, digits, '.', '_' and '-', beginning with a letter or a digit"
 
+// isName is no regexp.Regexp since each message of the channel is held against it, and
+// since its repetition, ^[a-z0-9]([a-z0-9._-]{0,62})$, takes 50 kB when compiled, in
+// every sidecar.
 func isName(s string) bool {
 	if s == "" || len(s) > 63 {
 		return false

@@ -78,7 +78,7 @@ func TestManPage(t *testing.T) {
 	}
 	text := strings.ReplaceAll(page.String(), `\-`, "-")
 	for i, line := range strings.Split(text, "\n") {
-		if strings.HasPrefix(line, ".") && !slices.Contains([]string{".TH", ".SH", ".SS", ".TP", ".PP", ".B", ".I"}, strings.Fields(line)[0]) {
+		if strings.HasPrefix(line, ".") && !slices.Contains([]string{".TH", ".SH", ".SS", ".TP", ".PP", ".nf", ".fi", ".B", ".I"}, strings.Fields(line)[0]) {
 			t.Errorf("line %d is no request: %s", i+1, line)
 		}
 	}

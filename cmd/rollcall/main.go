@@ -69,7 +69,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	defer stop()
 	context.AfterFunc(ctx, func() { time.AfterFunc(sameStop, stop) })
 	app := newApp(&printed{w: stdout, stopped: ctx.Done()}, stderr)
-	err := app.RunContext(ctx, flagsFirst(app, args))
+	err := app.RunContext(ctx, flagsFirst(app, commandFirst(app, plainWords(args))))
 	if err == nil {
 		return 0
 	}
@@ -105,7 +105,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		OnUsageError:         onUsageError,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usage("unknown command %q; see %s --help", c.Args().First(), program)
+				return unknownCommand(c.App, c.Args().First())
 			}
 			return cli.ShowAppHelp(c)
 		},
@@ -117,7 +117,29 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 	return app
 }
 
-func onUsageError(_ *cli.Context, err error, _ bool) error { return usageError{err} }
+func onUsageError(c *cli.Context, err error, _ bool) error { return flagError(c, err) }
+
+// commandFirst moves common flags that come before the command after it. What it does
+// not know stays where it is, for the library to say so.
+func commandFirst(app *cli.App, args []string) []string {
+	for i := 1; i < len(args); i++ {
+		a := args[i]
+		if len(a) < 2 || a[0] != '-' {
+			if i > 1 && app.Command(a) != nil {
+				return slices.Concat(args[:1], args[i:i+1], args[1:i], args[i+1:])
+			}
+			return args
+		}
+		name, hasValue := flagName(a)
+		if !slices.ContainsFunc(commonFlags(), func(f cli.Flag) bool { return slices.Contains(f.Names(), name) }) {
+			return args
+		}
+		if !hasValue {
+			i++ // each takes a value
+		}
+	}
+	return args
+}
 
 // flagsFirst moves a command's flags before its arguments, so that both
 // `rollcall drain web ADDR --reason x` and the other order work: the library
@@ -149,12 +171,15 @@ func flagsFirst(app *cli.App, args []string) []string {
 			rest = append(rest, args[i:]...)
 			break
 		}
-		if len(a) < 2 || a[0] != '-' {
+		if len(a) < 2 || a[0] != '-' || a[1] >= '0' && a[1] <= '9' { // -5 is a number
 			rest = append(rest, a)
 			continue
 		}
-		out = append(out, a)
 		name, hasValue := flagName(a)
+		if name == "help" || name == "h" {
+			return []string{args[0], args[1], "--help"} // whatever else there is: the library would take it for a topic
+		}
+		out = append(out, a)
 		if !hasValue && !boolean[name] && i+1 < len(args) {
 			i++
 			out = append(out, args[i])

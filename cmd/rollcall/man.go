@@ -5,7 +5,6 @@ package main
 import (
 	"bufio"
 	"fmt"
-	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -26,10 +25,6 @@ func manCommand() *cli.Command {
 // manPage writes what the commands say of themselves, for man(7). The library's
 // own page knows neither variables nor which flags are common.
 func manPage(w *bufio.Writer, app *cli.App) error {
-	common := append(redisFlags(outputFlag()), httpFlags()...)
-	isCommon := func(f cli.Flag) bool {
-		return slices.ContainsFunc(common, func(c cli.Flag) bool { return c.Names()[0] == f.Names()[0] })
-	}
 	fmt.Fprintf(w, ".TH ROLLCALL 1 \"\" \"rollcall %s\" \"User Commands\"\n", roff(app.Version))
 	fmt.Fprintf(w, ".SH NAME\nrollcall \\- %s\n", roff(app.Usage))
 	fmt.Fprint(w, ".SH SYNOPSIS\n.B rollcall\n.I COMMAND\n[\\fIFLAG\\fR...] [\\fIARGUMENT\\fR...]\n")
@@ -50,12 +45,21 @@ func manPage(w *bufio.Writer, app *cli.App) error {
 				manFlag(w, f)
 			}
 		}
+		for i, e := range examples[c.Name] {
+			if i == 0 {
+				fmt.Fprint(w, ".PP\nFor example:\n.nf\n")
+			}
+			fmt.Fprintf(w, "  %s\n", roff(e))
+			if i == len(examples[c.Name])-1 {
+				fmt.Fprint(w, ".fi\n")
+			}
+		}
 		if len(shared) > 0 {
 			fmt.Fprintf(w, ".PP\nAlso: %s.\n", roff(strings.Join(shared, ", ")))
 		}
 	}
 	fmt.Fprint(w, ".SH COMMON FLAGS\n")
-	for _, f := range common {
+	for _, f := range commonFlags() {
 		manFlag(w, f)
 	}
 	fmt.Fprint(w, ".SH EXIT STATUS\n0 done, 1 failed, 2 wrong usage, 3 \\-\\-dry\\-run found something to do, 4 a wait timed out. "+
@@ -93,8 +97,6 @@ func manFlag(w *bufio.Writer, f cli.Flag) {
 // sentence begins a usage with a capital letter, unless it begins with a name in
 // capitals or a number.
 func sentence(s string) string { return roff(strings.ToUpper(s[:1]) + s[1:]) }
-
-func dashes(name string) string { return strings.Repeat("-", min(2, len(name))) + name }
 
 // roff escapes s, which is on one line, for the text of a page; see groff_char(7).
 func roff(s string) string {

@@ -31,7 +31,7 @@ func TestSidecarProgram(t *testing.T) {
 	s.goes(t, addr, "left")
 
 	if out, text, code := s.rollcall(t, "lbsync"); code != exitUsage || out != "" ||
-		text != "rollcall: unknown command \"lbsync\"; see rollcall-sidecar --help\n" {
+		text != "rollcall: unknown command \"lbsync\"; see rollcall-sidecar help\n" {
 		t.Errorf("lbsync: exit code %d\n%s%s", code, out, text)
 	}
 

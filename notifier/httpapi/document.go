@@ -26,8 +26,8 @@ type Summary struct {
 	Instances int               `json:"instances"` // of the register: all but the garbage and the kept
 	Ready     int               `json:"ready"`     // as the register wants them
 	Serving   int               `json:"serving"`   // of those: every live balancer that is to send them requests does
-	Out       int               `json:"out"`    // drain, draining or maint
-	Silent    int               `json:"silent"` // whatever their state
+	Out       int               `json:"out"`       // drain, draining or maint
+	Silent    int               `json:"silent"`    // whatever their state
 	Absent    int               `json:"absent"`
 	Garbage   int               `json:"garbage"`
 	Kept      int               `json:"kept"`      // gone from the register, but not from every HAProxy
