@@ -451,7 +451,7 @@ func (w *Watcher) compare(ctx context.Context, svcs []registrar.Service, every b
 		for _, svc := range part {
 			told.of[svc] = v.Of[svc]
 			p := w.followed[svc]
-			if every || !p.known || p.token != v.Token(svc) {
+			if every || !p.known || p.token != v.Token(svc) || v.Of[svc] < 0 { // what is no number names no state
 				w.note(svc, hint{heard: heard, sure: true})
 			}
 		}
@@ -918,14 +918,22 @@ func parseMessage(payload string) (global int64, svc registrar.Service, version 
 	}
 	first, rest, _ := strings.Cut(payload, " ")
 	name, last, _ := strings.Cut(rest, " ")
-	g, err := strconv.ParseUint(first, 10, 63)
+	g, err := strconv.ParseInt(first, 10, 64)
 	if err != nil {
 		return 0, "", 0, false
 	}
-	v, err := strconv.ParseUint(last, 10, 63)
+	v, err := strconv.ParseInt(last, 10, 64)
 	if err != nil {
 		return 0, "", 0, false
 	}
 	svc, err = registrar.ParseService(name)
-	return int64(g), svc, int64(v), err == nil
+	return named(g), svc, named(v), err == nil
+}
+
+// named is a version that a message names; 0, which says nothing, if it is no number.
+func named(n int64) int64 {
+	if n < 0 || n > registrar.MaxVersion {
+		return 0
+	}
+	return n
 }

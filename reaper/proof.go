@@ -225,7 +225,7 @@ func (p *proof) back() int64 { return max(p.beat.Milliseconds(), p.slow) }
 // and tells whether it is news that some do not.
 func (p *proof) teach(slow int64, at string) (news bool) {
 	if slow <= p.beat.Milliseconds() {
-		p.slow = 0
+		p.slow, p.since = 0, 0 // also when somebody has put right what was written by hand
 		return false
 	}
 	if news = at != p.slowAt || slow > p.slow; news {

@@ -23,10 +23,6 @@ const (
 	// such as a score from the future.
 	DefaultSweep = 10 * time.Second
 
-	// minTTL keeps a pulse's deadline, a 15th of it, above the time that a busy
-	// machine takes for one.
-	minTTL = 300 * time.Millisecond
-
 	heartbeatsPerTTL = 3
 
 	shownAddrs  = 10 // in a log line
@@ -109,16 +105,13 @@ func (c Config) validate() error {
 	if len(c.ID) > idLength || !idPattern.MatchString(c.ID) {
 		return fmt.Errorf("reaper id %q: want %s, at most %d long", c.ID, idPattern, idLength)
 	}
-	if c.TTL < minTTL {
-		return fmt.Errorf("TTL %v: want at least %v", c.TTL, minTTL)
-	}
 	if c.TTL%time.Millisecond != 0 || c.Interval%time.Millisecond != 0 {
 		return fmt.Errorf("TTL %v, interval %v: want whole milliseconds, as the registry keeps them", c.TTL, c.Interval)
 	}
 	if c.Sweep < 0 {
 		return fmt.Errorf("sweep interval %v: want more than 0", c.Sweep)
 	}
-	return registrar.CheckInterval(c.Interval, c.TTL)
+	return registrar.CheckTimes(c.TTL, c.Interval)
 }
 
 // Reaper takes out who stopped answering. Its methods are for one goroutine,

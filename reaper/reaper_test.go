@@ -26,7 +26,7 @@ func TestNewRefuses(t *testing.T) {
 		{"interval of a third", Config{ID: "r", TTL: 15 * time.Second, Interval: 5 * time.Second}, ""},
 		{"interval above", Config{ID: "r", TTL: 15 * time.Second, Interval: 5*time.Second + time.Millisecond}, "third of the TTL"},
 		{"negative interval", Config{ID: "r", Interval: -time.Second}, "interval"},
-		{"short TTL", Config{ID: "r", TTL: 299 * time.Millisecond, Interval: 50 * time.Millisecond}, "at least 300ms"},
+		{"short TTL", Config{ID: "r", TTL: 299 * time.Millisecond, Interval: 50 * time.Millisecond}, "want 300ms to"},
 		{"half a millisecond", Config{ID: "r", TTL: 15*time.Second + 500*time.Microsecond}, "whole milliseconds"},
 		{"negative sweep", Config{ID: "r", Sweep: -1}, "sweep interval"},
 	}

@@ -107,7 +107,7 @@ func (a *Acker) Ack(ctx context.Context, svc Service, t Token) error {
 // take takes in what ack.lua has answered.
 func (m *mark) take(r []any) error {
 	if len(r) != 4 || integer(r[1]) <= 0 {
-		return fmt.Errorf("unknown answer %q", r)
+		return fmt.Errorf("unknown answer %s", quoted(r))
 	}
 	now, double := integer(r[1]), Sole
 	switch text(r[2]) {
@@ -117,7 +117,7 @@ func (m *mark) take(r []any) error {
 	case "SECOND":
 		double = Second
 	default:
-		return fmt.Errorf("unknown answer %q", r)
+		return fmt.Errorf("unknown answer %s", quoted(r))
 	}
 	if integer(r[3]) == 1 {
 		m.contested = now
@@ -183,12 +183,13 @@ type Acks struct {
 }
 
 // Behind counts the live balancers that have not applied version, or not surely,
-// and all live ones.
+// and all live ones. What is no number is applied by none, and neither is what a
+// balancer has that is beyond the service's version: that is of another history.
 func (a Acks) Behind(version int64) (behind, live int) {
 	for _, b := range a.Balancers {
 		if b.Live {
 			live++
-			if b.Applied < version || b.Double {
+			if b.Double || Lag(version, b.Applied) > 0 || a.Token.Version < b.Applied {
 				behind++
 			}
 		}
@@ -217,12 +218,10 @@ func (s *Store) Acks(ctx context.Context, svc Service) (Acks, error) {
 	if len(r) < 4 || len(r)%4 != 0 {
 		return Acks{}, fmt.Errorf("read acknowledgements of %s: answer of %d parts", svc, len(r))
 	}
-	a := Acks{Now: integer(r[0]), Token: Token{text(r[1]), text(r[2]), integer(r[3])}}
+	a := Acks{Now: integer(r[0]), Token: Token{text(r[1]), text(r[2]), versionOf(r[3])}}
 	for ; len(r) > 4; r = append(r[:4:4], r[8:]...) {
 		b := Balancer{ID: text(r[4])}
-		if b.Applied, err = strconv.ParseInt(text(r[5]), 10, 64); err != nil {
-			b.Applied = -1 // nobody's version: it has applied nothing that is known
-		}
+		b.Applied = parseVersion(text(r[5]))
 		if seen, err := strconv.ParseFloat(text(r[6]), 64); err == nil && seen > 0 && seen < 1e15 {
 			b.Seen = int64(seen)
 			b.Live = a.live(b.Seen)
@@ -259,7 +258,8 @@ const (
 )
 
 // WaitApplied waits until every live balancer of svc has applied version, and
-// returns how many there are. With none it returns at once. It returns
+// returns how many there are. With none it returns at once. A version that is no
+// number is never applied. It returns
 // ErrOtherHistory if the version is no longer of Redis' history, and ctx's error
 // when that ends; a read that fails is tried again until then. each, if not
 // nil, is called before every look and ends the wait with its error.
@@ -297,10 +297,14 @@ func (s *Store) WaitApplied(ctx context.Context, svc Service, version int64, eac
 			}
 			var behind int
 			behind, live = acks.Behind(version)
-			if behind == 0 {
+			unknown := version < 0 || acks.Token.Version < 0
+			if behind == 0 && !unknown {
 				return live, nil
 			}
 			err = fmt.Errorf("wait for version %d of %s: %d of %d live balancers have not applied it", version, svc, behind, live)
+			if unknown {
+				err = fmt.Errorf("wait for %s: %w", svc, s.uncounted(svc))
+			}
 			if ids := acks.doubles(); len(ids) > 0 {
 				err = fmt.Errorf("%w; two lbsyncs acknowledge as %s: give one of them another --id", err, strings.Join(ids, ", "))
 			}

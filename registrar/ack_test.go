@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -162,6 +163,66 @@ func TestWaitApplied(t *testing.T) {
 		})
 		if !errors.Is(err, ErrOtherHistory) {
 			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// TestWaitAppliedForNoNumber writes a service's version by hand: nobody has applied what
+// is no number, or what is beyond the version that there is.
+func TestWaitAppliedForNoNumber(t *testing.T) {
+	srv := redistest.Start(t)
+	for _, value := range []string{"-5", "-2", "9007199254740991", "9007199254740992", "9223372036854775000"} {
+		t.Run(value, func(t *testing.T) {
+			s := fresh(t, srv)
+			join(t, s, host(1), "a")
+			must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
+			do(t, s, "SET", s.keys.ServiceVersion(web), value)
+			must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s))) // all that it has read
+			version, _, err := s.SetAdmin(t.Context(), web, host(1), Word{Verb: "drain"})
+			must(t, err)
+			if version != NoVersion {
+				t.Errorf("the word has version %d", version)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+			defer cancel()
+			if _, err := s.WaitApplied(ctx, web, version, nil); !errors.Is(err, ErrNoVersion) || !strings.Contains(err.Error(), s.keys.ServiceVersion(web)) {
+				t.Errorf("got %v", err)
+			}
+			acks, err := s.Acks(t.Context(), web)
+			must(t, err)
+			if behind, _ := acks.Behind(version); behind != 1 {
+				t.Error("nobody is behind")
+			}
+			snap, err := s.Read(t.Context(), web, nil)
+			must(t, err)
+			if e := snap.Entries[0]; snap.Token.Version != NoVersion || e.Instance.State() != AdminDrain {
+				t.Errorf("read %+v", snap)
+			}
+			// The way that the error shows.
+			do(t, s, "DEL", s.keys.Changed(web))
+			do(t, s, "SET", s.keys.ServiceVersion(web), 1)
+			now, err := s.Read(t.Context(), web, &snap.Token)
+			must(t, err)
+			if snap.Token.Interrupted(now.Token) || !now.Full || len(now.Entries) != 1 {
+				t.Errorf("put right, and read %+v", now)
+			}
+			must(t, s.Acker("lb").Ack(t.Context(), web, now.Token))
+			if live, err := s.WaitApplied(t.Context(), web, 1, nil); live != 1 || err != nil {
+				t.Errorf("put right: %d, %v", live, err)
+			}
+		})
+	}
+	t.Run("beyond what there is", func(t *testing.T) {
+		for _, applied := range []any{7, MaxVersion, "9223372036854775807", "-1"} {
+			s := fresh(t, srv)
+			join(t, s, host(1), "a")
+			must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
+			do(t, s, "HSET", s.keys.Applied(web), "lb", applied)
+			acks, err := s.Acks(t.Context(), web)
+			must(t, err)
+			if behind, live := acks.Behind(1); behind != 1 || live != 1 {
+				t.Errorf("applied %v: %d of %d behind", applied, behind, live)
+			}
 		}
 	})
 }

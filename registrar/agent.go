@@ -73,16 +73,15 @@ func (s *Store) EndLease(ctx context.Context, id, holder string) error {
 }
 
 func (s *Store) leases(ctx context.Context, id, holder, what string) (Lease, error) {
-	keys, interval := []string{s.keys.Docker(id), s.keys.Config()}, ""
+	keys, cfg := []string{s.keys.Docker(id), s.keys.Config()}, []any{"", ""}
 	if s.keys.cluster {
 		keys = keys[:1]
-		got, err := s.rdb.HGet(ctx, s.keys.Config(), "interval_ms").Result()
-		if err != nil && !errors.Is(err, redis.Nil) {
+		var err error
+		if cfg, err = s.rdb.HMGet(ctx, s.keys.Config(), "ttl_ms", "interval_ms").Result(); err != nil {
 			return Lease{}, denied(err)
 		}
-		interval = got
 	}
-	r, err := s.lease.Run(ctx, s.rdb, keys, holder, what, leaseMost.Milliseconds(), interval).Slice()
+	r, err := s.lease.Run(ctx, s.rdb, keys, holder, what, leaseMost.Milliseconds(), text(cfg[0]), text(cfg[1])).Slice()
 	if err != nil {
 		return Lease{}, denied(err)
 	}

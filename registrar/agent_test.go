@@ -16,7 +16,7 @@ func TestLease(t *testing.T) {
 	srv := redistest.Start(t)
 	s := production(t, srv)
 	ctx := t.Context()
-	must(t, s.rdb.HSet(ctx, s.keys.Config(), "interval_ms", 60_000).Err())
+	must(t, s.rdb.HSet(ctx, s.keys.Config(), "ttl_ms", 180_000, "interval_ms", 60_000).Err())
 	keep := func(holder string, take bool, want bool) Lease {
 		t.Helper()
 		l, err := s.KeepLease(ctx, "e", holder, take)

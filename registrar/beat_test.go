@@ -349,7 +349,7 @@ func TestVersionText(t *testing.T) {
 		{999_999, 999_999},
 		{1_000_000, 41},
 		{1_000_000_000_000, 123_456_789_012_345},
-		{1<<53 - 2, 1<<53 - 2},
+		{MaxVersion - 2, MaxVersion - 2},
 	} {
 		t.Run(fmt.Sprint(c.global), func(t *testing.T) {
 			s := fresh(t, srv)

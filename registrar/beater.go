@@ -84,15 +84,19 @@ type Beater struct {
 	meta     string
 	draining string // the same metadata, draining
 	interval time.Duration
-	answered bool  // Redis has answered a beat, so the agent's mark counts no more
-	sent     bool  // a beat of this registration was
-	accepted bool  // one of these was, or the register was found to have it
-	version  int64 // of the service when it was found; 0 = it was not
-	known    bool  // a beat of any registration was
-	ended    bool  // the registration, by a Run that has ended
-	loser    bool  // another holds the address, and that was said
-	rival    int64 // when that one had beaten last when it was said, unix ms by Redis' clock
-	full     bool  // the register has no room for it, and that was said
+	// look is the shortest interval that this Beater has heard of: it never sleeps for
+	// longer without a look at the registry's times.
+	look     time.Duration
+	own      time.Duration // cfg's interval while the registry's TTL is too short for it
+	answered bool          // Redis has answered a beat, so the agent's mark counts no more
+	sent     bool          // a beat of this registration was
+	accepted bool          // one of these was, or the register was found to have it
+	version  int64         // of the service when it was found; 0 = it was not
+	known    bool          // a beat of any registration was
+	ended    bool          // the registration, by a Run that has ended
+	loser    bool          // another holds the address, and that was said
+	rival    int64         // when that one had beaten last when it was said, unix ms by Redis' clock
+	full     bool          // the register has no room for it, and that was said
 	outage   Outage
 	news     Sparing // its arrivals and changes
 
@@ -124,7 +128,7 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 		return nil, fmt.Errorf("interval %v: want at least 1ms, or 0 for the registry's own", cfg.Interval)
 	}
 	b := &Beater{
-		cfg: cfg, store: store, interval: cfg.Interval, leaveTimeout: leaveTimeout,
+		cfg: cfg, store: store, interval: cfg.Interval, look: DefaultInterval, leaveTimeout: leaveTimeout,
 		log: log.With().Str("component", "beater").Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Logger(),
 	}
 	if b.interval == 0 {
@@ -202,8 +206,49 @@ func (b *Beater) Run(ctx context.Context) error {
 		if errors.Is(err, ErrInterval) || errors.Is(err, ErrLeft) {
 			return err
 		}
-		wait.Reset(next)
+		wait.Reset(b.doze(ctx, next))
 	}
+}
+
+// doze spends all of a long pause between two heartbeats but the last part, which it
+// returns, with looks at the registry's times. Those that somebody has mistyped would
+// else rule those who sleep by them long after they have been put right.
+func (b *Beater) doze(ctx context.Context, next time.Duration) (rest time.Duration) {
+	due := time.Now().Add(next)
+	if b.cfg.Interval > 0 || b.interval <= b.look {
+		return next
+	}
+	wait := time.NewTimer(0)
+	defer wait.Stop()
+	<-wait.C
+	for {
+		left := time.Until(due)
+		if left <= b.look {
+			return left
+		}
+		wait.Reset(Shorten(b.look))
+		select {
+		case <-ctx.Done():
+			return 0
+		case <-wait.C:
+		}
+		tctx, cancel := WithTimeout(ctx)
+		interval, err := b.intervalNow(tctx)
+		cancel()
+		if err == nil && interval < b.interval {
+			return 0 // the beat hears the rest
+		}
+	}
+}
+
+// intervalNow is the registry's heartbeat interval, which Beaters with one Roll read
+// together.
+func (b *Beater) intervalNow(ctx context.Context) (time.Duration, error) {
+	if b.cfg.Roll != nil {
+		return b.cfg.Roll.intervalNow(ctx, b.cfg.Service, b.look/2)
+	}
+	_, interval, err := b.store.InForce(ctx, b.cfg.Service)
+	return interval, err
 }
 
 // Beat sends one heartbeat and returns when to send the next one: an interval
@@ -229,6 +274,13 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 	b.beaten(ctx, err)
 	if err == nil || errors.Is(err, ErrNotOwner) || errors.Is(err, ErrFull) || errors.Is(err, ErrLeft) || errors.Is(err, ErrInterval) {
 		b.answered = true
+	}
+	if reply.Interval > 0 {
+		b.look = min(b.look, reply.Interval)
+	}
+	if b.own > 0 && err == nil && CheckInterval(b.own, reply.TTL) == nil {
+		b.log.Info().Dur("interval", b.own).Dur("ttl", reply.TTL).Msg("the registry's TTL is long enough again; beating at this sidecar's interval")
+		b.cfg.Interval, b.interval, b.own = b.own, b.own, 0
 	}
 	if b.cfg.Interval == 0 && reply.Interval > 0 {
 		b.interval = reply.Interval
@@ -270,7 +322,7 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		// An operator shortened the TTL under a running sidecar: its instance
 		// is healthy, and must not go for that.
 		b.log.Warn().Dur("interval", b.cfg.Interval).Dur("ttl", reply.TTL).Msg("the registry's TTL is shorter now; beating at its own interval")
-		b.cfg.Interval = 0
+		b.own, b.cfg.Interval = b.cfg.Interval, 0
 		return b.Beat(ctx)
 	case errors.Is(err, ErrInterval), errors.Is(err, ErrLeft):
 		return 0, err

@@ -664,7 +664,7 @@ func TestRunLeavesAtOnce(t *testing.T) {
 // address from nobody.
 func TestRunAgain(t *testing.T) {
 	s, _ := newStore(t)
-	b, log := newBeater(t, s, 20*time.Millisecond)
+	b, log := newBeater(t, s, 150*time.Millisecond)
 	var told []string
 	b.cfg.Tell = func(status string) { told = append(told, status) }
 	first := b.token
@@ -696,7 +696,7 @@ func TestRunAgain(t *testing.T) {
 	}
 	// A TTL that was shortened meanwhile does not end a sidecar that was welcome.
 	leave(t, s, host(1), "other")
-	do(t, s, "HSET", s.keys.Config(), "ttl_ms", 30, "interval_ms", 10)
+	do(t, s, "HSET", s.keys.Config(), "ttl_ms", 300, "interval_ms", 100)
 	r = start(t, b)
 	eventually(t, func() error {
 		if !present(t, s, host(1)) {

@@ -114,7 +114,9 @@ func (s *Store) enlist(ctx context.Context, svc Service) {
 	if err != nil {
 		return
 	}
-	if cfg[0] != nil && cfg[1] != nil { // else no reaper has ever run
+	// Else no reaper has ever run; and what somebody mistyped is not copied, since the
+	// copy would outlive it.
+	if CheckTimes(stored(cfg[0]), stored(cfg[1])) == nil {
 		if _, err := s.Of(svc).setTimes(ctx, cfg[0], cfg[1], false, ""); err != nil {
 			return
 		}

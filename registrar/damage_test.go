@@ -310,7 +310,7 @@ func TestClock(t *testing.T) {
 	}{
 		{"no config", nil, DefaultTTL, false},
 		{"TTL", []any{"HSET", "ttl_ms", 9000}, 9 * time.Second, false},
-		{"no number", []any{"HSET", "ttl_ms", "x"}, 0, true},
+		{"no number", []any{"HSET", "ttl_ms", "x"}, DefaultTTL, false},
 		{"no hash", []any{"RPUSH", "x"}, 0, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {

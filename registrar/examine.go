@@ -506,17 +506,13 @@ func (s *Store) Registry(ctx context.Context) (Registry, error) {
 			*most = n
 		}
 	}
-	ttl, interval := field(got, "ttl_ms"), field(got, "interval_ms")
 	if got["ttl_ms"] == "" && got["interval_ms"] == "" {
 		return r, nil // somebody set a limit before the first reaper ran
 	}
-	if ttl <= 0 || interval <= 0 {
-		r.Fault = fmt.Sprintf("ttl_ms is %q and interval_ms is %q", got["ttl_ms"], got["interval_ms"])
-		return r, nil
-	}
-	r.Configured, r.TTL, r.Interval = true, millis(ttl), millis(interval)
-	if err := CheckInterval(r.Interval, r.TTL); err != nil {
-		r.Fault = err.Error()
+	r.Configured = true
+	r.TTL, r.Interval = inForce(got["ttl_ms"], got["interval_ms"])
+	if ttl, interval := stored(got["ttl_ms"]), stored(got["interval_ms"]); ttl != r.TTL || interval != r.Interval {
+		r.Fault = fmt.Sprintf("ttl_ms is %q and interval_ms is %q: out of bounds; %v and %v are in force", got["ttl_ms"], got["interval_ms"], r.TTL, r.Interval)
 	}
 	return r, nil
 }

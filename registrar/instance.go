@@ -362,14 +362,50 @@ type Token struct {
 	Version int64
 }
 
+const (
+	// MaxVersion is the highest version: of higher ones a script cannot tell each from
+	// the next.
+	MaxVersion = 1<<53 - 1
+	// NoVersion is the version of a counter that holds something else than a number from
+	// 0 to MaxVersion. It is compared with nothing.
+	NoVersion = -1
+)
+
+// versionOf is a version in an answer.
+func versionOf(v any) int64 {
+	if n := integer(v); n >= 0 && n <= MaxVersion {
+		return n
+	}
+	return NoVersion
+}
+
+// parseVersion is a version as it is stored.
+func parseVersion(s string) int64 {
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || strconv.FormatInt(n, 10) != s {
+		return NoVersion
+	}
+	return versionOf(n)
+}
+
+// Lag is how many versions a balancer that has applied one is behind another: at
+// least one if either is no number.
+func Lag(version, applied int64) int64 {
+	if version < 0 || applied < 0 {
+		return 1
+	}
+	return max(0, version-applied)
+}
+
 // Interrupted tells whether the history between t and the later u cannot be
 // trusted to be one: another data set, or a version that went back. A register
-// without an epoch has no history yet; its first change gives it one.
+// without an epoch has no history yet; its first change gives it one. Of a version
+// that is no number nobody can tell whether it went back.
 func (t Token) Interrupted(u Token) bool {
 	if t.Epoch == "" {
 		t.Epoch = u.Epoch
 	}
-	return t.ReplID != u.ReplID || t.Epoch != u.Epoch || u.Version < t.Version
+	return t.ReplID != u.ReplID || t.Epoch != u.Epoch || u.Version >= 0 && u.Version < t.Version
 }
 
 // Snapshot is one consistent read of one service.

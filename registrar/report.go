@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -73,7 +72,7 @@ type Overview struct {
 	Now           int64 // unix ms by Redis' clock
 	TTL, Interval time.Duration
 	Epoch         string
-	Version       int64 // the global one; -1 if it is no number
+	Version       int64 // the global one; may be NoVersion
 	Reapers       []ReaperReport
 	Balancers     []Balancer // without what they have applied
 }
@@ -91,31 +90,18 @@ func (s *Store) Overview(ctx context.Context) (Overview, error) {
 	balancers := pipe.ZRangeWithScores(ctx, k.Balancers(), 0, -1)
 	config := pipe.HMGet(ctx, k.Config(), "ttl_ms", "interval_ms")
 	epoch := pipe.Get(ctx, k.Epoch())
-	version := pipe.Get(ctx, k.Version())
+	counter := pipe.Get(ctx, k.Version())
 	clock := pipe.Time(ctx)
 	_, _ = pipe.Exec(ctx) // each command has its own error
-	for _, c := range []redis.Cmder{reapers, balancers, config, epoch, version, clock} {
+	for _, c := range []redis.Cmder{reapers, balancers, config, epoch, counter, clock} {
 		if err := c.Err(); err != nil && !errors.Is(err, redis.Nil) {
 			return Overview{}, fmt.Errorf("read who is at work: %s: %w", c.Name(), err)
 		}
 	}
-	o := Overview{Now: clock.Val().UnixMilli(), TTL: DefaultTTL, Interval: DefaultInterval, Epoch: epoch.Val()}
-	for i, d := range []*time.Duration{&o.TTL, &o.Interval} {
-		v := config.Val()[i]
-		if v == nil {
-			continue
-		}
-		n, err := strconv.ParseInt(text(v), 10, 64)
-		if err != nil || n <= 0 {
-			return Overview{}, fmt.Errorf("%s holds no durations: %v; set them with rollcall reap --set-ttl", k.Config(), config.Val())
-		}
-		*d = millis(n)
-	}
-	if text := version.Val(); text != "" {
-		var err error
-		if o.Version, err = strconv.ParseInt(text, 10, 64); err != nil {
-			o.Version = -1
-		}
+	o := Overview{Now: clock.Val().UnixMilli(), Epoch: epoch.Val()}
+	o.TTL, o.Interval = inForce(config.Val()[0], config.Val()[1])
+	if text := counter.Val(); text != "" {
+		o.Version = parseVersion(text)
 	}
 	for id, state := range reapers.Val() {
 		o.Reapers = append(o.Reapers, o.reaper(id, state))

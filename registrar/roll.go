@@ -127,6 +127,15 @@ type Roll struct {
 	mu        sync.Mutex
 	gathering *gathering                  // that may still be joined; nil = none
 	ticks     map[time.Duration]time.Time // by interval: the next
+	looks     map[Service]*look           // by register: of a Cluster by service, else one under ""
+}
+
+// look is a read of the registry's heartbeat interval.
+type look struct {
+	at       time.Time
+	done     chan struct{} // closed when the answer is there
+	interval time.Duration
+	err      error
 }
 
 // gathering is beats that are sent together.
@@ -137,7 +146,7 @@ type gathering struct {
 }
 
 // NewRoll returns a Roll of Beaters on store.
-func NewRoll(store *Store) *Roll { return &Roll{store: store, ticks: map[time.Duration]time.Time{}} }
+func NewRoll(store *Store) *Roll { return &Roll{store: store, ticks: map[time.Duration]time.Time{}, looks: map[Service]*look{}} }
 
 // Beat is Store.Beat, with others if it may be a steady one. Who comes first
 // sends for all: it waits for the answer, at most Timeout, even when ctx ends.
@@ -183,6 +192,33 @@ func (r *Roll) send(ctx context.Context, g *gathering) {
 	defer cancel()
 	g.out = r.store.BeatSteady(ctx, g.beats)
 	close(g.sent)
+}
+
+// intervalNow returns the heartbeat interval that the register of svc has, as it was
+// read within so long before.
+func (r *Roll) intervalNow(ctx context.Context, svc Service, within time.Duration) (time.Duration, error) {
+	register := r.store.keys.Of(svc).scope
+	r.mu.Lock()
+	l := r.looks[register]
+	first := l == nil || time.Since(l.at) > within
+	if first {
+		l = &look{at: time.Now(), done: make(chan struct{})}
+		r.looks[register] = l
+	}
+	r.mu.Unlock()
+	if first {
+		// The others' answer is not for this one's ctx to end.
+		tctx, cancel := WithTimeout(context.WithoutCancel(ctx))
+		_, l.interval, l.err = r.store.InForce(tctx, svc)
+		cancel()
+		close(l.done)
+	}
+	select {
+	case <-l.done:
+		return l.interval, l.err
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
 }
 
 // next is how long until the next tick of interval: all who ask before it get

@@ -36,6 +36,9 @@ var (
 	ErrLast = errors.New("it is the last that serves")
 	// ErrOtherHistory says that a token is of another data set than Redis holds.
 	ErrOtherHistory = errors.New("redis holds another history")
+	// ErrNoVersion says that a service's version is no number, so that nobody can tell
+	// who has applied what.
+	ErrNoVersion = errors.New("the version is no number from 0 to 2^53-1, so nobody can tell what is applied; put it right")
 	// ErrDouble says that another process acknowledges as the same balancer.
 	ErrDouble = errors.New("another process acknowledges as this balancer")
 	// ErrFenced says that Redis does not hold a reaper's last pulse, or that it is
@@ -80,7 +83,7 @@ func script(name string) *redis.Script {
 		panic(err) // a file named in this package is not in this package
 	}
 	text := string(src)
-	for _, part := range []string{"lib", "event"} { // in this order: lib names event
+	for _, part := range []string{"lib", "event", "counter", "times"} { // in this order: lib names event
 		src, err := sources.ReadFile("lua/" + part + ".lua")
 		if err != nil {
 			panic(err) // as above
@@ -292,7 +295,7 @@ func (s *Store) decide(ctx context.Context, svc Service, b Beat) (BeatReply, err
 	if err != nil {
 		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
 	}
-	reply := BeatReply{Status: BeatStatus(status), Version: integer(r[2]), TTL: millis(integer(r[3])), Interval: millis(integer(r[4]))}
+	reply := BeatReply{Status: BeatStatus(status), Version: versionOf(r[2]), TTL: millis(integer(r[3])), Interval: millis(integer(r[4]))}
 	if reply.TTL <= 0 || reply.Interval <= 0 {
 		return BeatReply{}, fmt.Errorf("%s: unknown answer %s", what, quoted(r))
 	}
@@ -355,7 +358,7 @@ func (s *Store) Leave(ctx context.Context, svc Service, addr netip.AddrPort, tok
 	case err != nil:
 		return 0, fmt.Errorf("%s: %w", what, err)
 	case status == "OK" || status == "SAME":
-		return integer(r[1]), nil
+		return versionOf(r[1]), nil
 	case status == "NOTOWNER":
 		return 0, fmt.Errorf("%s: %w", what, ErrNotOwner)
 	default:
@@ -376,7 +379,7 @@ func (s *Store) Deregister(ctx context.Context, svc Service, addr netip.AddrPort
 	case err != nil:
 		return 0, fmt.Errorf("%s: %w", what, err)
 	case status == "OK":
-		return integer(r[1]), nil
+		return versionOf(r[1]), nil
 	case status == "ABSENT":
 		return 0, fmt.Errorf("%s: %w", what, ErrAbsent)
 	case status == "BEATS":
@@ -432,7 +435,7 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 			return 0, false, fmt.Errorf("%s: %w", what, err)
 		}
 		if status != "STALE" {
-			return integer(r[1]), integer(r[2]) == 1, nil
+			return versionOf(r[1]), integer(r[2]) == 1, nil
 		}
 	}
 }
@@ -645,7 +648,7 @@ func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) 
 		return Reaped{}, fmt.Errorf("reap %s: unknown answer %q", svc, status)
 	}
 	r, unsaid := withheld(r, svc, mark)
-	out := Reaped{Version: integer(r[1]), Left: integer(r[2]), Unsaid: unsaid}
+	out := Reaped{Version: versionOf(r[1]), Left: integer(r[2]), Unsaid: unsaid}
 	for _, a := range r[3:] {
 		out.Addrs = append(out.Addrs, text(a))
 	}
@@ -687,9 +690,9 @@ type Times struct {
 // Config makes sure that the registry has a TTL and a heartbeat interval, and
 // returns those in force. With overwrite it sets them.
 func (s *Store) Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (Times, error) {
-	// A registry whose own interval is refused by its own TTL would refuse every
-	// instance.
-	if err := CheckInterval(interval.Truncate(time.Millisecond), ttl); err != nil {
+	// Other times would not be in force, and one whose own interval is refused by its own
+	// TTL would refuse every instance.
+	if err := CheckTimes(ttl.Truncate(time.Millisecond), interval.Truncate(time.Millisecond)); err != nil {
 		return Times{}, fmt.Errorf("write %s: %w", s.keys.Config(), err)
 	}
 	r, err := s.setTimes(ctx, ttl.Milliseconds(), interval.Milliseconds(), overwrite, "")
@@ -697,7 +700,7 @@ func (s *Store) Config(ctx context.Context, ttl, interval time.Duration, overwri
 		return Times{}, fmt.Errorf("write %s: %w", s.keys.Config(), err)
 	}
 	if len(r) != 4 || integer(r[0]) <= 0 || integer(r[1]) <= 0 {
-		return Times{}, fmt.Errorf("%s holds no durations: %v; set them with rollcall reap --set-ttl", s.keys.Config(), r)
+		return Times{}, fmt.Errorf("%s: unknown answer %s", s.keys.Config(), quoted(r))
 	}
 	return Times{millis(integer(r[0])), millis(integer(r[1])), integer(r[2]), text(r[3])}, nil
 }
@@ -731,15 +734,11 @@ func (s *Store) Clock(ctx context.Context) (now int64, ttl time.Duration, err er
 	if err != nil {
 		return 0, 0, fmt.Errorf("read redis' clock: %w", err)
 	}
-	ms, err := s.rdb.HGet(ctx, s.keys.Config(), "ttl_ms").Int64()
-	switch {
-	case errors.Is(err, redis.Nil):
-		ttl = DefaultTTL
-	case err != nil:
+	cfg, err := s.rdb.HMGet(ctx, s.keys.Config(), "ttl_ms", "interval_ms").Result()
+	if err != nil {
 		return 0, 0, fmt.Errorf("read %s: %w", s.keys.Config(), err)
-	default:
-		ttl = millis(ms)
 	}
+	ttl, _ = inForce(cfg[0], cfg[1])
 	return t.UnixMilli(), ttl, nil
 }
 
@@ -856,6 +855,12 @@ func (s *Store) ReadChanges(ctx context.Context, wanted []Since) ([]Snapshot, er
 		}
 	}
 	return snaps, nil
+}
+
+// uncounted says that the version of svc is no number, and how to mend it.
+func (s *Store) uncounted(svc Service) error {
+	k := s.keys.Of(svc)
+	return fmt.Errorf("%w: %s; redis-cli del '%s'; redis-cli set '%s' 1", ErrNoVersion, k.ServiceVersion(svc), k.Changed(svc), k.ServiceVersion(svc))
 }
 
 // broken tells a script's failure on what a key holds from a Redis that refuses

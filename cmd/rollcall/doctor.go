@@ -692,7 +692,7 @@ func (d *doctor) balancers(ctx context.Context, svcs []registrar.Service) {
 		}
 		var live, late, dead, twice []string
 		for _, b := range acks.Balancers {
-			switch n := acks.Token.Version - b.Applied; {
+			switch n := registrar.Lag(acks.Token.Version, b.Applied); {
 			case !b.Live:
 				dead = append(dead, b.ID)
 			case b.Double:
@@ -705,6 +705,10 @@ func (d *doctor) balancers(ctx context.Context, svcs []registrar.Service) {
 		}
 		const fix = "rollcall lbsync --backend "
 		switch {
+		case acks.Token.Version < 0:
+			k := d.store.Keys().Of(svc)
+			d.add(check, stateBad, "nobody can tell who has applied what: --wait and sidecars that stop wait in vain, and readers read all of it each time",
+				fmt.Sprintf("redis-cli del %s; redis-cli set %s 1", quote(k.Changed(svc)), quote(k.ServiceVersion(svc))), "%s is no number from 0 to 2^53-1", k.ServiceVersion(svc))
 		case len(twice) > 0:
 			d.add(check, stateWarn, "one of them is not heard, so nobody knows what its HAProxy has, and --wait cannot end", "rollcall lbsync --id NAME, another name for one of them", "two lbsyncs acknowledge as %s", few(twice))
 		case len(live)+len(late) == 0:

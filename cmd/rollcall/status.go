@@ -149,6 +149,9 @@ func newStatus(o registrar.Overview) *statusDoc {
 	if !armed(o) {
 		doc.Problems = append(doc.Problems, "no reaper is armed, so nobody is taken out")
 	}
+	if o.Version < 0 {
+		doc.Problems = append(doc.Problems, "the registry's version is no number from 0 to 2^53-1")
+	}
 	return doc
 }
 
@@ -285,6 +288,9 @@ func (d *statusDoc) count(rows []serviceRow) {
 		d.Registry.Services++
 		d.Registry.Instances += max(r.Instances, 0)
 		d.Registry.Stale += r.Stale
+		if r.Version < 0 {
+			d.Problems = append(d.Problems, fmt.Sprintf("the version of %s is no number from 0 to 2^53-1", r.Service))
+		}
 	}
 }
 

@@ -109,7 +109,7 @@ func parseGoal(s string) (registrar.Wanted, error) {
 	switch {
 	case s == "converged":
 		return registrar.Wanted{Ready: -1}, nil
-	case !numbered || err != nil || n < 0:
+	case !numbered || err != nil || n < 0 || n > registrar.MaxVersion:
 	case name == "version":
 		return registrar.Wanted{Ready: -1, Version: int64(n)}, nil
 	case name == "ready":
@@ -189,7 +189,7 @@ func (s *session) balancers(ctx context.Context, svcs []registrar.Service) ([]lb
 		}
 		for _, b := range acks.Balancers {
 			r := lbRow{Balancer: b.ID, Service: svc, Applied: b.Applied, Version: acks.Token.Version, SeenMS: -1, Live: b.Live, Double: b.Double}
-			r.Behind = max(0, r.Version-r.Applied)
+			r.Behind = registrar.Lag(r.Version, r.Applied)
 			if b.Seen > 0 {
 				r.SeenMS = max(0, acks.Now-b.Seen)
 			}

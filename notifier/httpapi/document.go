@@ -223,7 +223,7 @@ func (s *service) build(now time.Time) *document {
 	slices.SortFunc(d.Gone, func(a, b Gone) int { return cmp.Or(cmp.Compare(b.At, a.At), strings.Compare(a.Addr, b.Addr)) })
 	d.Gone = d.Gone[:min(len(d.Gone), goneLimit)]
 	for _, b := range s.acks {
-		row := Balancer{Balancer: b.ID, Service: s.name, Applied: b.Applied, Seen: b.Seen, Live: b.Live, Double: b.Double, Behind: max(0, d.Version-b.Applied)}
+		row := Balancer{Balancer: b.ID, Service: s.name, Applied: b.Applied, Seen: b.Seen, Live: b.Live, Double: b.Double, Behind: registrar.Lag(d.Version, b.Applied)}
 		if since, ok := s.lag[b.ID]; ok {
 			row.BehindMS = now.Sub(since).Milliseconds()
 		}

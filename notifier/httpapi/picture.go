@@ -128,7 +128,7 @@ func (p *picture) renew(s *service, at int64, now time.Time) {
 func (s *service) lagging(now time.Time) {
 	lag := map[string]time.Time{}
 	for _, b := range s.acks {
-		if b.Live && b.Applied < s.view.Token.Version {
+		if b.Live && registrar.Lag(s.view.Token.Version, b.Applied) > 0 {
 			lag[b.ID] = now
 			if since, ok := s.lag[b.ID]; ok {
 				lag[b.ID] = since

@@ -166,7 +166,7 @@ func (s *Server) await(ctx context.Context, out *done, patience time.Duration) (
 	}
 	for _, b := range acks.Balancers {
 		if b.Live {
-			out.Balancers = append(out.Balancers, Balancer{Balancer: b.ID, Service: out.Service, Applied: b.Applied, Seen: b.Seen, Live: true, Behind: max(0, out.Version-b.Applied)})
+			out.Balancers = append(out.Balancers, Balancer{Balancer: b.ID, Service: out.Service, Applied: b.Applied, Seen: b.Seen, Live: true, Behind: registrar.Lag(out.Version, b.Applied)})
 		}
 	}
 	return code

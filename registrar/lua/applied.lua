@@ -5,16 +5,18 @@
 -- ARGV  1 now, unix ms, '' = the server's TIME
 -- Returns {now ms, replid, epoch, service version, id, version applied, last seen ms or '',
 --   when two processes were last seen to use the id, ms or '', …}
+
+-- counter
+
 local now = tonumber(ARGV[1])
 if not now then
   local t = redis.call('TIME')
   now = t[1] * 1000 + math.floor(t[2] / 1000)
 end
-local v = redis.call('GET', KEYS[3]) or '0'
 local out = {now,
   string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or '',
   redis.call('GET', KEYS[4]) or '',
-  string.match(v, '^%d+$') and tonumber(v) or -1}
+  counted(redis.call('GET', KEYS[3]))}
 local applied = redis.call('HGETALL', KEYS[1])
 for i = 1, #applied, 2 do
   out[#out + 1] = applied[i]

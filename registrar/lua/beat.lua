@@ -21,8 +21,10 @@
 --             number in the place of the version; nothing written
 local addr, token, meta, claim = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 
+-- times
+
 local cfg = redis.call('HMGET', KEYS[11], 'ttl_ms', 'interval_ms', 'max_instances', 'max_services')
-local ttl, interval = tonumber(cfg[1] or '') or 15000, tonumber(cfg[2] or '') or 5000
+local ttl, interval = times(cfg[1], cfg[2])
 local now = tonumber(ARGV[3])
 if not now then
   local t = redis.call('TIME')

@@ -8,12 +8,22 @@
 -- KEYS  1 config HASH   2 services SET, unless it is in another slot
 -- ARGV  1 ttl, ms   2 interval, ms   3 '1' = overwrite   4 now, unix ms, '' = the server's TIME
 --       5 the slow_at that is proven, or ''
--- Returns {ttl ms, interval ms, slow ms, slow at}, as they stand after the call
+-- Returns {ttl ms, interval ms, slow ms, slow at}, as they are in force after the call
+
+-- times
+
+-- What slow_ms stands for: none can beat more slowly than a third of the longest TTL.
+local function slowly(ms)
+  ms = tonumber(string.match(ms or '', '^%d+$')) or 0
+  return ms <= 28800000 and ms or 0
+end
+
 local old = redis.call('HMGET', KEYS[1], 'ttl_ms', 'interval_ms', 'slow_ms', 'slow_at')
 local write = ARGV[3] == '1' and 'HSET' or 'HSETNX'
-local slow = tonumber(old[3] or '') or 0
+local ttl, interval = times(old[1], old[2])
+local slow = slowly(old[3])
 if not old[1] or not old[2] or write == 'HSET' and (old[1] ~= ARGV[1] or old[2] ~= ARGV[2]) then
-  local slowest = math.max((tonumber(old[1] or '') or 15000) / 3, tonumber(old[2] or '') or 5000)
+  local slowest = math.max(ttl / 3, interval)
   -- First of all: no reaper may see shorter times without it.
   if slowest > tonumber(ARGV[2]) and KEYS[2] and redis.call('TYPE', KEYS[2]).ok ~= 'none' then
     local now = tonumber(ARGV[4])
@@ -32,6 +42,5 @@ elseif ARGV[5] ~= '' and ARGV[5] == old[4] then
   redis.call('HSET', KEYS[1], 'slow_ms', '0')
 end
 local cfg = redis.call('HMGET', KEYS[1], 'ttl_ms', 'interval_ms', 'slow_ms', 'slow_at')
-slow = tonumber(cfg[3] or '') or 0
-if not (slow > 0 and cfg[4]) then slow = 0 end
-return {tonumber(cfg[1]), tonumber(cfg[2]), math.min(slow, 2 ^ 53), cfg[4] or ''}
+ttl, interval = times(cfg[1], cfg[2])
+return {ttl, interval, cfg[4] and slowly(cfg[3]) or 0, cfg[4] or ''}

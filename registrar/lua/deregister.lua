@@ -12,13 +12,15 @@ local addr, force = ARGV[5], ARGV[6] == '1'
 
 -- lib
 
+-- times
+
 local bad = mistyped()
 if bad then return bad end
 local now = clock()
 
 local score = tonumber(redis.call('ZSCORE', KEYS[1], addr) or '')
 if not score then return {'ABSENT', 0, 0} end
-local interval = tonumber(redis.call('HGET', KEYS[11], 'interval_ms') or '') or 5000
+local _, interval = times(unpack(redis.call('HMGET', KEYS[11], 'ttl_ms', 'interval_ms')))
 if not force and now - score <= 2 * interval then return {'BEATS', 0, math.max(now - score, 0)} end
 
 local g, v = bump()

@@ -6,16 +6,21 @@
 -- ARGV  1 addr   2 now, unix ms, '' = the server's TIME
 -- Returns {now ms, replid, epoch, version, ttl ms, interval ms,
 --   score, meta, admin, gone, version of its last change}, false where there is none
+
+-- counter
+
+-- times
+
 local now = tonumber(ARGV[2])
 if not now then
   local t = redis.call('TIME')
   now = t[1] * 1000 + math.floor(t[2] / 1000)
 end
-local cfg = redis.call('HMGET', KEYS[8], 'ttl_ms', 'interval_ms')
+local ttl, interval = times(unpack(redis.call('HMGET', KEYS[8], 'ttl_ms', 'interval_ms')))
 return {now,
   string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or '',
   redis.call('GET', KEYS[7]) or '',
-  tonumber(string.match(redis.call('GET', KEYS[6]) or '0', '^%d+$')) or -1,
-  tonumber(cfg[1] or '') or 15000, tonumber(cfg[2] or '') or 5000,
+  counted(redis.call('GET', KEYS[6])),
+  ttl, interval,
   redis.call('ZSCORE', KEYS[1], ARGV[1]), redis.call('HGET', KEYS[2], ARGV[1]), redis.call('HGET', KEYS[3], ARGV[1]),
   redis.call('HGET', KEYS[4], ARGV[1]), redis.call('ZSCORE', KEYS[5], ARGV[1])}

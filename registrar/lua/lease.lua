@@ -4,10 +4,14 @@
 --
 -- KEYS  1 lease STRING: its holder   2 config HASH; not in a Cluster, where it has another slot
 -- ARGV  1 holder   2 what: 'take' = renew it, or take it if it is nobody's; 'keep' = renew it;
---       'end' = give it up   3 most of its length, ms   4 the registry's interval, ms, without KEYS[2]
+--       'end' = give it up   3 most of its length, ms   4 and 5 ttl_ms and interval_ms, without KEYS[2]
 -- Returns {1 if it is the holder's after that, else 0; how long it still is somebody's, ms;
 -- its length, ms}
-local interval = tonumber(KEYS[2] and redis.call('HGET', KEYS[2], 'interval_ms') or ARGV[4]) or 5000
+
+-- times
+
+local cfg = KEYS[2] and redis.call('HMGET', KEYS[2], 'ttl_ms', 'interval_ms') or {ARGV[4], ARGV[5]}
+local _, interval = times(cfg[1], cfg[2])
 -- Half of a heartbeat interval: who follows a killed holder beats before the TTL ends.
 local length = math.max(math.min(math.floor(interval / 2), tonumber(ARGV[3])), 1)
 local by = redis.call('GET', KEYS[1])

@@ -7,12 +7,15 @@
 --       4 most bytes of one text: of a longer one only its length is returned, after a '#'
 -- Returns {now ms, addr, score, meta, admin, addr, …}; meta and admin are '' where there
 -- is none
+
+-- times
+
 local now = tonumber(ARGV[1])
 if not now then
   local t = redis.call('TIME')
   now = t[1] * 1000 + math.floor(t[2] / 1000)
 end
-local interval = tonumber(redis.call('HGET', KEYS[4], 'interval_ms') or '') or 5000
+local _, interval = times(unpack(redis.call('HMGET', KEYS[4], 'ttl_ms', 'interval_ms')))
 local out = {now}
 local found = redis.call('ZRANGEBYSCORE', KEYS[1], string.format('%.0f', now - 2 * interval), '+inf', 'WITHSCORES', 'LIMIT', 0, ARGV[3])
 for i = 1, #found, 2 do

@@ -13,12 +13,16 @@
 --   {0, version, {addr…}, {score…}, {meta…}, {admin…}, {gone…}}: what changed, false where there is none
 --   {2}: one of several that is to be read whole, or that cannot be read: read it alone
 -- or an error, of one service alone
+
+-- counter
+
+-- times
+
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local replid = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or ''
 local epoch = redis.call('GET', KEYS[1]) or ''
-local cfg = redis.call('HMGET', KEYS[2], 'ttl_ms', 'interval_ms')
-local out = {now, replid, epoch, tonumber(cfg[1] or '') or 15000, tonumber(cfg[2] or '') or 5000}
+local out = {now, replid, epoch, times(unpack(redis.call('HMGET', KEYS[2], 'ttl_ms', 'interval_ms')))}
 local most, entries, longest = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local services = (#KEYS - 2) / 6
 
@@ -32,7 +36,7 @@ end
 
 -- k and a are how many KEYS and ARGV lie before the service's own.
 local function read(k, a)
-  local v = tonumber(string.match(redis.call('GET', KEYS[k + 6]) or '0', '^%d+$')) or -1
+  local v = counted(redis.call('GET', KEYS[k + 6]))
   local since = tonumber(ARGV[a + 3])
   if since and since >= 0 and replid == ARGV[a + 1] and epoch == ARGV[a + 2] and v >= since then
     local found = redis.call('ZRANGEBYSCORE', KEYS[k + 5], '(' .. ARGV[a + 3], '+inf', 'WITHSCORES', 'LIMIT', 0, most + 1)

@@ -7,8 +7,11 @@
 --       then of each service: how many, their addrs, and their metadata as in still.lua
 -- Returns {ttl ms, interval ms, n…}: beat.lua must decide about the n-th; nothing
 -- of it is written then
+
+-- times
+
 local cfg = redis.call('HMGET', KEYS[1], 'ttl_ms', 'interval_ms')
-local ttl, interval = tonumber(cfg[1] or '') or 15000, tonumber(cfg[2] or '') or 5000
+local ttl, interval = times(cfg[1], cfg[2])
 local accepted = ARGV[2] * 3 <= ttl
 local now = ARGV[1]
 if now == '' then

@@ -8,10 +8,13 @@
 --       4 interval, ms, 0 = the registry's
 -- Returns {'OK', ttl ms, interval ms}, or {'BEAT'} if beat.lua must decide; nothing
 -- written then
+
+-- times
+
 local addr = ARGV[2]
 if redis.call('HGET', KEYS[2], addr) ~= ARGV[3] then return {'BEAT'} end
 local cfg = redis.call('HMGET', KEYS[3], 'ttl_ms', 'interval_ms')
-local ttl, interval = tonumber(cfg[1] or '') or 15000, tonumber(cfg[2] or '') or 5000
+local ttl, interval = times(cfg[1], cfg[2])
 if ARGV[4] * 3 > ttl then return {'BEAT'} end
 local now = ARGV[1]
 if now == '' then

@@ -4,6 +4,9 @@
 -- KEYS  1 epoch STRING   2 version STRING   3… service version STRINGs
 -- ARGV  1 channel, or nothing: its subscribers do not count
 -- Returns {replid, epoch, subscribers of the channel, version, service version…}
+
+-- counter
+
 local heard = ARGV[1] and redis.pcall('PUBSUB', 'NUMSUB', ARGV[1]) or {}
 local out = {
   string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or '', redis.call('GET', KEYS[1]) or '',
@@ -11,7 +14,6 @@ local out = {
 }
 for i = 2, #KEYS do
   local v = redis.pcall('GET', KEYS[i])
-  if type(v) == 'table' then v = -1 end
-  out[#out + 1] = tonumber(string.match(v or '0', '^%d+$')) or -1
+  out[#out + 1] = type(v) == 'table' and -1 or counted(v)
 end
 return out
