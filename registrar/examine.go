@@ -340,6 +340,51 @@ type Inventory struct {
 // Mistyped is a key of rollcall's that holds something else.
 type Mistyped struct{ Key, Type, Want string }
 
+// mistypedServices is how many services one call of Mistyped asks for.
+const mistypedServices = 250
+
+// Mistyped returns the keys of svcs that hold something else than they must, sorted.
+// It asks as a reader does, who may not ask for a key's type.
+func (s *Store) Mistyped(ctx context.Context, svcs []Service) (keys []string, err error) {
+	for part := range slices.Chunk(svcs, mistypedServices) {
+		tctx, cancel := WithTimeout(ctx)
+		found, err := s.mistyped(tctx, part)
+		cancel()
+		if err != nil {
+			return nil, fmt.Errorf("look at the keys of %d services: %w", len(part), err)
+		}
+		keys = append(keys, found...)
+	}
+	slices.Sort(keys)
+	return keys, nil
+}
+
+func (s *Store) mistyped(ctx context.Context, svcs []Service) (keys []string, err error) {
+	asked := map[string]redis.Cmder{}
+	pipe := s.rdb.Pipeline()
+	for _, svc := range svcs {
+		k := s.keys.Of(svc)
+		for _, key := range []string{k.Instances(svc), k.GoneAt(svc), k.Changed(svc)} {
+			asked[key] = pipe.ZCard(ctx, key)
+		}
+		for _, key := range []string{k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Applied(svc)} {
+			asked[key] = pipe.HLen(ctx, key)
+		}
+		asked[k.ServiceVersion(svc)] = pipe.Get(ctx, k.ServiceVersion(svc))
+	}
+	_, _ = pipe.Exec(ctx) // each command has its own error
+	for key, cmd := range asked {
+		switch err := cmd.Err(); {
+		case err == nil || errors.Is(err, redis.Nil):
+		case broken(err):
+			keys = append(keys, key)
+		default:
+			return nil, fmt.Errorf("%s: %w", key, err)
+		}
+	}
+	return keys, nil
+}
+
 // Inventory looks at every key of the namespace, in small steps. Of a Cluster, an
 // error can say that a node was not looked at; the rest is true.
 func (s *Store) Inventory(ctx context.Context) (Inventory, error) {

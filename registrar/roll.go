@@ -146,7 +146,9 @@ type gathering struct {
 }
 
 // NewRoll returns a Roll of Beaters on store.
-func NewRoll(store *Store) *Roll { return &Roll{store: store, ticks: map[time.Duration]time.Time{}, looks: map[Service]*look{}} }
+func NewRoll(store *Store) *Roll {
+	return &Roll{store: store, ticks: map[time.Duration]time.Time{}, looks: map[Service]*look{}}
+}
 
 // Beat is Store.Beat, with others if it may be a steady one. Who comes first
 // sends for all: it waits for the answer, at most Timeout, even when ctx ends.

@@ -130,6 +130,9 @@ func (s *session) status(ctx context.Context) (*statusDoc, error) {
 	}
 	doc := newStatus(o)
 	doc.count(rows)
+	if err := doc.types(ctx, s.store, rows); err != nil {
+		return nil, err
+	}
 	return doc, s.serving(ctx, doc, rows)
 }
 
@@ -164,10 +167,13 @@ func (s *session) clusterStatus(ctx context.Context) (*statusDoc, error) {
 	}
 	slices.Sort(svcs)
 	rows, views := make([][]serviceRow, len(svcs)), make([]registrar.Overview, len(svcs))
-	unread := make([]string, len(svcs))
+	unread, wrong := make([]string, len(svcs)), make([][]string, len(svcs))
 	err = s.each(svcs, func(i int, of *registrar.Store) (err error) {
 		if views[i], err = of.Overview(ctx); err == nil {
 			rows[i], err = count(ctx, of, svcs[i:i+1])
+		}
+		if err == nil {
+			wrong[i], err = of.Mistyped(ctx, svcs[i:i+1])
 		}
 		if err != nil {
 			unread[i] = string(svcs[i])
@@ -212,6 +218,7 @@ func (s *session) clusterStatus(ctx context.Context) (*statusDoc, error) {
 	if len(idle) > 0 {
 		doc.Problems = append(doc.Problems, "no reaper is armed, so nobody is taken out, of "+few(idle))
 	}
+	doc.mistyped(slices.Concat(wrong...))
 	if unread = slices.DeleteFunc(unread, func(s string) bool { return s == "" }); len(unread) > 0 {
 		first, _, _ := strings.Cut(err.Error(), "\n")
 		doc.Problems = append(doc.Problems, fmt.Sprintf("nothing is known of %s: %s", few(unread), first))
@@ -291,6 +298,24 @@ func (d *statusDoc) count(rows []serviceRow) {
 		if r.Version < 0 {
 			d.Problems = append(d.Problems, fmt.Sprintf("the version of %s is no number from 0 to 2^53-1", r.Service))
 		}
+	}
+}
+
+// types notes the keys of the services in rows that hold something else than they must:
+// nobody can change such a service, and no reader can follow it.
+func (d *statusDoc) types(ctx context.Context, store *registrar.Store, rows []serviceRow) error {
+	svcs := make([]registrar.Service, len(rows))
+	for i, r := range rows {
+		svcs[i] = r.Service
+	}
+	keys, err := store.Mistyped(ctx, svcs)
+	d.mistyped(keys)
+	return err
+}
+
+func (d *statusDoc) mistyped(keys []string) {
+	if len(keys) > 0 {
+		d.Problems = append(d.Problems, "keys of a wrong type, whose services stand still: "+few(keys)+"; rollcall doctor says what to do")
 	}
 }
 

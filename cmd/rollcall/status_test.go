@@ -97,6 +97,26 @@ func TestStatus(t *testing.T) {
 		t.Errorf("overrule: %q, want %q", doc.Overrule, overrule)
 	}
 
+	// A service of which a key has a wrong type, and one whose version is no number.
+	for _, key := range []string{keys.Instances("odd"), keys.Meta("odd"), keys.Admin("odd"), keys.Gone("odd"), keys.GoneAt("odd"), keys.Changed("odd"), keys.ServiceVersion("odd"), keys.Applied("odd")} {
+		rdb.SAdd(ctx, keys.Services(), "odd")
+		rdb.LPush(ctx, key, "x")
+		if _, stderr, code := s.rollcall(t, "status"); code != exitFailed || !strings.Contains(stderr, key) {
+			t.Errorf("a list at %s: exit %d, %s", key, code, stderr)
+		}
+		rdb.Del(ctx, key)
+	}
+	for _, key := range []string{keys.ServiceVersion("odd"), keys.Version()} {
+		was := rdb.Get(ctx, key).Val()
+		rdb.Set(ctx, key, "-5", 0)
+		if _, stderr, code := s.rollcall(t, "status"); code != exitFailed || !strings.Contains(stderr, "2^53") {
+			t.Errorf("%s is no number: exit %d, %s", key, code, stderr)
+		}
+		rdb.Set(ctx, key, was, 0)
+	}
+	rdb.SRem(ctx, keys.Services(), "odd")
+	rdb.Del(ctx, keys.ServiceVersion("odd"))
+
 	// The command itself, as printed.
 	out, stderr, code = s.rollcall(t, strings.Fields(doc.Overrule)[1:]...)
 	if code != 0 || !strings.Contains(out, "10.0.0.1:80") || !strings.Contains(out, "10.0.0.2:80") {
