@@ -22,7 +22,7 @@ const idleService = 2 * time.Minute
 type Directory interface {
 	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (registrar.Times, error)
 	Services(ctx context.Context) (names []registrar.Service, garbage []string, err error)
-	Unlist(ctx context.Context, svc registrar.Service) error
+	Unlist(ctx context.Context, svcs ...registrar.Service) error
 }
 
 // Cluster reaps a Redis Cluster, where each service is a register of its own:
@@ -132,6 +132,9 @@ func (c *Cluster) services(ctx context.Context) ([]registrar.Service, error) {
 	tctx, cancel := registrar.WithTimeout(ctx)
 	defer cancel()
 	svcs, garbage, err := c.list.Services(tctx)
+	if err != nil {
+		svcs = nil
+	}
 	c.mu.Lock()
 	first := err == nil && !c.listed
 	c.listed = c.listed || err == nil
@@ -162,7 +165,7 @@ func (c *Cluster) reaper(svc registrar.Service) (*Reaper, error) {
 		return nil, err
 	}
 	r.voice = c.voice
-	r.protection.others = func() (members, suspects int64) { return c.fleet.without(svc) }
+	r.protection.others = func() []registrar.Count { return c.fleet.without(svc) }
 	return r, nil
 }
 
@@ -274,17 +277,17 @@ func (f *fleet) count(svc registrar.Service) (registrar.Count, bool) {
 	return c, known
 }
 
-// without counts the instances of all services but one.
-func (f *fleet) without(svc registrar.Service) (members, suspects int64) {
+// without returns what is known of all services but one.
+func (f *fleet) without(svc registrar.Service) []registrar.Count {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	counts := make([]registrar.Count, 0, len(f.of))
 	for s, c := range f.of {
-		if s != svc && !c.Mistyped {
-			members += c.Members
-			suspects += c.Suspects
+		if s != svc {
+			counts = append(counts, c)
 		}
 	}
-	return members, suspects
+	return counts
 }
 
 // member is the Store of one service's Reaper, which tells the fleet what it

@@ -9,7 +9,10 @@ import (
 	"rollcall/registrar"
 )
 
-// The protection's limits. A lone death is never held.
+// The protection's limits. A lone death is never held. Whoever may beat for one service
+// can write any number of suspects into it, so those of one service, the one that has
+// most, hold nobody of another: the rule for all must be fulfilled without them, and
+// else, if it is with them, it holds that service alone.
 const (
 	manySuspects   = 2  // of all services: up to as many are never held
 	manyPercent    = 15 // of all instances
@@ -25,9 +28,9 @@ const (
 // Rule is why svc may be held; "" is every service.
 func Rule(svc registrar.Service) string {
 	if svc == everyService {
-		return fmt.Sprintf("more than %d, and at least %d%% of all", manySuspects, manyPercent)
+		return fmt.Sprintf("more than %d, and at least %d%% of all, also without the service that has most of them", manySuspects, manyPercent)
 	}
-	return fmt.Sprintf("at least %d, and half of the service", serviceSuspect)
+	return fmt.Sprintf("at least %d, and half of the service; or more than %d, and with those of all others at least %d%% of all", serviceSuspect, manySuspects, manyPercent)
 }
 
 // Overrule is the command that takes out at once whom the protection holds, in
@@ -64,9 +67,9 @@ type protection struct {
 	holds map[registrar.Service]*hold
 	letGo time.Duration // the last one
 
-	// others, if not nil, counts the instances that are in no survey fed here:
-	// those of a Cluster's other services.
-	others func() (members, suspects int64)
+	// others, if not nil, returns the counts that are in no survey fed here: those of a
+	// Cluster's other services.
+	others func() []registrar.Count
 }
 
 func newProtection(beat time.Duration) protection {
@@ -90,9 +93,20 @@ func (p *protection) judge(now time.Duration, counts []registrar.Count) (began [
 		}
 		h.seen, h.suspects, h.members = now, c.Suspects, c.Members
 	}
-	all := registrar.Count{Service: everyService}
+	all, most := registrar.Count{Service: everyService}, registrar.Count{}
+	add := func(c registrar.Count) {
+		all.Members += c.Members
+		all.Suspects += c.Suspects
+		if c.Suspects > most.Suspects || c.Suspects == most.Suspects && c.Service < most.Service {
+			most = c
+		}
+	}
 	if p.others != nil {
-		all.Members, all.Suspects = p.others()
+		for _, c := range p.others() {
+			if !c.Mistyped {
+				add(c)
+			}
+		}
 	}
 	for _, c := range counts {
 		if c.Mistyped {
@@ -101,12 +115,20 @@ func (p *protection) judge(now time.Duration, counts []registrar.Count) (began [
 			}
 			continue
 		}
-		all.Members += c.Members
-		all.Suspects += c.Suspects
+		add(c)
 		all.Stale += c.Stale
-		note(c, c.Suspects >= serviceSuspect && c.Suspects*2 >= c.Members)
 	}
-	note(all, all.Suspects > manySuspects && all.Suspects*100 >= manyPercent*all.Members)
+	many := func(suspects, members int64) bool {
+		return suspects > manySuspects && suspects*100 >= manyPercent*members
+	}
+	every := many(all.Suspects, all.Members) && many(all.Suspects-most.Suspects, all.Members-most.Members)
+	alone := !every && many(all.Suspects, all.Members)
+	for _, c := range counts {
+		if !c.Mistyped {
+			note(c, c.Suspects >= serviceSuspect && c.Suspects*2 >= c.Members || alone && c.Service == most.Service && c.Suspects > manySuspects)
+		}
+	}
+	note(all, every)
 	for svc, h := range p.holds {
 		if now-h.seen >= p.dry {
 			if ended == nil {

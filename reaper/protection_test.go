@@ -26,9 +26,13 @@ func TestProtectionThresholds(t *testing.T) {
 		{"lone death of all there is", []registrar.Count{count("a", 1, 1, 1, 1)}, nil},
 		{"lone death in each of two small services", []registrar.Count{big, count("a", 1, 1, 1, 1), count("b", 1, 1, 1, 1)}, nil},
 		{"2 of 10 are 20 %, but only 2", []registrar.Count{count("a", 10, 2, 2, 1)}, nil},
-		{"3 of 20 are 15 %", []registrar.Count{count("a", 20, 3, 3, 1)}, []registrar.Service{""}},
+		{"3 of 20 are 15 %", []registrar.Count{count("a", 20, 3, 3, 1)}, []registrar.Service{"a"}},
 		{"3 of 21 are less", []registrar.Count{count("a", 21, 3, 3, 1)}, nil},
-		{"over several services", []registrar.Count{count("a", 7, 1, 1, 1), count("b", 7, 1, 0, 1), count("c", 6, 1, 0, 1)}, []registrar.Service{""}},
+		{"over several services", []registrar.Count{count("a", 7, 1, 1, 1), count("b", 7, 1, 0, 1), count("c", 6, 1, 0, 1), count("d", 6, 1, 0, 1)}, []registrar.Service{""}},
+		{"over several services, but without one of them there are only 2", []registrar.Count{count("a", 7, 1, 1, 1), count("b", 7, 1, 0, 1), count("c", 6, 1, 0, 1)}, nil},
+		{"those of one hold it alone", []registrar.Count{count("a", 20, 20, 20, 1), count("b", 4, 1, 1, 1)}, []registrar.Service{"a"}},
+		{"those of one hold it alone, also beside two deaths", []registrar.Count{count("a", 20_000, 20_000, 20_000, 1), count("b", 5, 1, 1, 1), count("c", 5, 1, 1, 1)}, []registrar.Service{"a"}},
+		{"those of one do not hide an event in the others", []registrar.Count{count("a", 20, 20, 20, 1), count("b", 10, 3, 1, 1), count("c", 10, 2, 1, 1)}, []registrar.Service{"a", ""}},
 		{"half of a service", []registrar.Count{big, count("a", 4, 2, 2, 1)}, []registrar.Service{"a"}},
 		{"less than half", []registrar.Count{big, count("a", 5, 2, 2, 1)}, nil},
 		{"all of a service", []registrar.Count{big, count("a", 2, 2, 1, 1)}, []registrar.Service{"a"}},
@@ -60,8 +64,8 @@ func TestProtectionStaysDry(t *testing.T) {
 	p := newProtection(testBeat)
 	bad := []registrar.Count{count("a", 10, 5, 1, 1)}
 	good := []registrar.Count{count("a", 10, 1, 1, 1)}
-	if began, _ := p.judge(0, bad); len(began) != 2 {
-		t.Fatalf("began %q, want the service and every", began)
+	if began, _ := p.judge(0, bad); len(began) != 1 {
+		t.Fatalf("began %q, want the service", began)
 	}
 	steps := []struct {
 		at     time.Duration

@@ -59,6 +59,9 @@ type Store interface {
 	Reap(ctx context.Context, svc registrar.Service, w registrar.Sweep) (registrar.Reaped, error)
 	Stale(ctx context.Context, svc registrar.Service, cutoff int64, nth, most int) ([]netip.AddrPort, error)
 	Elsewhere(ctx context.Context, svc registrar.Service, within []registrar.Service, addrs []netip.AddrPort, ttl time.Duration) (found map[netip.AddrPort]registrar.Service, looked int, err error)
+	Unlist(ctx context.Context, svcs ...registrar.Service) error
+	Census(ctx context.Context, services int) error
+	Cluster() bool
 	Announce(ctx context.Context, u registrar.Unsaid) error
 	Report(ctx context.Context, id string, st *registrar.ReaperStatus) error
 }
@@ -130,9 +133,11 @@ type Reaper struct {
 	said       string // the cause that the log has; empty = armed
 	complaint  string // the last sweep's error that the log has
 	voice      *voice
-	pulses     int              // accepted ones until the next canary
-	unsaid     registrar.Unsaid // what it must still announce
-	looking    looking          // where the search for replaced instances goes on
+	pulses     int                        // accepted ones until the next canary
+	unsaid     registrar.Unsaid           // what it must still announce
+	looking    looking                    // where the search for replaced instances goes on
+	seen       map[registrar.Service]bool // services that had members in the last survey
+	census     int                        // services with instances, as this reaper has told; -1 = not yet
 
 	mu     sync.Mutex
 	status registrar.ReaperStatus // guarded by mu
@@ -161,7 +166,7 @@ func New(cfg Config, store Store, canary Canary, log zerolog.Logger) (*Reaper, e
 	r := &Reaper{
 		cfg: cfg, store: store, canary: canary, begin: time.Now(),
 		log:   log.With().Str("component", "reaper").Str("id", cfg.ID).Logger(),
-		proof: newProof(cfg.TTL, cfg.Interval), protection: newProtection(cfg.Interval),
+		proof: newProof(cfg.TTL, cfg.Interval), protection: newProtection(cfg.Interval), census: -1,
 		cause: causeCredit, said: causeCredit, voice: newVoice(log), status: registrar.ReaperStatus{Cause: causeCredit}, news: make(chan struct{}, 1),
 	}
 	return r, nil

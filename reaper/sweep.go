@@ -103,6 +103,11 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 	if err := r.replace(ctx, &report, counts, cutoff, resets); err != nil {
 		broken = append(broken, err)
 	}
+	whole, err := r.tidy(ctx, counts)
+	if err != nil {
+		broken = append(broken, fmt.Errorf("sweep: %w", err))
+	}
+	report.waits = report.waits || !whole
 	for _, c := range r.protection.release(now, counts) {
 		addrs, err := r.reap(ctx, c.Service, registrar.Sweep{Cutoff: cutoff, LetGo: LetGoEvery}, resets)
 		if errors.Is(err, registrar.ErrLastLeft) {
@@ -130,19 +135,29 @@ func (r *Reaper) removed(report *Report, c registrar.Count, addrs []string) {
 // survey counts every service. Names and keys that are none are errors of
 // their own, which do not keep the others from being swept.
 func (r *Reaper) survey(ctx context.Context, cutoff int64) (counts []registrar.Count, broken []error, err error) {
-	tctx, cancel := registrar.WithTimeout(ctx)
-	defer cancel()
-	svcs, garbage, err := r.store.Services(tctx)
-	if err != nil {
+	svcs, garbage, err := r.services(ctx)
+	switch {
+	case errors.Is(err, registrar.ErrManyServices):
+		broken = append(broken, fmt.Errorf("%w: %w", registrar.ErrBroken, err))
+	case err != nil:
 		return nil, nil, err
 	}
-	slices.Sort(svcs)
-	slices.Sort(garbage)
-	// Beats go on between the pulse and the survey, so only a score that the
-	// pulse's age cannot explain is from the future.
-	counts, err = r.store.Survey(tctx, svcs, r.proof.now+r.proof.maxAge().Milliseconds(), cutoff, r.proof.suspect())
-	if err != nil {
-		return nil, nil, err
+	for part := range slices.Chunk(svcs, surveyChunk) {
+		// Beats go on between the pulse and the survey, so only a score that the
+		// pulse's age cannot explain is from the future.
+		tctx, cancel := registrar.WithTimeout(ctx)
+		some, err := r.store.Survey(tctx, part, r.proof.now+r.proof.maxAge().Milliseconds(), cutoff, r.proof.suspect())
+		cancel()
+		if err != nil {
+			return nil, nil, err
+		}
+		counts = append(counts, some...)
+	}
+	r.seen = make(map[registrar.Service]bool, len(r.seen))
+	for _, c := range counts {
+		if c.Mistyped || c.Members > 0 || c.Oldest > 0 {
+			r.seen[c.Service] = true
+		}
 	}
 	for _, g := range garbage[:min(len(garbage), shownErrors)] {
 		broken = append(broken, fmt.Errorf("%q is no service's name: %w", g, registrar.ErrBroken))
@@ -154,6 +169,59 @@ func (r *Reaper) survey(ctx context.Context, cutoff int64) (counts []registrar.C
 	}
 	return counts, broken, nil
 }
+
+// services lists what to survey: what the register names, and what has had members
+// since then, though somebody may have taken the name off.
+func (r *Reaper) services(ctx context.Context) (svcs []registrar.Service, garbage []string, err error) {
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	svcs, garbage, err = r.store.Services(tctx)
+	for svc := range r.seen {
+		svcs = append(svcs, svc)
+	}
+	slices.Sort(svcs)
+	slices.Sort(garbage)
+	return slices.Compact(svcs), garbage, err
+}
+
+// tidy tells the register how many services have instances, and takes the names of
+// the others off the list: as many as it can within half a pulse's period.
+func (r *Reaper) tidy(ctx context.Context, counts []registrar.Count) (whole bool, err error) {
+	if r.store.Cluster() {
+		return true, nil
+	}
+	var empty []registrar.Service
+	for _, c := range counts {
+		if !r.seen[c.Service] {
+			empty = append(empty, c.Service)
+		}
+	}
+	if n := len(counts) - len(empty); n != r.census {
+		tctx, cancel := registrar.WithTimeout(ctx)
+		defer cancel()
+		if err := r.store.Census(tctx, n); err != nil {
+			return true, err
+		}
+		r.census = n
+	}
+	begun := r.elapsed()
+	for part := range slices.Chunk(empty, unlistChunk) {
+		if r.elapsed()-begun > r.proof.period/2 {
+			return false, nil
+		}
+		tctx, cancel := registrar.WithTimeout(ctx)
+		err := r.store.Unlist(tctx, part...)
+		cancel()
+		if err != nil {
+			return true, err
+		}
+	}
+	return true, nil
+}
+
+// surveyChunk is how many services are surveyed by one deadline, and unlistChunk how
+// many names one call takes off the list.
+const surveyChunk, unlistChunk = 1000, 250
 
 // judge feeds the protection and says, in the log and to who asks for the
 // status, what it holds and what no longer.

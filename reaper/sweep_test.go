@@ -225,7 +225,9 @@ func TestProtectionLetsGo(t *testing.T) {
 	for i := range 3 {
 		g.put(t, "web", fmt.Sprintf("10.0.0.%d:80", i), int64(1000+i))
 	}
-	g.put(t, "lone", "10.0.0.9:80", 1)
+	for _, lone := range []registrar.Service{"lone", "lone2", "lone3"} {
+		g.put(t, lone, "10.0.0.9:80", 1)
+	}
 	if report := mustSweep(t, r); len(report.Held) == 0 || len(report.Removed) > 0 {
 		t.Fatalf("got %+v", report)
 	}
@@ -286,6 +288,7 @@ func TestProtectionLetsGoBesideGarbage(t *testing.T) {
 	}
 	for i := range 3 {
 		g.put(t, "web", fmt.Sprintf("10.0.1.%d:80", i), int64(1000+i))
+		g.put(t, "more", fmt.Sprintf("10.0.2.%d:80", i), int64(2000+i))
 	}
 	if report := mustSweep(t, r); len(report.Held) == 0 || len(report.Removed) > 0 {
 		t.Fatalf("got %+v", report)

@@ -66,26 +66,30 @@ func TestTells(t *testing.T) {
 	for i := range 4 {
 		dead = append(dead, redis.Z{Score: 1, Member: fmt.Sprintf("10.0.0.%d:80", i)})
 	}
-	if err := errors.Join(g.rdb.ZAdd(t.Context(), g.keys.Instances("web"), dead...).Err(), g.rdb.SAdd(t.Context(), g.keys.Services(), "web").Err()); err != nil {
+	if err := errors.Join(g.rdb.ZAdd(t.Context(), g.keys.Instances("web"), dead...).Err(),
+		g.rdb.ZAdd(t.Context(), g.keys.Instances("api"), dead...).Err(), g.rdb.SAdd(t.Context(), g.keys.Services(), "api", "web").Err()); err != nil {
 		t.Fatal(err)
 	}
-	got = want("two holds", func(r *registrar.ReaperReport) bool { return len(r.Held) == 2 })
-	for i, svc := range []registrar.Service{everyService, "web"} {
-		h := got.Held[i]
-		if h.Service != svc || h.Suspects != 4 || h.Members != 4 || h.Since < began-1 || h.Since > got.Seen || h.Until < h.Since+2*interval.Milliseconds() {
+	got = want("three holds", func(r *registrar.ReaperReport) bool { return len(r.Held) == 3 })
+	for i, svc := range []registrar.Service{everyService, "api", "web"} {
+		h, n := got.Held[i], int64(4)
+		if svc == everyService {
+			n = 8
+		}
+		if h.Service != svc || h.Suspects != n || h.Members != n || h.Since < began-1 || h.Since > got.Seen || h.Until < h.Since+2*interval.Milliseconds() {
 			t.Errorf("hold %d: %+v since %d", i, h, began)
 		}
 	}
-	if lines := log.lines("too many look dead"); len(lines) != 2 {
-		t.Errorf("%d lines for two holds", len(lines))
+	if lines := log.lines("too many look dead"); len(lines) != 3 {
+		t.Errorf("%d lines for three holds", len(lines))
 	} else {
 		var line struct{ Service, Rule, Overrule string }
-		if err := json.Unmarshal([]byte(lines[1]), &line); err != nil || line.Service != "web" || line.Rule != Rule("web") ||
+		if err := json.Unmarshal([]byte(lines[2]), &line); err != nil || line.Service != "web" || line.Rule != Rule("web") ||
 			line.Overrule != "rollcall reap --once --force --ttl 3s --heartbeat 600ms" {
 			t.Errorf("%v, %+v", err, line)
 		}
 	}
-	if err := g.rdb.Del(t.Context(), g.keys.Instances("web")).Err(); err != nil {
+	if err := g.rdb.Del(t.Context(), g.keys.Instances("web"), g.keys.Instances("api")).Err(); err != nil {
 		t.Fatal(err)
 	}
 	want("no hold", func(r *registrar.ReaperReport) bool { return len(r.Held) == 0 })

@@ -309,6 +309,11 @@ func TestBeatLimits(t *testing.T) {
 		{"a last service", all(set("max_services", 2), names(1)), mine, "NEW"},
 		{"a service too many", all(set("max_services", 2), names(2)), mine, "there are 2 services, the most"},
 		{"the default of services", all(names(20_000)), mine, "redis-cli hset NS:config max_services 40000"},
+		{"names, of which a reaper has counted one less", all(names(20_000), set("services", 19_999)), mine, "NEW"},
+		{"names, all counted", all(names(20_000), set("services", 20_000)), mine, "there are 20000 services"},
+		{"a count that is none", all(names(20_000), set("services", "few")), mine, "there are 20000 services"},
+		{"a limit that nobody could read", all(set("max_services", 2_000_000), names(100_000)), mine, "there are 100000 services"},
+		{"no limit", all(set("max_instances", -1), crowd(19_999)), mine, "NEW"},
 		{"another instance of a service", all(here, set("max_services", 1), names(2)), Beat{Addr: host(2), Token: "t2", Meta: metaOf("t2")}, "NEW"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -21,8 +21,8 @@ import (
 // to change anything.
 
 const (
-	// listEvery is how often a beating Store adds its service to the list, which
-	// may have been lost.
+	// listEvery is how often a beating Store adds its service to the list, from which
+	// it may have been lost.
 	listEvery = time.Minute
 	// listRetry is the pause after it could not.
 	listRetry = 5 * time.Second
@@ -36,9 +36,10 @@ const (
 	pingTimeout = 100 * time.Millisecond
 )
 
-// listing is when each service may be added to the list again.
+// listing is when each service is to be added to the list again.
 type listing struct {
 	timeout time.Duration // of both calls together
+	every   time.Duration
 
 	mu sync.Mutex
 	at map[Service]time.Time // guarded by mu
@@ -54,6 +55,24 @@ func (l *listing) due(svc Service, d time.Duration) bool {
 	}
 	l.at[svc] = now.Add(d)
 	return true
+}
+
+// again is due, but for the first time an interval after it was first asked.
+func (l *listing) again(svc Service) bool {
+	l.mu.Lock()
+	_, known := l.at[svc]
+	l.mu.Unlock()
+	if !known {
+		l.done(svc)
+	}
+	return l.due(svc, listRetry)
+}
+
+// done puts the next time off until svc must be added again.
+func (l *listing) done(svc Service) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.at[svc] = time.Now().Add(Shorten(l.every))
 }
 
 // Cluster tells whether each service is a register of its own.
@@ -88,15 +107,6 @@ func (s *Store) On(rdb redis.UniversalClient) *Store {
 	return &on
 }
 
-// Unlist takes svc, which has no instances, off a Cluster's list of services. A
-// sidecar that beats adds it again within a minute.
-func (s *Store) Unlist(ctx context.Context, svc Service) error {
-	if err := s.rdb.SRem(ctx, s.keys.Services(), string(svc)).Err(); err != nil {
-		return fmt.Errorf("take %s off %s: %w", svc, s.keys.Services(), err)
-	}
-	return nil
-}
-
 // enlist adds svc to the list of services, and gives a new one the whole
 // register's TTL and interval, before a first beat and once a minute. What fails
 // is tried again with a later beat: the instance is alive either way, and it is
@@ -121,9 +131,21 @@ func (s *Store) enlist(ctx context.Context, svc Service) {
 			return
 		}
 	}
-	s.listing.mu.Lock()
-	defer s.listing.mu.Unlock()
-	s.listing.at[svc] = time.Now().Add(Shorten(listEvery))
+	s.listing.done(svc)
+}
+
+// relist adds svc, which has just beaten, to the list of services again, once a minute:
+// somebody may have taken it off. Outside of a Cluster the script that lets an instance
+// in puts it there first.
+func (s *Store) relist(ctx context.Context, svc Service) {
+	if s.keys.cluster || svc == canary || !s.listing.again(svc) {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.listing.timeout)
+	defer cancel()
+	if s.rdb.SAdd(ctx, s.keys.Services(), string(svc)).Err() == nil {
+		s.listing.done(svc)
+	}
 }
 
 // node is what to ask for what no key says, such as the clock.

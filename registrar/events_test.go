@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -92,6 +93,61 @@ func TestEventsOfEachChange(t *testing.T) {
 	}
 	if events[0].At != t0 || events[1].At != t0+1 {
 		t.Errorf("at %d and %d, want %d and a ms later", events[0].At, events[1].At, t0)
+	}
+}
+
+// TestLogGoesOn has a client add an entry after which there can be none, or none for
+// long, as everybody may who may beat: a reaper's next report has the log go on.
+func TestLogGoesOn(t *testing.T) {
+	srv := redistest.Start(t)
+	future := strconv.FormatInt(time.Now().Add(48*time.Hour).UnixMilli(), 10)
+	for _, entry := range [][]any{
+		{"18446744073709551615-18446744073709551615"}, {"MAXLEN", 0, "18446744073709551615-18446744073709551615"},
+		{future + "-18446744073709551615"}, {"9223372036854775807-1"},
+	} {
+		t.Run(fmt.Sprint(entry...), func(t *testing.T) {
+			t.Parallel()
+			s := fresh(t, srv)
+			ctx := t.Context()
+			for n := 1; n <= 3; n++ {
+				join(t, s, host(n), "t")
+			}
+			r := s.EventReader(nil)
+			before, err := r.Last(ctx, "", 0)
+			must(t, err)
+			kept := before
+			if entry[0] == "MAXLEN" {
+				kept = nil // whoever may add may also cut off
+			}
+			do(t, s, append(append([]any{"XADD", s.keys.Events()}, entry...), "what", "x")...)
+			if len(entry) == 1 {
+				_, err = r.Next(ctx) // a reader that has seen it
+				must(t, err)
+			}
+			must(t, s.Report(ctx, "r1", &ReaperStatus{}))
+			leave(t, s, host(1), "t")
+			want := append(slices.Clone(kept), Event{})
+			after, err := s.Events(ctx, nil, "", 0)
+			must(t, err)
+			if len(after) != len(want) || !slices.Equal(after[:len(kept)], kept) || after[len(after)-1].What != EventLeft {
+				t.Errorf("the log has %+v", after)
+			}
+			if err := func() (err error) {
+				for range 5 { // a history that has begun anew is said, then comes all that is kept
+					var next []Event
+					if next, err = r.Next(ctx); slices.ContainsFunc(next, func(e Event) bool { return e.What == EventLeft }) {
+						return nil
+					}
+				}
+				return fmt.Errorf("the reader stands still: %w", err)
+			}(); err != nil {
+				t.Error(err)
+			}
+			must(t, s.Report(ctx, "r1", &ReaperStatus{}))
+			if again, err := s.Events(ctx, nil, "", 0); err != nil || !slices.Equal(again, after) {
+				t.Errorf("another report changed it: %+v, %v", again, err)
+			}
+		})
 	}
 }
 

@@ -506,7 +506,7 @@ func (p *player) flush(rt *rapid.T) {
 	var named []string
 	for _, svc := range modelServices {
 		want = append(want, p.services[svc].version)
-		if len(p.services[svc].here) > 0 {
+		if p.services[svc].listed {
 			named = append(named, string(svc))
 		}
 	}

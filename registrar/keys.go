@@ -43,7 +43,7 @@ func (k Keys) Of(s Service) Keys {
 func (k Keys) Services() string  { return k.shared("services") }  // SET of service names
 func (k Keys) Version() string   { return k.shared("version") }   // STRING, the global version
 func (k Keys) Epoch() string     { return k.shared("epoch") }     // STRING, random id, set once
-func (k Keys) Config() string    { return k.shared("config") }    // HASH: ttl_ms, interval_ms, slow_ms, slow_at; max_instances, max_services, 20000 if not there
+func (k Keys) Config() string    { return k.shared("config") }    // HASH: ttl_ms, interval_ms, slow_ms, slow_at; max_instances, max_services, 20000 if not there; services, that have instances
 func (k Keys) Changes() string   { return k.ns + ":changes" }     // channel: "<global> <service> <service version>"
 func (k Keys) Balancers() string { return k.shared("balancers") } // ZSET: balancer id, score = last seen, unix ms
 

@@ -36,6 +36,7 @@ type serviceModel struct {
 	// address's last change, pruned the highest that was dropped with a note.
 	noted, changed map[netip.AddrPort]int64
 	pruned         int64
+	listed         bool // its name is on the list of services
 }
 
 type instanceModel struct {
@@ -193,7 +194,7 @@ func (m *model) beat(svc Service, addr netip.AddrPort, c client, agent string, i
 		}
 		m.event(svc, addr, what, c.token, why)
 	}
-	s.here[addr] = &instanceModel{c.token, c.meta(), c.agent, c.weight, c.draining, m.now}
+	s.here[addr], s.listed = &instanceModel{c.token, c.meta(), c.agent, c.weight, c.draining, m.now}, true
 	s.changed[addr] = v
 	delete(s.gone, addr)
 	delete(s.noted, addr)
@@ -319,6 +320,7 @@ func (m *model) reap(svc Service, w Sweep, limit int, stay []netip.AddrPort, epo
 		answer = append(answer, addr.String())
 	}
 	m.prune(svc)
+	s.listed = len(s.here) > 0 // only reapers take a name off
 	return answer
 }
 

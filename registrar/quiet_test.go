@@ -3,6 +3,7 @@ package registrar
 import (
 	"context"
 	"fmt"
+	"net"
 	"slices"
 	"testing"
 	"time"
@@ -14,6 +15,8 @@ import (
 // two announcements.
 func TestQuiet(t *testing.T) {
 	srv := redistest.Start(t)
+	// The longest pause that so many are given.
+	const crowd, pause = 400, 100
 	quiet := func(args ...any) func(testing.TB, *Store) {
 		return func(tb testing.TB, s *Store) {
 			do(tb, s, append([]any{"SET", s.keys.Quiet()}, args...)...)
@@ -27,19 +30,21 @@ func TestQuiet(t *testing.T) {
 		said   bool          // when the call returns
 	}{
 		{"no pause", func(testing.TB, *Store) {}, time.Minute, 0, true},
-		{"the first in a pause", quiet("", "PX", 60), time.Minute, 50 * time.Millisecond, true},
-		{"the first in a pause, cut short: who else would speak?", quiet("", "PX", 450), 20 * time.Millisecond, 0, true},
-		{"the second in a pause", quiet("another's", "PX", 450), time.Minute, 0, false},
+		{"the first in a pause", quiet("", "PX", pause), time.Minute, pause / 2 * time.Millisecond, true},
+		{"the first in a pause, cut short: who else would speak?", quiet("", "PX", pause), 5 * time.Millisecond, 0, true},
+		{"the second in a pause", quiet("another's", "PX", pause), time.Minute, 0, false},
+		{"a pause longer than so many are given", quiet("another's", "PX", 500), time.Minute, 0, true},
 		{"a pause longer than any, since a clock was set back", quiet("", "PX", 3_600_000), time.Minute, 0, true},
 		{"a pause without an end", quiet("x"), time.Minute, 0, true},
 		{"no text", func(tb testing.TB, s *Store) {
 			do(tb, s, "RPUSH", s.keys.Quiet(), "x")
-			do(tb, s, "PEXPIRE", s.keys.Quiet(), 450)
+			do(tb, s, "PEXPIRE", s.keys.Quiet(), pause)
 		}, time.Minute, 0, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := fresh(t, srv)
 			l := listen(t, s)
+			listeners(t, srv, s, crowd)
 			began := time.Now() // before the pause begins
 			c.before(t, s)
 			ctx, cancel := context.WithTimeout(t.Context(), c.within)
@@ -71,9 +76,10 @@ func TestQuietChanges(t *testing.T) {
 			s := fresh(t, srv)
 			joined(t, s)
 			l := listen(t, s)
+			listeners(t, srv, s, 400)
 			do(t, s, "SET", s.keys.Quiet(), "", "PX", 40)
 			if c.name == "reap" { // which does not wait
-				do(t, s, "SET", s.keys.Quiet(), "", "PX", 450) // it must not be over yet
+				do(t, s, "SET", s.keys.Quiet(), "", "PX", 100) // it must not be over yet
 				r, err := s.Reap(t.Context(), web, Sweep{ID: "r1", Token: "pulse", ReplID: replid(t, s), Last: t0, MaxAge: time.Second, Cutoff: t0 + 1})
 				must(t, err)
 				if len(r.Addrs) != 2 || r.Unsaid.At.IsZero() || len(l.heard(t)) > 0 {
@@ -92,6 +98,44 @@ func TestQuietChanges(t *testing.T) {
 			g, v := versions(t, s)
 			if got, want := l.heard(t), []string{fmt.Sprintf("%d web %d", g, v)}; !slices.Equal(got, want) {
 				t.Errorf("said %q, want %q", got, want)
+			}
+		})
+	}
+}
+
+// listeners subscribes n more.
+func listeners(tb testing.TB, srv *redistest.Server, s *Store, n int) {
+	tb.Helper()
+	for range n {
+		c, err := net.Dial("tcp", srv.Addr)
+		must(tb, err)
+		tb.Cleanup(func() { _ = c.Close() })
+		_, err = fmt.Fprintf(c, "SUBSCRIBE %s\r\n", s.keys.Changes())
+		must(tb, err)
+	}
+	eventually(tb, func() error {
+		if got := s.rdb.PubSubNumSub(tb.Context(), s.keys.Changes()).Val()[s.keys.Changes()]; got < int64(n) {
+			return fmt.Errorf("%d listen, want %d", got, n)
+		}
+		return nil
+	})
+}
+
+// TestQuietKept has a client keep the key set, as everybody may who may beat for any
+// service: among few listeners each change is announced at once.
+func TestQuietKept(t *testing.T) {
+	srv := redistest.Start(t)
+	for _, n := range []int{0, 18, 40} {
+		t.Run(fmt.Sprint(n, " more listen"), func(t *testing.T) {
+			s := fresh(t, srv)
+			l := listen(t, s)
+			listeners(t, srv, s, n)
+			for v := 1; v <= 20; v++ {
+				do(t, s, "SET", s.keys.Quiet(), fmt.Sprint("another's ", v), "PX", 500)
+				join(t, s, host(v), "t")
+				if got, want := l.heard(t), []string{fmt.Sprintf("%d web %d", v, v)}; !slices.Equal(got, want) {
+					t.Errorf("said %q, want %q", got, want)
+				}
 			}
 		})
 	}

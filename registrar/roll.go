@@ -52,6 +52,11 @@ func (s *Store) BeatSteady(ctx context.Context, beats []ServiceBeat) []Steadied 
 		n := min(rollLimit, len(at))
 		if !s.keys.cluster {
 			s.steadyMany(ctx, beats, at[:n], out)
+			for i, j := range at[:n] {
+				if svc := beats[j].Service; out[j].Done && (i == 0 || beats[at[i-1]].Service != svc) {
+					s.relist(ctx, svc)
+				}
+			}
 			at = at[n:]
 			continue
 		}

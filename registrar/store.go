@@ -36,6 +36,8 @@ var (
 	ErrLast = errors.New("it is the last that serves")
 	// ErrOtherHistory says that a token is of another data set than Redis holds.
 	ErrOtherHistory = errors.New("redis holds another history")
+	// ErrManyServices says that the list of services has more names than are read.
+	ErrManyServices = errors.New("too many names")
 	// ErrNoVersion says that a service's version is no number, so that nobody can tell
 	// who has applied what.
 	ErrNoVersion = errors.New("the version is no number from 0 to 2^53-1, so nobody can tell what is applied; put it right")
@@ -94,17 +96,17 @@ func script(name string) *redis.Script {
 }
 
 // Store runs the register's scripts on one Redis. It keeps no state of its own,
-// but when a Cluster's list of services was last written to, and may be used by
-// any number of goroutines.
+// but when the list of services was last written to, and may be used by any number
+// of goroutines.
 type Store struct {
 	rdb     redis.UniversalClient
 	keys    Keys
-	listing *listing // nil outside of a Cluster
+	listing *listing
 	// now is the clock argument of the scripts: empty for the server's own,
 	// set by tests of the package only.
 	now string
 
-	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere, others, lease, ledger, follow, followers *redis.Script
+	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere, others, lease, ledger, unlist, follow, followers *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -121,11 +123,10 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), retire: script("retire"), applied: script("applied"), report: script("report"),
 		seen: script("seen"), follow: script("follow"), followers: script("followers"), entry: script("entry"), announce: script("announce"), elsewhere: script("elsewhere"), others: script("others"),
-		lease: script("lease"), ledger: script("ledger"),
+		lease: script("lease"), ledger: script("ledger"), unlist: script("unlist"),
 	}
-	if _, s.keys.cluster = rdb.(*redis.ClusterClient); s.keys.cluster {
-		s.listing = &listing{timeout: listTimeout, at: map[Service]time.Time{}}
-	}
+	s.listing = &listing{timeout: listTimeout, every: listEvery, at: map[Service]time.Time{}}
+	_, s.keys.cluster = rdb.(*redis.ClusterClient)
 	return s, nil
 }
 
@@ -278,6 +279,7 @@ func (s *Store) Beat(ctx context.Context, svc Service, b Beat) (BeatReply, error
 		if reply, done, err := s.steady(ctx, svc, b); err != nil {
 			return BeatReply{}, fmt.Errorf("%s: %w", what, err)
 		} else if done {
+			s.relist(ctx, svc)
 			return reply, nil
 		}
 	}
@@ -440,9 +442,10 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 	}
 }
 
-// Services returns the names of the services that have instances, in no order.
-// Names that are none are left out and returned as garbage. More than 100,000 are
-// an error.
+// Services returns the names on the list of services, in no order: those that have
+// instances, and such as a reaper has not taken off yet. Names that are none are left
+// out and returned as garbage. Of more than 100,000 it returns so many, and
+// ErrManyServices.
 func (s *Store) Services(ctx context.Context) (names []Service, garbage []string, err error) {
 	if s.keys.scope != "" {
 		return []Service{s.keys.scope}, nil, nil
@@ -453,7 +456,7 @@ func (s *Store) Services(ctx context.Context) (names []Service, garbage []string
 		return nil, nil, fmt.Errorf("read %s: %w", s.keys.Services(), err)
 	}
 	if len(all) > ReadLimit {
-		return nil, nil, fmt.Errorf("read %s: it has more than %d names; take out those that are no services of yours: redis-cli srem %s NAME", s.keys.Services(), ReadLimit, s.keys.Services())
+		all, err = all[:ReadLimit], fmt.Errorf("read %s: %w: more than %d; reapers take off those that are empty", s.keys.Services(), ErrManyServices, ReadLimit)
 	}
 	for _, n := range all {
 		if svc, err := ParseService(n); err == nil {
@@ -462,7 +465,36 @@ func (s *Store) Services(ctx context.Context) (names []Service, garbage []string
 			garbage = append(garbage, n)
 		}
 	}
-	return names, garbage, nil
+	return names, garbage, err
+}
+
+// Unlist takes those of svcs that have no instances off the list of services. Of a
+// Cluster, where the list has another slot, nobody looks whether they have some: a
+// sidecar that beats adds its service again within a minute.
+func (s *Store) Unlist(ctx context.Context, svcs ...Service) error {
+	names, keys := make([]any, len(svcs)), []string{s.keys.Services()}
+	for i, svc := range svcs {
+		names[i], keys = string(svc), append(keys, s.keys.Instances(svc))
+	}
+	var err error
+	if s.keys.cluster {
+		err = s.rdb.SRem(ctx, s.keys.Services(), names...).Err()
+	} else {
+		err = s.unlist.Run(ctx, s.rdb, keys, names...).Err()
+	}
+	if err != nil {
+		return fmt.Errorf("take %d names off %s: %w", len(svcs), s.keys.Services(), err)
+	}
+	return nil
+}
+
+// Census notes how many services have instances. Newcomers are counted against it,
+// since anybody who may beat for one service may put any number of names on the list.
+func (s *Store) Census(ctx context.Context, services int) error {
+	if err := s.rdb.HSet(ctx, s.keys.Config(), "services", services).Err(); err != nil {
+		return fmt.Errorf("write %s: %w", s.keys.Config(), err)
+	}
+	return nil
 }
 
 // Pulse is Redis' answer to a reaper's pulse.

@@ -326,7 +326,7 @@ func (c *secured) bounds(t *testing.T, node *redistest.Server) {
 		{"set rollcall:{web}:version 1", no}, {"decr rollcall:{web}:version", no},
 		{"setnx rollcall:{web}:epoch x", []string{sidecar, agent, canary, reap, operate}}, {"setnx rollcall:{api}:epoch x", []string{agent, canary, reap, operate}}, {"set rollcall:{web}:epoch x", no},
 		{"sadd rollcall:services web", []string{sidecar, agent}}, {"srem rollcall:services web", []string{reap}},
-		{"sadd rollcall:{web}:services web", []string{sidecar, agent}}, {"srem rollcall:{web}:services web", []string{sidecar, agent, reap, operate}}, {"sadd rollcall:{api}:services api", []string{agent}},
+		{"sadd rollcall:{web}:services web", []string{sidecar, agent}}, {"srem rollcall:{web}:services web", []string{reap}}, {"sadd rollcall:{api}:services api", []string{agent}},
 		{"hset rollcall:config a 1", []string{reap}}, {"hset rollcall:{web}:config a 1", []string{reap}},
 		{"hsetnx rollcall:config a 1", []string{reap}}, {"hsetnx rollcall:{web}:config a 1", []string{sidecar, agent, reap}}, {"hsetnx rollcall:{api}:config a 1", []string{agent, reap}},
 		{"set rollcall:{web}:reaper:x y", []string{reap}}, {"set rollcall:{web}:let-go y", []string{reap}},

@@ -454,7 +454,7 @@ func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
 		d.add("registry services", stateBad, "no reaper looks at them, so their dead stay", "redis-cli sadd "+k.Services()+" "+string(inv.Orphans[0]), "not in %s: %s", k.Services(), few(inv.Orphans))
 	}
 	if len(inv.Empty) > 0 {
-		d.add("registry services", stateWarn, "they are looked at for nothing", "redis-cli srem "+k.Services()+" "+string(inv.Empty[0]), "without instances: %s", few(inv.Empty))
+		d.add("registry services", stateWarn, "they are looked at for nothing", "start a reaper: it takes them off", "without instances: %s", few(inv.Empty))
 	}
 	if len(inv.Unowned)+len(inv.Mistyped)+len(inv.BadNames)+len(inv.Orphans)+len(inv.Empty) == 0 && inv.Complete {
 		d.add("registry keys", stateOK, "", "", "all owned, all of the right type")

@@ -23,7 +23,7 @@ local addr, token, meta, claim = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 
 -- times
 
-local cfg = redis.call('HMGET', KEYS[11], 'ttl_ms', 'interval_ms', 'max_instances', 'max_services')
+local cfg = redis.call('HMGET', KEYS[11], 'ttl_ms', 'interval_ms', 'max_instances', 'max_services', 'services')
 local ttl, interval = times(cfg[1], cfg[2])
 local now = tonumber(ARGV[3])
 if not now then
@@ -63,14 +63,18 @@ if score then
     return {'NOTOWNER', now, math.min(now, tonumber(score)), ttl, interval}
   end
 elseif ARGV[2] ~= '_canary' then
-  local here, instances, services = redis.call('ZCARD', KEYS[1]), tonumber(cfg[3] or '') or 20000, tonumber(cfg[4] or '') or 20000
+  -- More than 100,000 nobody reads.
+  local function limit(n) return math.min(tonumber(string.match(n or '', '^%d+$')) or 20000, 100000) end
+  local here, instances, services = redis.call('ZCARD', KEYS[1]), limit(cfg[3]), limit(cfg[4])
   -- The dead that a protection holds must not keep the living out.
   local full = here >= instances
   if full and here < 2 * instances then
     full = redis.call('ZCOUNT', KEYS[1], string.format('(%.0f', now - ttl), '+inf') >= instances
   end
   if full then return {'INSTANCES', now, instances, ttl, interval} end
-  if here == 0 and redis.call('SCARD', KEYS[8]) >= services then return {'SERVICES', now, services, ttl, interval} end
+  -- Of the names on the list some may be empty: a reaper has counted the others.
+  local others = tonumber(cfg[5] or '') or services
+  if here == 0 and others >= services and redis.call('SCARD', KEYS[8]) >= services then return {'SERVICES', now, services, ttl, interval} end
 end
 
 local g, v = bump()

@@ -26,5 +26,5 @@ if not force and now - score <= 2 * interval then return {'BEATS', 0, math.max(n
 local g, v = bump()
 if not g then return v end
 take_out(addr, 'operator', now, v)
-tidy(now)
+prune(now)
 return announce(g, v, {'OK', v, now - score})

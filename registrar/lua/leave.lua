@@ -36,5 +36,5 @@ if here then
 else
   note_gone(addr, reason, token, now, v, 'it was not there')
 end
-tidy(now)
+prune(now)
 return announce(g, v, {'OK', v})

@@ -49,17 +49,27 @@ end
 -- Each subscriber costs Redis 8 us, and some 30 more for what it reads then. From
 -- 20 on the next announcement keeps a pause of 1/4 ms for each, a sixth of a core,
 -- and of half a second at most: who waits for its end has a deadline of one.
+local function pause(subscribers)
+  return subscribers >= 20 and math.min(math.floor(subscribers / 4), 500) or 0
+end
+
 local function publish(g, v)
-  local heard = redis.call('PUBLISH', ARGV[1], string.format('%.0f %s %.0f', g, ARGV[2], v))
-  if heard >= 20 then redis.pcall('SET', KEYS[12], '', 'PX', math.min(math.floor(heard / 4), 500)) end
+  local ms = pause(redis.call('PUBLISH', ARGV[1], string.format('%.0f %s %.0f', g, ARGV[2], v)))
+  if ms > 0 then redis.pcall('SET', KEYS[12], '', 'PX', ms) end
 end
 
 -- Announces, last of all, and returns the reply. In the pause nothing is said; who
 -- is the first in it is told {'QUIET', ms} at the reply's end, and calls
--- announce.lua when it is over.
+-- announce.lua when it is over. Whoever may beat for any service may write to the key, so
+-- a pause that is longer than the subscribers are given is none, and who listens among
+-- many looks at the counters once a second.
 local function announce(g, v, reply)
-  local left = redis.pcall('PTTL', KEYS[12])
-  if type(left) ~= 'number' or left <= 0 or left > 500 then
+  local left, most = redis.pcall('PTTL', KEYS[12]), 500
+  if type(left) == 'number' and left > 0 then
+    local heard = redis.pcall('PUBSUB', 'NUMSUB', ARGV[1])
+    if not heard.err then most = pause(heard[2]) end
+  end
+  if type(left) ~= 'number' or left <= 0 or left > most then
     publish(g, v)
   elseif redis.pcall('GET', KEYS[12]) == '' then
     redis.call('SET', KEYS[12], ARGV[4], 'KEEPTTL')
@@ -118,9 +128,4 @@ local function take_out(addr, reason, now, v, more)
   redis.call('ZREM', KEYS[1], addr)
   redis.call('HDEL', KEYS[2], addr)
   note_gone(addr, reason, token, now, v, why)
-end
-
-local function tidy(now)
-  prune(now)
-  if redis.call('ZCARD', KEYS[1]) == 0 then redis.call('SREM', KEYS[8], ARGV[2]) end
 end

@@ -68,5 +68,6 @@ end
 local g, v = bump()
 if not g then return v end
 for _, a in ipairs(stale) do take_out(a, 'expired', now, v, other[a] and '; ' .. other[a] .. ' beats at its address') end
-tidy(now)
+prune(now)
+if redis.call('ZCARD', KEYS[1]) == 0 then redis.call('SREM', KEYS[8], ARGV[2]) end
 return announce(g, v, {'OK', v, redis.call('ZCOUNT', KEYS[1], '-inf', '(' .. cut), unpack(stale)})

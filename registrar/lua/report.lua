@@ -3,7 +3,7 @@
 -- then the reason why nobody is taken out matters most. Entries of reapers that
 -- were silent for long are dropped, and sooner what they held. The log of changes
 -- hears when the first of all reapers holds a service, and when none does any
--- more.
+-- more. A log that somebody has ended goes on.
 --
 -- KEYS  1 reapers HASH   2 events STREAM
 -- ARGV  1 reaper id   2 its state, a JSON object with a field or more, '' = it ends
@@ -17,6 +17,21 @@ if not now then
 end
 
 -- event
+
+-- Whoever may beat may add to the log, also an entry with the highest id there is, after
+-- which there can be none, or with one that Redis' clock will not reach for long. Such
+-- entries go, and the last 1,000 before them stay.
+local function mend_log()
+  local now = redis.call('TIME')[1] * 1000 + 999 -- the clock of the ids
+  local info, last = redis.pcall('XINFO', 'STREAM', KEYS[2]), nil
+  for i = 1, #info, 2 do
+    if info[i] == 'last-generated-id' then last = tonumber(string.match(info[i + 1], '^(%d+)')) end
+  end
+  if not last or last <= now + 86400000 then return end
+  local kept = redis.pcall('XREVRANGE', KEYS[2], string.format('%.0f', now), '-', 'COUNT', 1000)
+  if kept.err or type(redis.pcall('DEL', KEYS[2])) == 'table' then return end
+  for i = #kept, 1, -1 do redis.pcall('XADD', KEYS[2], kept[i][1], unpack(kept[i][2])) end
+end
 
 local function state_of(json)
   local ok, st = pcall(cjson.decode, json)
@@ -50,6 +65,7 @@ end
 if ARGV[2] == '' then
   redis.call('HDEL', KEYS[1], ARGV[1])
 else
+  mend_log()
   redis.call('HSET', KEYS[1], ARGV[1], string.format('{"at":%.0f,', now) .. string.sub(ARGV[2], 2))
   note(after, ARGV[1], state_of(ARGV[2]))
 end
