@@ -73,6 +73,10 @@ const (
 	// crowdPoll is the pace of the polls there: 1,000 that poll so cost Redis some 3 % of
 	// a core.
 	crowdPoll = 900 * time.Millisecond
+	// A service whose reads take longer than largeRead is read whole for a tenth of the
+	// time at most: its sidecars can make that necessary as often as they like.
+	largeRead  = 50 * time.Millisecond
+	largeShare = 10
 	// pollChunk is the most counters read at once. 1,000 hold Redis for less
 	// than a millisecond.
 	pollChunk = 1000
@@ -158,6 +162,7 @@ type progress struct {
 	known  bool      // it has been read
 	tried  time.Time // the last read began
 	paid   time.Time // lies are paid for until then
+	scan   time.Time // a large service is not read whole before, but for a full read
 	outage registrar.Outage
 }
 
@@ -558,6 +563,8 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 			if change.Service != "" {
 				handle(change)
 			}
+		case errors.Is(err, registrar.ErrLarge):
+			w.putOff(svc, h, p.scan)
 		case !up && w.down(ctx):
 			down = err
 			w.mu.Lock()
@@ -678,7 +685,14 @@ func (w *Watcher) fetch(ctx context.Context, svc registrar.Service, p *progress,
 	p.tried = time.Now()
 	tctx, cancel := registrar.WithTimeout(ctx)
 	defer cancel()
+	if since != nil && p.tried.Before(p.scan) {
+		snap, err := w.store.ReadChange(tctx, svc, *since)
+		return answer{snap, err}
+	}
 	snap, err := w.store.Read(tctx, svc, since)
+	if took := time.Since(p.tried); took > largeRead {
+		p.scan = time.Now().Add(largeShare * took)
+	}
 	return answer{snap, err}
 }
 

@@ -233,7 +233,7 @@ func (s *Store) rights(svc Service) []right {
 		{RoleAgent, []any{"get", whole.Docker("-")}}, {RoleAgent, []any{"set", whole.Docker("-"), "-"}}, {RoleAgent, []any{"pttl", whole.Docker("-")}}, {RoleAgent, []any{"hget", whole.Config(), "-"}},
 		{RoleAgent, []any{"smembers", whole.DockerAddrs("-")}}, {RoleAgent, []any{"sadd", whole.DockerAddrs("-"), "-"}}, {RoleAgent, []any{"srem", whole.DockerAddrs("-"), "-"}},
 		{RoleAgent, []any{"scard", whole.DockerAddrs("-")}}, {RoleAgent, []any{"pexpire", whole.DockerAddrs("-"), 0}}, {RoleAgent, []any{"zscore", z, "-"}},
-		{RoleAdmin, []any{"hset", k.Admin(svc), "-", "-"}},
+		{RoleAdmin, []any{"hset", k.Admin(svc), "-", "-"}}, {RoleAdmin + " " + RoleSync, []any{"zscan", z, 0}}, {RoleAdmin + " " + RoleSync, []any{"hscan", h, 0}},
 		{RoleReaper, []any{"hset", k.Reapers(), "-", "-"}}, {RoleReaper, []any{"hdel", k.Reapers(), "-"}}, {RoleReaper, []any{"hgetall", k.Reapers()}},
 		{RoleReaper, []any{"set", k.Reaper("-"), "-"}}, {RoleReaper, []any{"zcount", z, 0, 0}}, {RoleReaper, []any{"hsetnx", k.Config(), "-", "-"}},
 		{RoleSync, []any{"subscribe", k.Changes()}}, {RoleSync, []any{"hkeys", k.Applied(svc)}}, {RoleSync, []any{"hset", k.Applied(svc), "-", "-"}}, {RoleSync, []any{"hdel", k.Applied(svc), "-"}},

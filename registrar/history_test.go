@@ -438,10 +438,10 @@ func (p *player) reapOne(rt *rapid.T, svc Service, epoch string) {
 func (p *player) read(rt *rapid.T, svc Service, since remembered) remembered {
 	s := p.services[svc]
 	now := Token{p.replid, p.epoch, s.version}
-	argv := []any{deltaLimit, ReadLimit, MaxMeta, "", "", ""}
+	argv := []any{deltaLimit, ReadLimit, MaxMeta, scanCount, "", "", ""}
 	full := true
 	if since.view != nil {
-		argv[3], argv[4], argv[5] = since.ReplID, since.Epoch, since.Version
+		argv[4], argv[5], argv[6] = since.ReplID, since.Epoch, since.Version
 		full = since.ReplID != now.ReplID || since.Epoch != now.Epoch || since.Version > now.Version || s.pruned > since.Version
 		if since.Interrupted(now) != (since.ReplID != now.ReplID) {
 			rt.Fatalf("from %v to %v: interrupted is %v", since.Token, now, since.Interrupted(now))

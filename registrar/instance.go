@@ -420,4 +420,6 @@ type Snapshot struct {
 	Interval time.Duration
 	// Garbage lists members that are no addresses at all.
 	Garbage []string
+
+	served int64 // most instances that are served
 }

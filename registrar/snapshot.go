@@ -1,10 +1,12 @@
 package registrar
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
 	"net/netip"
+	"slices"
 	"strconv"
 )
 
@@ -20,7 +22,7 @@ type row struct {
 }
 
 // headParts is how many parts of an answer of read.lua come before the services.
-const headParts = 5
+const headParts = 6
 
 // parseSnapshot turns an answer of read.lua, of which svc is the i-th service, into
 // a Snapshot. What it cannot believe it marks as garbage; an answer of the wrong
@@ -31,7 +33,7 @@ func parseSnapshot(svc Service, answer []any, i int) (Snapshot, error) {
 	}
 	head := answer[:headParts]
 	r, _ := answer[headParts+i].([]any)
-	if len(r) < 6 {
+	if len(r) < 2 {
 		return Snapshot{}, fmt.Errorf("answer of %d parts of a service", len(r))
 	}
 	s := Snapshot{
@@ -40,9 +42,16 @@ func parseSnapshot(svc Service, answer []any, i int) (Snapshot, error) {
 		Now:     integer(head[0]),
 		Token:   Token{text(head[1]), text(head[2]), integer(r[1])},
 		TTL:     millis(integer(head[3])), Interval: millis(integer(head[4])),
+		served: integer(head[5]),
 	}
-	if s.Token.ReplID == "" || s.Now <= 0 || s.TTL <= 0 || s.Interval <= 0 {
-		return Snapshot{}, errors.New("answer without replication id, time, TTL or interval")
+	if s.Token.ReplID == "" || s.Now <= 0 || s.TTL <= 0 || s.Interval <= 0 || s.served <= 0 {
+		return Snapshot{}, errors.New("answer without replication id, time, TTL, interval or limit")
+	}
+	if integer(r[0]) == toScan {
+		return s, ErrLarge
+	}
+	if len(r) < 6 {
+		return Snapshot{}, fmt.Errorf("answer of %d parts of a service", len(r))
 	}
 	lists := make([][]any, 0, 5)
 	for _, v := range r[2:] {
@@ -59,7 +68,35 @@ func parseSnapshot(svc Service, answer []any, i int) (Snapshot, error) {
 	if err := fill(lists); err != nil {
 		return Snapshot{}, err
 	}
+	if s.Full {
+		s.cut()
+	}
 	return s, nil
+}
+
+// toScan is the status in an answer of read.lua of a service that is to be scanned.
+const toScan = 3
+
+// cut makes garbage of the instances beyond the limit: of those that beat, the first
+// to be registered are served, and those last that say no time, as an entry by hand. It
+// must be the same for every reader.
+func (s *Snapshot) cut() {
+	var beat []*Entry
+	for i := range s.Entries {
+		if e := &s.Entries[i]; e.Present && s.Now-e.Instance.Beat <= s.TTL.Milliseconds() {
+			beat = append(beat, e)
+		}
+	}
+	if int64(len(beat)) <= s.served {
+		return
+	}
+	slices.SortFunc(beat, func(a, b *Entry) int {
+		x, y := a.Instance.Meta.Registered, b.Instance.Meta.Registered
+		return cmp.Or(cmp.Compare(flag(x <= 0), flag(y <= 0)), cmp.Compare(x, y), a.Addr.Compare(b.Addr))
+	})
+	for _, e := range beat[s.served:] {
+		*e = Entry{Addr: e.Addr, Garbage: fmt.Sprintf("beyond the limit of %d instances that beat", s.served)}
+	}
 }
 
 func (s *Snapshot) fillFull(lists [][]any) error {

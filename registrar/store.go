@@ -38,6 +38,8 @@ var (
 	ErrOtherHistory = errors.New("redis holds another history")
 	// ErrManyServices says that the list of services has more names than are read.
 	ErrManyServices = errors.New("too many names")
+	// ErrLarge says that all of a service is more than one call reads.
+	ErrLarge = errors.New("it has more entries than one call reads")
 	// ErrNoVersion says that a service's version is no number, so that nobody can tell
 	// who has applied what.
 	ErrNoVersion = errors.New("the version is no number from 0 to 2^53-1, so nobody can tell what is applied; put it right")
@@ -827,23 +829,144 @@ func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) 
 }
 
 // Read returns one consistent read of svc: what changed since a token, or all
-// of it if since is nil or names another history. More than 100,000 addresses or
-// notes, which no sidecar can have written, are not read: that is an error. A text
-// of more than MaxMeta bytes is garbage.
+// of it if since is nil or names another history. Twice as many instances as are
+// served, and 100,000 notes, which no sidecar can have written, are not read: that is
+// an error. A text of more than MaxMeta bytes is garbage, and so are instances beyond
+// the limit. A call holds Redis for no more than 1,000 entries.
 func (s *Store) Read(ctx context.Context, svc Service, since *Token) (Snapshot, error) {
-	argv := []any{deltaLimit, ReadLimit, MaxMeta, "", "", ""}
-	if since != nil {
-		argv[3], argv[4], argv[5] = since.ReplID, since.Epoch, since.Version
+	snap, err := s.readOnce(ctx, svc, since, scanCount)
+	if errors.Is(err, ErrLarge) {
+		snap, err = s.readLarge(ctx, svc, snap.Token)
 	}
-	r, err := s.read.RunRO(ctx, s.rdb, s.keys.Of(svc).read(svc), argv...).Slice()
-	if err != nil {
-		return Snapshot{}, fmt.Errorf("read %s: %w", svc, err)
-	}
-	snap, err := parseSnapshot(svc, r, 0)
 	if err != nil {
 		return Snapshot{}, fmt.Errorf("read %s: %w", svc, err)
 	}
 	return snap, nil
+}
+
+// ReadChange is Read, but returns ErrLarge where that would be many calls.
+func (s *Store) ReadChange(ctx context.Context, svc Service, since Token) (Snapshot, error) {
+	snap, err := s.readOnce(ctx, svc, &since, scanCount)
+	if err != nil {
+		return Snapshot{}, fmt.Errorf("read %s: %w", svc, err)
+	}
+	return snap, nil
+}
+
+// readOnce is one call of read.lua. With ErrLarge the snapshot has the token alone.
+func (s *Store) readOnce(ctx context.Context, svc Service, since *Token, page int) (Snapshot, error) {
+	argv := []any{deltaLimit, ReadLimit, MaxMeta, page, "", "", ""}
+	if since != nil {
+		argv[4], argv[5], argv[6] = since.ReplID, since.Epoch, since.Version
+	}
+	r, err := s.read.RunRO(ctx, s.rdb, s.keys.Of(svc).read(svc), argv...).Slice()
+	if err != nil {
+		return Snapshot{}, err
+	}
+	return parseSnapshot(svc, r, 0)
+}
+
+// largeTries is how often a large service is scanned that changes too much meanwhile.
+const largeTries = 3
+
+// readLarge reads all of svc in small calls, and then what has changed since it began.
+func (s *Store) readLarge(ctx context.Context, svc Service, since Token) (Snapshot, error) {
+	for tries := 1; ; tries++ {
+		rows, err := s.scanService(ctx, svc)
+		var refused redis.Error
+		if errors.As(err, &refused) && strings.HasPrefix(refused.Error(), "NOPERM") {
+			return s.readOnce(ctx, svc, nil, ReadLimit) // with the rights of an older release
+		}
+		if err != nil {
+			return Snapshot{}, err
+		}
+		snap, err := s.readOnce(ctx, svc, &since, scanCount)
+		switch {
+		case err == nil && !snap.Full:
+			whole := snap
+			whole.Full, whole.Entries, whole.Garbage = true, make([]Entry, 0, len(rows)), nil
+			for _, e := range snap.Entries {
+				delete(rows, e.Addr.String())
+			}
+			for member, x := range rows {
+				whole.add(member, *x)
+			}
+			whole.Entries = append(whole.Entries, snap.Entries...)
+			whole.cut()
+			return whole, nil
+		case err == nil:
+			return snap, nil // it has become small
+		case !errors.Is(err, ErrLarge):
+			return Snapshot{}, err
+		case snap.Token != since && tries < largeTries:
+			since = snap.Token
+			continue
+		}
+		// There are more than are served, so that nobody reads their changes, or somebody
+		// bumps the version without a change. What was read is as new as since, or newer.
+		snap.Full, snap.Entries = true, make([]Entry, 0, len(rows))
+		for member, x := range rows {
+			snap.add(member, *x)
+		}
+		snap.Token = since
+		snap.cut()
+		return snap, nil
+	}
+}
+
+// scanService reads all rows of svc in calls of 1,000 entries. What comes or goes
+// meanwhile may be in it or not.
+func (s *Store) scanService(ctx context.Context, svc Service) (map[string]*row, error) {
+	k := s.keys.Of(svc)
+	rows := map[string]*row{}
+	for i, key := range []string{k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc)} {
+		for cursor := uint64(0); ; {
+			scan := s.rdb.HScan
+			if i == 0 {
+				scan = s.rdb.ZScan
+			}
+			part, next, err := scan(ctx, key, cursor, "", scanCount).Result()
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", key, err)
+			}
+			for j := 0; j+1 < len(part); j += 2 {
+				member, value := shortened(part[j]), shortened(part[j+1])
+				x := rows[member]
+				if x == nil {
+					if i == 1 || i == 2 { // metadata or a word of nobody
+						continue
+					}
+					x = &row{}
+					rows[member] = x
+				}
+				switch i {
+				case 0:
+					x.score, x.hasScore = value, true
+				case 1:
+					x.meta = value
+				case 2:
+					x.admin = value
+				case 3:
+					x.gone, x.hasGone = value, true
+				}
+			}
+			if len(rows) > 2*ReadLimit {
+				return nil, fmt.Errorf("%s has grown beyond %d entries", key, ReadLimit)
+			}
+			if cursor = next; cursor == 0 {
+				break
+			}
+		}
+	}
+	return rows, nil
+}
+
+// shortened is a text as read.lua returns it.
+func shortened(s string) string {
+	if len(s) > MaxMeta {
+		return "#" + strconv.Itoa(len(s))
+	}
+	return s
 }
 
 // Since is a service and the token from which on it is to be read.
@@ -863,7 +986,7 @@ func (s *Store) ReadChanges(ctx context.Context, wanted []Since) ([]Snapshot, er
 	for n := 0; len(wanted)-n > 1 && !s.keys.cluster; n += manyServices { // a last one alone might be read whole
 		part := wanted[n:min(n+manyServices, len(wanted))]
 		keys := []string{s.keys.Epoch(), s.keys.Config()}
-		argv := []any{deltaLimit / manyServices, ReadLimit, MaxMeta}
+		argv := []any{deltaLimit / manyServices, ReadLimit, MaxMeta, scanCount}
 		for _, w := range part {
 			keys = append(keys, s.keys.read(w.Service)[2:]...)
 			argv = append(argv, w.Token.ReplID, w.Token.Epoch, w.Token.Version)

@@ -7,10 +7,13 @@
 --       instances ZSET, meta HASH, admin HASH, gone HASH, changed ZSET, service version STRING
 -- ARGV  1 most addresses of a service before all of it is read   2 most entries of one key
 --       3 most bytes of one text: of a longer one only its length is returned, after a '#'
+--       4 most entries of one key that are read in one call
 --       and for each service: replid, epoch, version, '' = read all
--- Returns {now ms, replid, epoch, ttl ms, interval ms, service…}, of each service
+-- Returns {now ms, replid, epoch, ttl ms, interval ms, most instances that are served,
+--   service…}, of each service
 --   {1, version, {addr, score, …}, {addr, meta, …}, {addr, admin, …}, {addr, gone, …}}: all of it
 --   {0, version, {addr…}, {score…}, {meta…}, {admin…}, {gone…}}: what changed, false where there is none
+--   {3, version}: all of it, which is more than is read in one call: scan it
 --   {2}: one of several that is to be read whole, or that cannot be read: read it alone
 -- or an error, of one service alone
 
@@ -22,8 +25,12 @@ local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local replid = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or ''
 local epoch = redis.call('GET', KEYS[1]) or ''
-local out = {now, replid, epoch, times(unpack(redis.call('HMGET', KEYS[2], 'ttl_ms', 'interval_ms')))}
-local most, entries, longest = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
+local cfg = redis.call('HMGET', KEYS[2], 'ttl_ms', 'interval_ms', 'max_instances')
+local ttl, interval = times(cfg[1], cfg[2])
+-- A limit that is lowered keeps newcomers out, and nobody else.
+local served = math.max(math.min(tonumber(string.match(cfg[3] or '', '^%d+$')) or 20000, 100000), 20000)
+local out = {now, replid, epoch, ttl, interval, served}
+local most, entries, longest, page = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local services = (#KEYS - 2) / 6
 
 -- Whoever can write to Redis can write any amount; a reader must not have to hold it.
@@ -37,8 +44,9 @@ end
 -- k and a are how many KEYS and ARGV lie before the service's own.
 local function read(k, a)
   local v = counted(redis.call('GET', KEYS[k + 6]))
-  local since = tonumber(ARGV[a + 3])
-  if since and since >= 0 and replid == ARGV[a + 1] and epoch == ARGV[a + 2] and v >= since then
+  local since, here = tonumber(ARGV[a + 3]), redis.call('ZCARD', KEYS[k + 1])
+  -- Of more than are served nobody can tell who is beyond but who reads all of it.
+  if since and since >= 0 and here <= served and replid == ARGV[a + 1] and epoch == ARGV[a + 2] and v >= since then
     local found = redis.call('ZRANGEBYSCORE', KEYS[k + 5], '(' .. ARGV[a + 3], '+inf', 'WITHSCORES', 'LIMIT', 0, most + 1)
     local changed, top = {}, since
     for i = 1, #found, 2 do
@@ -57,25 +65,30 @@ local function read(k, a)
     end
   end
   if services > 1 then return {2} end
+  local large = false
   for i = 1, 4 do
-    local n = i == 1 and redis.call('ZCARD', KEYS[k + 1]) or redis.call('HLEN', KEYS[k + i])
-    if n > tonumber(entries) then
-      return redis.error_reply('ERR ' .. KEYS[k + i] .. ' has ' .. n .. ' entries, and no more than ' .. entries .. ' are read')
+    local n = i == 1 and here or redis.call('HLEN', KEYS[k + i])
+    -- The dead that a protection holds are beside those who are served.
+    local limit = i == 1 and math.min(2 * served, entries) or entries
+    if n > limit then
+      return redis.error_reply('ERR ' .. KEYS[k + i] .. ' has ' .. n .. ' entries, and no more than ' .. limit .. ' are read')
     end
+    large = large or n > page
   end
+  if large then return {3, v} end
   local r = {1, v, short(redis.call('ZRANGE', KEYS[k + 1], 0, -1, 'WITHSCORES'))}
   for i = 2, 4 do r[2 + i] = short(redis.call('HGETALL', KEYS[k + i])) end
   return r
 end
 
 if services == 1 then
-  local r = read(2, 3)
+  local r = read(2, 4)
   if r.err then return r end
-  out[6] = r
+  out[7] = r
   return out
 end
 for s = 0, services - 1 do
-  local ok, r = pcall(read, 2 + 6 * s, 3 + 3 * s)
-  out[6 + s] = ok and r or {2}
+  local ok, r = pcall(read, 2 + 6 * s, 4 + 3 * s)
+  out[7 + s] = ok and r or {2}
 end
 return out
