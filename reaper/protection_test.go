@@ -32,6 +32,7 @@ func TestProtectionThresholds(t *testing.T) {
 		{"over several services, but without one of them there are only 2", []registrar.Count{count("a", 7, 1, 1, 1), count("b", 7, 1, 0, 1), count("c", 6, 1, 0, 1)}, nil},
 		{"those of one hold it alone", []registrar.Count{count("a", 20, 20, 20, 1), count("b", 4, 1, 1, 1)}, []registrar.Service{"a"}},
 		{"those of one hold it alone, also beside two deaths", []registrar.Count{count("a", 20_000, 20_000, 20_000, 1), count("b", 5, 1, 1, 1), count("c", 5, 1, 1, 1)}, []registrar.Service{"a"}},
+		{"the living of one make the rule for all count for less, and no other", []registrar.Count{count("a", 20_000, 0, 0, 1), count("b", 10, 4, 1, 1), count("c", 4, 2, 1, 1)}, []registrar.Service{"c"}},
 		{"those of one do not hide an event in the others", []registrar.Count{count("a", 20, 20, 20, 1), count("b", 10, 3, 1, 1), count("c", 10, 2, 1, 1)}, []registrar.Service{"a", ""}},
 		{"half of a service", []registrar.Count{big, count("a", 4, 2, 2, 1)}, []registrar.Service{"a"}},
 		{"less than half", []registrar.Count{big, count("a", 5, 2, 2, 1)}, nil},

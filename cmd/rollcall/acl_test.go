@@ -44,6 +44,7 @@ func roles(t *testing.T, dir string, n int) (file string) {
 		users += string(text)
 		if f == "../../scripts/deploy/acl/sidecar.acl" {
 			users += strings.NewReplacer("{web}", "{_canary}", "sidecar-web", "canary").Replace(string(text))
+			users += strings.NewReplacer("{web}", "{evil}", "sidecar-web", "sidecar-evil").Replace(string(text))
 		}
 	}
 	file = filepath.Join(t.TempDir(), "users.acl")

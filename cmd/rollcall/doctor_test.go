@@ -269,7 +269,7 @@ func TestDoctor(t *testing.T) {
 		{"score in the future", doAll(cmd{"zadd", instances, fromNow(time.Hour), "127.0.0.1:2"}), doAll(cmd{"zrem", instances, "127.0.0.1:2"}), nil, [][3]string{{"warn", "registry members", "127.0.0.1:2"}}},
 		{"member that is no address", doAll(cmd{"zadd", instances, fromNow(time.Hour), "not'an address"}), doAll(cmd{"zrem", instances, "not'an address"}), nil,
 			[][3]string{{"warn", "registry members", "not'an address"}}},
-		{"interval", doAll(cmd{"hset", "rollcall:config", "interval_ms", "9000"}), doAll(cmd{"hset", "rollcall:config", "interval_ms", "5000"}), nil, [][3]string{{"bad", "registry config", "9s"}}},
+		{"interval", doAll(cmd{"hset", "rollcall:config", "interval_ms", "9000"}), doAll(cmd{"hset", "rollcall:config", "interval_ms", "5000"}), nil, [][3]string{{"bad", "registry config", "9000"}}},
 		{"no number", doAll(cmd{"hset", "rollcall:config", "interval_ms", "soon"}), doAll(cmd{"hset", "rollcall:config", "interval_ms", "5000"}), nil, [][3]string{{"bad", "registry config", "soon"}}},
 		{"two services", func(t *testing.T) {
 			a := do(t, "zrange", instances, 0, 0).([]any)[0]
