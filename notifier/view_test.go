@@ -134,9 +134,10 @@ func TestParseMessage(t *testing.T) {
 		{"7 web 7", web, 7, true},
 		{"0 web 0", web, 0, true},
 		{"9007199254740991 web 9007199254740991", web, registrar.MaxVersion, true},
-		{"9007199254740992 web 9007199254740992", web, 0, true}, // no number
+		{"9007199254740992 web 1", "", 0, false}, // no number
+		{"1 web 9007199254740992", "", 0, false},
 		{"1 web 9223372036854775808", "", 0, false},
-		{"9223372036854775807 " + strings.Repeat("a", 63) + " 9223372036854775807", registrar.Service(strings.Repeat("a", 63)), 0, true},
+		{"9007199254740991 " + strings.Repeat("a", 63) + " 9007199254740991", registrar.Service(strings.Repeat("a", 63)), registrar.MaxVersion, true},
 		{"1 " + strings.Repeat("a", 64) + " 1", "", 0, false},
 		{"", "", 0, false},
 		{"12", "", 0, false},
@@ -148,7 +149,8 @@ func TestParseMessage(t *testing.T) {
 		{"12 web 7 8", "", 0, false},
 		{"x web 7", "", 0, false},
 		{"12 web x", "", 0, false},
-		{"-12 web -7", web, 0, true}, // no number
+		{"12 web -7", "", 0, false},
+		{"-12 web 7", "", 0, false},
 		{"12 WEB 7", "", 0, false},
 		{"12 web 7\n", "", 0, false},
 		{"12\tweb\t7", "", 0, false},

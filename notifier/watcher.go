@@ -945,22 +945,14 @@ func parseMessage(payload string) (global int64, svc registrar.Service, version 
 	}
 	first, rest, _ := strings.Cut(payload, " ")
 	name, last, _ := strings.Cut(rest, " ")
-	g, err := strconv.ParseInt(first, 10, 64)
+	g, err := strconv.ParseUint(first, 10, 63)
 	if err != nil {
 		return 0, "", 0, false
 	}
-	v, err := strconv.ParseInt(last, 10, 64)
+	v, err := strconv.ParseUint(last, 10, 63)
 	if err != nil {
 		return 0, "", 0, false
 	}
 	svc, err = registrar.ParseService(name)
-	return named(g), svc, named(v), err == nil
-}
-
-// named is a version that a message names; 0, which says nothing, if it is no number.
-func named(n int64) int64 {
-	if n < 0 || n > registrar.MaxVersion {
-		return 0
-	}
-	return n
+	return int64(g), svc, int64(v), err == nil && g <= registrar.MaxVersion && v <= registrar.MaxVersion
 }

@@ -399,13 +399,13 @@ func Lag(version, applied int64) int64 {
 
 // Interrupted tells whether the history between t and the later u cannot be
 // trusted to be one: another data set, or a version that went back. A register
-// without an epoch has no history yet; its first change gives it one. Of a version
-// that is no number nobody can tell whether it went back.
+// without an epoch has no history yet; its first change gives it one. A version that
+// is no number any more may be any.
 func (t Token) Interrupted(u Token) bool {
 	if t.Epoch == "" {
 		t.Epoch = u.Epoch
 	}
-	return t.ReplID != u.ReplID || t.Epoch != u.Epoch || u.Version >= 0 && u.Version < t.Version
+	return t.ReplID != u.ReplID || t.Epoch != u.Epoch || u.Version < t.Version
 }
 
 // Snapshot is one consistent read of one service.

@@ -11,14 +11,14 @@ const replID = "0123456789abcdef0123456789abcdef01234567"
 
 // answer is what read.lua would say at t0, version 9.
 func answer(full int64, lists ...any) []any {
-	return []any{t0, replID, "e", ttlMS, intervalMS, append([]any{full, int64(9)}, lists...)}
+	return []any{t0, replID, "e", ttlMS, intervalMS, int64(DefaultMaxInstances), append([]any{full, int64(9)}, lists...)}
 }
 
 func TestParseSnapshotRefuses(t *testing.T) {
 	none := []any{}
 	full := func() []any { return answer(1, none, none, none, none) }
 	set := func(i int, v any) []any { r := full(); r[i] = v; return r }
-	list := func(i int, v any) []any { r := full(); r[5].([]any)[2+i] = v; return r }
+	list := func(i int, v any) []any { r := full(); r[headParts].([]any)[2+i] = v; return r }
 	if _, err := parseSnapshot(web, full(), 0); err != nil {
 		t.Fatalf("an empty service: %v", err)
 	}
@@ -27,8 +27,9 @@ func TestParseSnapshotRefuses(t *testing.T) {
 		r    []any
 	}{
 		{"nothing", nil},
-		{"too short", full()[:5]},
-		{"no service", set(5, nil)},
+		{"too short", full()[:headParts]},
+		{"no limit", set(5, int64(0))},
+		{"no service", set(headParts, nil)},
 		{"too short a service", answer(1, none, none, none)},
 		{"no replication id", set(1, "")},
 		{"no time", set(0, int64(0))},
