@@ -64,3 +64,31 @@ func TestLargeService(t *testing.T) {
 		t.Errorf("%d whole reads", reads)
 	}
 }
+
+// TestTimesAreFollowed changes the registry's times, which bumps no version: the poll
+// finds them, also when they have been put right.
+func TestTimesAreFollowed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.join(web, 1, 1)
+	f := w.follow(Config{Services: []registrar.Service{web}, Poll: 50 * time.Millisecond, Full: time.Hour})
+	f.subscribed()
+	f.sees(web, 1, weight(1))
+	for _, c := range []struct {
+		stored any
+		want   time.Duration
+	}{{9000, 9 * time.Second}, {"1e18", registrar.DefaultTTL}, {60_000, time.Minute}, {15_000, 15 * time.Second}} {
+		must(t, w.rdb.HSet(t.Context(), w.store.Keys().Config(), "ttl_ms", c.stored).Err())
+		eventually(t, func() error {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if got := f.views[web].TTL; got != c.want {
+				return fmt.Errorf("TTL %v, want %v", got, c.want)
+			}
+			return nil
+		})
+	}
+	if n := f.interruptions(web); n != 0 {
+		t.Errorf("%d interruptions", n)
+	}
+}

@@ -159,10 +159,11 @@ func (a *account) hear(global int64, svc registrar.Service, version int64) (gap 
 // progress is what a Watcher knows of one service.
 type progress struct {
 	token  registrar.Token
-	known  bool      // it has been read
-	tried  time.Time // the last read began
-	paid   time.Time // lies are paid for until then
-	scan   time.Time // a large service is not read whole before, but for a full read
+	known  bool             // it has been read
+	times  [2]time.Duration // the registry's TTL and interval then
+	tried  time.Time        // the last read began
+	paid   time.Time        // lies are paid for until then
+	scan   time.Time        // a large service is not read whole before, but for a full read
 	outage registrar.Outage
 }
 
@@ -469,6 +470,9 @@ func (w *Watcher) compare(ctx context.Context, svcs []registrar.Service, every b
 		for _, svc := range part {
 			told.of[svc] = v.Of[svc]
 			p := w.followed[svc]
+			if ttl, interval := v.InForce(svc); p.known && ttl > 0 && p.times != [2]time.Duration{ttl, interval} {
+				w.note(svc, hint{heard: heard, full: true, sure: true}) // which bumps no version
+			}
 			if every || !p.known || p.token != v.Token(svc) || v.Of[svc] < 0 { // what is no number names no state
 				w.note(svc, hint{heard: heard, sure: true})
 			}
@@ -708,7 +712,7 @@ func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, 
 	if err != nil {
 		return Change{}, err
 	}
-	p.token, p.known = snap.Token, true
+	p.token, p.known, p.times = snap.Token, true, [2]time.Duration{snap.TTL, snap.Interval}
 	if !h.sure && snap.Token.Version < h.says {
 		p.pay(lieGap)
 	}

@@ -225,14 +225,14 @@ func (s *Store) versionsEach(ctx context.Context, svcs []Service) (Versions, err
 		asking.Go(func() { answers[i].Versions, answers[i].err = s.Of(svc).Versions(ctx, svcs[i:i+1]) })
 	}
 	asking.Wait()
-	v := Versions{Of: map[Service]int64{}, tokens: map[Service]Token{}}
+	v := Versions{Of: map[Service]int64{}, tokens: map[Service]Token{}, timesOf: map[Service][2]time.Duration{}}
 	var failed error
 	for i, svc := range svcs {
 		if err := answers[i].err; err != nil {
 			failed = err
 			continue
 		}
-		v.Of[svc], v.tokens[svc] = answers[i].Of[svc], answers[i].Token(svc)
+		v.Of[svc], v.tokens[svc], v.timesOf[svc] = answers[i].Of[svc], answers[i].Token(svc), answers[i].times
 	}
 	if len(v.Of) == 0 && failed != nil {
 		return Versions{}, failed // one of many that are alike

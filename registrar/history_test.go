@@ -502,7 +502,7 @@ func (p *player) flush(rt *rapid.T) {
 		p.index(p.store.keys.GoneAt(svc), s.noted)
 	}
 	k := p.store.keys
-	want := []any{p.replid, p.epoch, int64(1), p.global} // one listens: this player
+	want := []any{p.replid, p.epoch, int64(1), p.ttl, p.interval, p.global} // one listens: this player
 	var named []string
 	for _, svc := range modelServices {
 		want = append(want, p.services[svc].version)
@@ -510,7 +510,7 @@ func (p *player) flush(rt *rapid.T) {
 			named = append(named, string(svc))
 		}
 	}
-	p.call(rt, p.store.versions, "versions", []string{k.Epoch(), k.Version(), k.ServiceVersion("api"), k.ServiceVersion("web")}, want, k.Changes())
+	p.call(rt, p.store.versions, "versions", []string{k.Epoch(), k.Config(), k.Version(), k.ServiceVersion("api"), k.ServiceVersion("web")}, want, k.Changes())
 	members, entries := p.pipe.SMembers(ctx, k.Services()), p.pipe.XRange(ctx, k.Events(), "-", "+")
 	p.pipe.Publish(ctx, k.Changes(), "mark")
 	_, err := p.pipe.Exec(ctx)

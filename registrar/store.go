@@ -787,7 +787,19 @@ type Versions struct {
 	// Listeners is how many subscribers the change channel has; 0 if that is not
 	// known, as to whom may not ask, and of a Cluster.
 	Listeners int64
-	tokens    map[Service]Token // of a Cluster
+	tokens    map[Service]Token            // of a Cluster
+	times     [2]time.Duration             // in force: TTL and interval
+	timesOf   map[Service][2]time.Duration // of a Cluster
+}
+
+// InForce is the TTL and the heartbeat interval that the register of svc has; 0 if that
+// is not known.
+func (v Versions) InForce(svc Service) (ttl, interval time.Duration) {
+	t := v.times
+	if v.timesOf != nil {
+		t = v.timesOf[svc]
+	}
+	return t[0], t[1]
 }
 
 // Token is where svc stands; the zero Token, which none that was read equals, if
@@ -805,8 +817,8 @@ func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) 
 	if s.keys.cluster && s.keys.scope == "" {
 		return s.versionsEach(ctx, svcs)
 	}
-	keys := make([]string, 0, len(svcs)+2)
-	keys = append(keys, s.keys.Epoch(), s.keys.Version())
+	keys := make([]string, 0, len(svcs)+3)
+	keys = append(keys, s.keys.Epoch(), s.keys.Config(), s.keys.Version())
 	for _, svc := range svcs {
 		keys = append(keys, s.keys.ServiceVersion(svc))
 	}
@@ -818,12 +830,15 @@ func (s *Store) Versions(ctx context.Context, svcs []Service) (Versions, error) 
 	if err != nil {
 		return Versions{}, fmt.Errorf("read versions: %w", err)
 	}
-	if len(r) != len(svcs)+4 {
-		return Versions{}, fmt.Errorf("read versions: answer of %d parts, want %d", len(r), len(svcs)+4)
+	if len(r) != len(svcs)+6 {
+		return Versions{}, fmt.Errorf("read versions: answer of %d parts, want %d", len(r), len(svcs)+6)
 	}
-	v := Versions{ReplID: text(r[0]), Epoch: text(r[1]), Listeners: integer(r[2]), Global: integer(r[3]), Of: make(map[Service]int64, len(svcs))}
+	v := Versions{
+		ReplID: text(r[0]), Epoch: text(r[1]), Listeners: integer(r[2]), Global: integer(r[5]), Of: make(map[Service]int64, len(svcs)),
+		times: [2]time.Duration{millis(integer(r[3])), millis(integer(r[4]))},
+	}
 	for i, svc := range svcs {
-		v.Of[svc] = integer(r[4+i])
+		v.Of[svc] = integer(r[6+i])
 	}
 	return v, nil
 }
