@@ -25,7 +25,7 @@ func TestQuietAmongMany(t *testing.T) {
 		_, err = fmt.Fprintf(c, "SUBSCRIBE %s\r\n", w.store.Keys().Changes())
 		must(t, err)
 	}
-	f := w.follow(Config{Services: []registrar.Service{web}, Poll: 2 * time.Second})
+	f := w.follow(Config{Services: []registrar.Service{web}, Poll: time.Minute})
 	f.subscribed()
 	eventually(t, func() error {
 		v, err := w.store.Versions(t.Context(), nil)

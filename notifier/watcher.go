@@ -277,7 +277,8 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 	listening.Go(func() { w.listen(ctx) })
 	defer listening.Wait()
 
-	poll, full := time.NewTimer(registrar.Shorten(w.cfg.Poll)), time.NewTimer(registrar.Shorten(w.cfg.Full))
+	every := w.cfg.Poll // by how many listen
+	poll, full := time.NewTimer(registrar.Shorten(every)), time.NewTimer(registrar.Shorten(w.cfg.Full))
 	again := time.NewTimer(lastRetry)
 	defer poll.Stop()
 	defer full.Stop()
@@ -307,13 +308,17 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 			}
 			again.Reset(w.pause(time.Now()))
 		}
+		if now := w.pollEvery(); now != every {
+			every = now
+			poll.Reset(registrar.Shorten(every))
+		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-w.wake:
 		case <-again.C:
 		case <-poll.C:
-			poll.Reset(registrar.Shorten(w.pollEvery()))
+			poll.Reset(registrar.Shorten(every))
 			w.due = true
 		case <-full.C:
 			full.Reset(registrar.Shorten(w.cfg.Full))

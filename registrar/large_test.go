@@ -125,6 +125,9 @@ func TestReadBeyondTheLimit(t *testing.T) {
 			t.Errorf("%d are served and %d beyond the limit", served, beyond)
 		}
 	}
+	if one, err := s.readOnce(t.Context(), web, nil, ReadLimit); err != nil || !slices.ContainsFunc(one.Entries, func(e Entry) bool { return e.Garbage != "" }) {
+		t.Errorf("in one call, as with older rights: %d entries, %v", len(one.Entries), err)
+	}
 	// Who is dead does not count, a limit that is raised does, and one that is lowered
 	// takes out nobody.
 	do(t, s, "HSET", s.keys.Config(), "max_instances", 1)
