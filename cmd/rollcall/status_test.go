@@ -99,8 +99,12 @@ func TestStatus(t *testing.T) {
 
 	// A service of which a key has a wrong type, and one whose version is no number.
 	for _, key := range []string{keys.Instances("odd"), keys.Meta("odd"), keys.Admin("odd"), keys.Gone("odd"), keys.GoneAt("odd"), keys.Changed("odd"), keys.ServiceVersion("odd"), keys.Applied("odd")} {
-		rdb.SAdd(ctx, keys.Services(), "odd")
+		rdb.Del(ctx, keys.Instances("odd"))
+		if key != keys.Instances("odd") { // else a reaper takes the name off
+			rdb.ZAdd(ctx, keys.Instances("odd"), redis.Z{Score: float64(rdb.Time(ctx).Val().UnixMilli()), Member: "10.0.0.9:80"})
+		}
 		rdb.LPush(ctx, key, "x")
+		rdb.SAdd(ctx, keys.Services(), "odd")
 		if _, stderr, code := s.rollcall(t, "status"); code != exitFailed || !strings.Contains(stderr, key) {
 			t.Errorf("a list at %s: exit %d, %s", key, code, stderr)
 		}
@@ -108,6 +112,8 @@ func TestStatus(t *testing.T) {
 	}
 	for _, key := range []string{keys.ServiceVersion("odd"), keys.Version()} {
 		was := rdb.Get(ctx, key).Val()
+		rdb.ZAdd(ctx, keys.Instances("odd"), redis.Z{Score: float64(rdb.Time(ctx).Val().UnixMilli()), Member: "10.0.0.9:80"})
+		rdb.SAdd(ctx, keys.Services(), "odd")
 		rdb.Set(ctx, key, "-5", 0)
 		if _, stderr, code := s.rollcall(t, "status"); code != exitFailed || !strings.Contains(stderr, "2^53") {
 			t.Errorf("%s is no number: exit %d, %s", key, code, stderr)
@@ -115,7 +121,7 @@ func TestStatus(t *testing.T) {
 		rdb.Set(ctx, key, was, 0)
 	}
 	rdb.SRem(ctx, keys.Services(), "odd")
-	rdb.Del(ctx, keys.ServiceVersion("odd"))
+	rdb.Del(ctx, keys.ServiceVersion("odd"), keys.Instances("odd"))
 
 	// The command itself, as printed.
 	out, stderr, code = s.rollcall(t, strings.Fields(doc.Overrule)[1:]...)
