@@ -233,8 +233,8 @@ func (v Served) Missing(svc Service, w Wanted) error {
 		if i := slices.IndexFunc(v.Sights, func(s Sight) bool { return s.Balancer == b.ID }); i >= 0 && applied >= w.Version {
 			applied = v.Sights[i].Version // what it has said of its servers is not older
 		}
-		if applied < w.Version {
-			behind = append(behind, fmt.Sprintf("%s at version %d", b.ID, max(applied, 0)))
+		if Lag(w.Version, applied) > 0 || v.Acks.Token.Version < b.Applied {
+			behind = append(behind, fmt.Sprintf("%s at version %d", b.ID, applied))
 		}
 	}
 	if len(behind) > 0 {
@@ -279,12 +279,16 @@ func (s *Store) WaitServed(ctx context.Context, svc Service, w Wanted) (Served, 
 			failures = 0
 			if first == nil {
 				first = &v.Token
-				w.Version = cmp.Or(w.Version, v.Token.Version)
+			}
+			if w.Version == 0 {
+				w.Version = max(v.Token.Version, 0)
 			}
 			if first.Interrupted(v.Token) {
 				return v, fmt.Errorf("wait for version %d of %s: %w", w.Version, svc, ErrOtherHistory)
 			}
-			if err = v.Missing(svc, w); err == nil || errors.Is(err, ErrHopeless) {
+			if min(w.Version, v.Token.Version, v.Acks.Token.Version) < 0 {
+				err = s.uncounted(svc)
+			} else if err = v.Missing(svc, w); err == nil || errors.Is(err, ErrHopeless) {
 				return v, err
 			}
 		}

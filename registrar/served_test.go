@@ -23,6 +23,9 @@ func TestMissing(t *testing.T) {
 	type states = map[netip.AddrPort]ServerState
 	ready, converged := Wanted{Ready: 2}, Wanted{Ready: -1}
 	at := func(w Wanted, version int64) Wanted { w.Version = version; return w }
+	unheard := func(v *Served) {
+		v.Token.Version, v.Acks.Token.Version, v.Acks.Balancers[0].Applied, v.Entries = 0, 0, 0, nil
+	}
 	for _, c := range []struct {
 		name     string
 		w        Wanted
@@ -58,13 +61,13 @@ func TestMissing(t *testing.T) {
 		{name: "a version that is to come", w: at(converged, 8), lb1: states{a: up, b: up}, want: "version is 7, want 8"},
 		{name: "two lbsyncs of one id", w: ready, lb1: states{a: up, b: up}, change: func(v *Served) { v.Acks.Balancers[0].Double = true }, want: "two lbsyncs acknowledge as it"},
 		{name: "and converged", w: converged, lb1: states{a: up, b: up}, change: func(v *Served) { v.Acks.Balancers[0].Double = true }, want: "two lbsyncs acknowledge as lb1"},
-		{name: "nobody knows the service", w: ready, lb1: states{}, change: func(v *Served) { v.Token.Version, v.Entries = 0, nil }, want: "nobody has ever registered as web"},
-		{name: "nobody needs to", w: Wanted{Ready: -1, Absent: true}, lb1: states{}, change: func(v *Served) { v.Token.Version, v.Entries = 0, nil }},
+		{name: "nobody knows the service", w: ready, lb1: states{}, change: unheard, want: "nobody has ever registered as web"},
+		{name: "nobody needs to", w: Wanted{Ready: -1, Absent: true}, lb1: states{}, change: unheard},
 		{name: "long silent", w: ready, lb1: states{a: up, b: up}, change: func(v *Served) { v.Entries[1].Instance.Beat = t0 - 16_000 }, want: "1 of 2 instances serve; not 10.0.0.2:80, silent for 16s"},
 		{name: "drained by its own word", w: ready, lb1: states{a: up, b: up}, change: func(v *Served) { v.Entries[1].Instance.Admin.State = AdminDrain }, want: "1 of 2 instances serve; 1 are registered to serve"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			v := Served{Snapshot: Snapshot{Now: t0, TTL: 15 * time.Second, Token: Token{"r", "e", 7}}}
+			v := Served{Snapshot: Snapshot{Now: t0, TTL: 15 * time.Second, Token: Token{"r", "e", 7}}, Acks: Acks{Token: Token{"r", "e", 7}}}
 			for _, addr := range []netip.AddrPort{a, b} {
 				v.Entries = append(v.Entries, Entry{Addr: addr, Present: true, Instance: Instance{Addr: addr, Beat: t0, Meta: Meta{Weight: 100}}})
 			}

@@ -234,9 +234,7 @@ func parseSight(id string, values map[string]string) Sight {
 	if err := json.Unmarshal([]byte(values["up"]), &sight.Up); err != nil {
 		sight.Up = nil // a part of it is not to be believed either
 	}
-	if v, err := strconv.ParseInt(values["version"], 10, 64); err == nil && v > 0 {
-		sight.Version = v
-	}
+	sight.Version = max(parseVersion(values["version"]), 0)
 	if err := json.Unmarshal([]byte(values["counts"]), &sight.Counts); err != nil {
 		sight.Counts = nil
 	}
