@@ -644,7 +644,7 @@ func (b *backend) serveCold(ctx context.Context) error {
 	b.have.Each(func(s Server) { serves = serves || s.Admin == Ready })
 	if serves {
 		if b.refill != unsaidRefill {
-			b.log.Info().Msg("redis is away; the backend serves already, and stays as it is")
+			b.log.Info().Msg("the register cannot be read; the backend serves already, and stays as it is")
 		}
 		return nil
 	}
@@ -655,7 +655,7 @@ func (b *backend) serveCold(ctx context.Context) error {
 		}
 	}
 	if b.refill != unsaidRefill {
-		b.log.Warn().Time("read_at", cold.ReadAt).Int("instances", len(wants)).Msg("redis is away and the backend is empty: serving an old list")
+		b.log.Warn().Time("read_at", cold.ReadAt).Int("instances", len(wants)).Msg("the register cannot be read and the backend is empty: serving an old list")
 	}
 	_, err := b.pursue(ctx, nil, func(time.Time) []Want { return wants })
 	b.have = nil // what Redis says next is compared with all of it

@@ -236,7 +236,11 @@ func TestRefusals(t *testing.T) {
 				haproxytest.Poll(t, "both beaters were refused", func() error { return said.since(r.beat, "beat failed", len(is)) })
 			}
 			if r.read != "" {
-				haproxytest.Poll(t, "the Watcher was refused", func() error { return said.since(r.read, "redis does not answer;", 1) })
+				away := "redis does not answer;"
+				if r.name == "NOAUTH" || r.name == "NOPERM" {
+					away = "redis refuses;"
+				}
+				haproxytest.Poll(t, "the Watcher was refused", func() error { return said.since(r.read, away, 1) })
 			}
 			if got := w.servers(t, "be"); fmt.Sprint(got) != fmt.Sprint(ready(100, is...)) {
 				t.Errorf("HAProxy has %v", got)

@@ -249,6 +249,7 @@ func (w *Watcher) Alive() bool {
 // Status is how a Watcher stands with Redis.
 type Status struct {
 	Answers       bool  // the last exchange succeeded, and there was one
+	Refused       bool  // it did not, for want of a right or a password: Redis is not away
 	Subscribed    bool  // the subscription has answered lately
 	Subscriptions int64 // made so far; all but the first are reconnects
 }
@@ -262,10 +263,10 @@ func (w *Watcher) Status() Status {
 	return s
 }
 
-func (w *Watcher) answers(yes bool) {
+func (w *Watcher) answers(yes, refused bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.status.Answers = yes
+	w.status.Answers, w.status.Refused = yes, refused
 }
 
 // Run follows until ctx ends, and returns nil then. It calls handle for every
@@ -293,15 +294,19 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 			return nil
 		case err != nil:
 			if outage.Fail() {
-				w.log.Warn().Err(err).Msg("redis does not answer; what is known stays in force")
+				say := "redis does not answer; what is known stays in force"
+				if registrar.Refused(err) {
+					say = "redis refuses; what is known stays in force"
+				}
+				w.log.Warn().Err(err).Msg(say)
 			}
-			w.answers(false)
+			w.answers(false, registrar.Refused(err))
 			again.Reset(registrar.Backoff(outage.Failures, w.retry()))
 		default:
 			if failures, say := outage.End(); say {
 				w.log.Info().Int("failures", failures).Msg("redis answers again")
 			}
-			w.answers(true)
+			w.answers(true, false)
 			if ready != nil {
 				ready()
 				ready = nil
@@ -718,6 +723,10 @@ func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, 
 		return Change{}, err
 	}
 	p.token, p.known, p.times = snap.Token, true, [2]time.Duration{snap.TTL, snap.Interval}
+	if w.reportOnce("history", snap.Token.Nameless()) {
+		w.log.Warn().Str("cure", "ACL SETUSER <user> +info, or take the line rename-command INFO out of redis.conf").
+			Msg("redis does not say which data set this is; one that went back is told by its versions alone, and every change is read whole")
+	}
 	if !h.sure && snap.Token.Version < h.says {
 		p.pay(lieGap)
 	}
@@ -841,7 +850,7 @@ func (w *Watcher) subscribe(ctx context.Context, outage *registrar.Outage) error
 			if cause := context.Cause(ctx); cause != nil {
 				err = cause
 			}
-			return fmt.Errorf("subscription: %w", err)
+			return fmt.Errorf("subscription: %w", w.store.OfSubscription(err))
 		}
 		now := time.Now()
 		w.mu.Lock()

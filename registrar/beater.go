@@ -513,10 +513,15 @@ func (b *Beater) leave(ctx context.Context, why Reason) {
 	defer cancel()
 	wait := time.NewTimer(0)
 	defer wait.Stop()
+	var last error
 	for failures := 0; ; failures++ {
 		select {
 		case <-ctx.Done():
-			b.log.Warn().Msg("left without telling: redis is away; the reaper takes this instance out after its TTL")
+			why := "left without telling: redis is away; the reaper takes this instance out after its TTL"
+			if Refused(last) {
+				why = "left without telling: redis refuses it; the reaper takes this instance out after its TTL"
+			}
+			b.log.Warn().Err(last).Msg(why)
 			return
 		case <-wait.C:
 		}
@@ -533,6 +538,7 @@ func (b *Beater) leave(ctx context.Context, why Reason) {
 			b.forget()
 			return
 		}
+		last = err
 		wait.Reset(Backoff(failures+1, time.Second))
 	}
 }

@@ -23,6 +23,7 @@ const Unknown = -1
 // Server is what a Redis says of itself. Numbers are Unknown, and strings empty,
 // where it does not say.
 type Server struct {
+	Unseen      error // why INFO could not be read; nil = it could. Only Version and Role are told all the same
 	Version     string
 	Role        string // master or slave
 	Policy      string // maxmemory-policy
@@ -126,10 +127,14 @@ func (s *Store) Examine(ctx context.Context) (Server, error) {
 		return Server{}, fmt.Errorf("read redis' clock: %w", err)
 	}
 	text, err := s.rdb.Info(ctx).Result()
-	if err != nil {
+	if err != nil && !forbidden(err) {
 		return Server{}, fmt.Errorf("read redis' INFO: %w", err)
 	}
 	info := fields(text)
+	unseen := err
+	if unseen != nil {
+		info = s.greeting(ctx)
+	}
 	settings := map[string]string{}
 	for _, name := range []string{"save", "min-replicas-to-write", "client-output-buffer-limit"} {
 		// Many users may not read the configuration: then it is unknown.
@@ -145,7 +150,7 @@ func (s *Store) Examine(ctx context.Context) (Server, error) {
 		}
 	}
 	o := Server{
-		Version: info["redis_version"], Role: info["role"], Policy: info["maxmemory_policy"],
+		Unseen: unseen, Version: info["redis_version"], Role: info["role"], Policy: info["maxmemory_policy"],
 		Memory: field(info, "used_memory"), MaxMemory: field(info, "maxmemory"),
 		Clients: field(info, "connected_clients"), MaxClients: field(info, "maxclients"),
 		Replicas: field(info, "connected_slaves"), MinReplicas: field(settings, "min-replicas-to-write"),
@@ -171,6 +176,36 @@ func (s *Store) Examine(ctx context.Context) (Server, error) {
 		}
 	}
 	return o, nil
+}
+
+// greeting is what everybody may know, by the names that INFO has for it.
+func (s *Store) greeting(ctx context.Context) map[string]string {
+	answer, err := s.rdb.Do(ctx, "hello").Result()
+	if err != nil {
+		return nil
+	}
+	got := map[string]string{}
+	put := func(k, v any) {
+		switch k {
+		case "version":
+			got["redis_version"] = text(v)
+		case "role": // replica, where INFO says slave
+			got["role"] = text(v)
+		}
+	}
+	switch pairs := answer.(type) {
+	case map[any]any:
+		for k, v := range pairs {
+			put(k, v)
+		}
+	case []any: // RESP2
+		for p := range slices.Chunk(pairs, 2) {
+			if len(p) == 2 {
+				put(p[0], p[1])
+			}
+		}
+	}
+	return got
 }
 
 func field(m map[string]string, key string) int64 {
@@ -205,6 +240,7 @@ func (s *Store) rights(svc Service) []right {
 	k, whole := s.keys.Of(svc), s.keys
 	const changers = RoleSidecar + " " + RoleReaper + " " + RoleAdmin
 	const writers = changers + " " + RoleSync
+	const readers = RoleSync + " " + RoleAdmin
 	z, h, str := k.Instances(svc), k.Meta(svc), k.ServiceVersion(svc)
 	var more []right
 	if whole == k {
@@ -218,15 +254,15 @@ func (s *Store) rights(svc Service) []right {
 	}
 	return append(more, []right{
 		{"", []any{"ping"}}, {"", []any{"time"}}, {"", []any{"info"}}, {"", []any{"eval_ro", "return 1", 0}},
-		{"", []any{"evalsha_ro", "-", 0}}, {"", []any{"get", str}}, {"", []any{"get", k.Epoch()}}, {"", []any{"get", k.Version()}},
-		{"", []any{"hget", h, "-"}}, {"", []any{"hmget", k.Config(), "-"}}, {"", []any{"hgetall", h}}, {"", []any{"hgetall", k.Applied(svc)}}, {"", []any{"hmget", k.Owners(), "-"}},
-		{"", []any{"zscore", k.Balancers(), "-"}}, {"", []any{"zmscore", z, "-"}}, {"", []any{"zrange", z, 0, 0}},
-		{"", []any{"zrangebyscore", k.Changed(svc), 0, 0}}, {"", []any{"srandmember", k.Services()}}, {"", []any{"zcard", z}}, {"", []any{"hlen", h}}, {"", []any{"hlen", k.Gone(svc)}}, {"", []any{"hlen", k.Admin(svc)}},
-		{writers, []any{"eval", "return 1", 0}}, {writers, []any{"evalsha", "-", 0}}, {writers, []any{"zadd", z, 0, "-"}},
+		{"", []any{"evalsha_ro", "-", 0}}, {"", []any{"get", str}}, {"", []any{"get", k.Epoch()}}, {readers, []any{"get", k.Version()}},
+		{changers, []any{"hget", h, "-"}}, {"", []any{"hmget", k.Config(), "-"}}, {RoleSidecar + " " + readers, []any{"hgetall", h}}, {RoleSidecar + " " + readers, []any{"hgetall", k.Applied(svc)}}, {RoleSidecar + " " + readers, []any{"hmget", k.Owners(), "-"}},
+		{RoleSidecar + " " + readers, []any{"zscore", k.Balancers(), "-"}}, {"", []any{"zscore", z, "-"}}, {readers, []any{"zmscore", z, "-"}}, {RoleReaper + " " + readers, []any{"zrange", z, 0, 0}},
+		{"", []any{"zrangebyscore", k.Changed(svc), 0, 0}}, {RoleReaper + " " + readers, []any{"srandmember", k.Services()}}, {"", []any{"zcard", z}}, {readers, []any{"hlen", h}}, {readers, []any{"hlen", k.Gone(svc)}}, {readers, []any{"hlen", k.Admin(svc)}},
+		{writers, []any{"eval", "return 1", 0}}, {writers, []any{"evalsha", "-", 0}}, {RoleSidecar + " " + RoleReaper, []any{"zadd", z, 0, "-"}},
 		{changers, []any{"type", z}}, {changers, []any{"incr", str}}, {changers, []any{"incr", k.Version()}},
 		{changers, []any{"setnx", k.Epoch(), "-"}}, {changers, []any{"publish", k.Changes(), "-"}},
 		{changers, []any{"pttl", k.Quiet()}}, {changers, []any{"get", k.Quiet()}}, {changers, []any{"set", k.Quiet(), "-"}},
-		{changers, []any{"hset", h, "-", "-"}}, {changers, []any{"hset", k.Gone(svc), "-", "-"}}, {changers, []any{"hdel", h, "-"}},
+		{RoleSidecar, []any{"hset", h, "-", "-"}}, {changers, []any{"hset", k.Gone(svc), "-", "-"}}, {changers, []any{"hdel", h, "-"}},
 		{changers, []any{"zrem", z, "-"}}, {changers, []any{"zadd", k.GoneAt(svc), 0, "-"}}, {changers, []any{"zcard", z}},
 		{changers, []any{"xadd", k.Events(), "*", "-", "-"}}, {RoleSidecar, []any{"sadd", k.Services(), "-"}}, {RoleSidecar, []any{"scard", k.Services()}}, {RoleSidecar, []any{"zcount", z, 0, 0}}, {RoleReaper, []any{"srem", k.Services(), "-"}}, {changers, []any{"pubsub", "numsub", k.Changes()}},
 		{RoleReaper, []any{"xinfo", "stream", k.Events()}}, {RoleReaper, []any{"xrevrange", k.Events(), "+", "-"}}, {RoleReaper, []any{"del", k.Events()}}, {RoleReaper, []any{"hset", k.Config(), "-", "-"}},
@@ -386,8 +422,9 @@ func (s *Store) mistyped(ctx context.Context, svcs []Service) (keys []string, er
 	return keys, nil
 }
 
-// Inventory looks at every key of the namespace, in small steps. Of a Cluster, an
-// error can say that a node was not looked at; the rest is true.
+// Inventory looks at every key of the namespace, in small steps. With an error what is
+// there can be true nevertheless: a node of a Cluster was not looked at, or the user may
+// not look through keys. Complete is false then.
 func (s *Store) Inventory(ctx context.Context) (Inventory, error) {
 	inv := Inventory{Complete: true, Reapers: map[Service][]string{}}
 	seen := map[string]bool{}
@@ -402,7 +439,7 @@ func (s *Store) Inventory(ctx context.Context) (Inventory, error) {
 			inv.Complete, failed = false, err // of many nodes, the others'
 		}
 	}
-	if failed != nil && !s.keys.cluster {
+	if failed != nil && !s.keys.cluster && !forbidden(failed) {
 		return inv, failed
 	}
 	inv.Keys = len(seen)
@@ -418,7 +455,7 @@ func (s *Store) Inventory(ctx context.Context) (Inventory, error) {
 	for _, svc := range doubtful {
 		listed, has, err := s.listed(ctx, svc)
 		switch {
-		case err != nil && s.keys.cluster:
+		case err != nil && (s.keys.cluster || forbidden(err)):
 			failed = err
 		case err != nil && !broken(err):
 			return inv, err

@@ -3,24 +3,33 @@ package registrar
 import (
 	"net"
 	"strings"
-
-	"github.com/redis/go-redis/v9"
 )
+
+// HasPassword tells whether a URL has a password that is not empty. It takes every text.
+func HasPassword(rawURL string) bool {
+	_, _, rest, err := cutURL(rawURL)
+	if err != nil {
+		return false
+	}
+	authority, _, _ := strings.Cut(rest, "/")
+	at := max(strings.LastIndexByte(authority, '@'), 0)
+	_, password, _ := strings.Cut(authority[:at], ":")
+	return password != ""
+}
 
 // Hosts returns the HOST:PORTs that a URL names, in its order: of the server, of
 // the Sentinels, or of nodes of the Cluster. It does no I/O. Its error is
 // Access.Open's for the same URL.
 func Hosts(rawURL string) ([]string, error) {
-	scheme, rest, _ := strings.Cut(rawURL, "://")
-	base, form, _ := strings.Cut(scheme, "+")
-	if base != "redis" && base != "rediss" {
-		return nil, errURL
+	base, form, rest, err := cutURL(rawURL)
+	if err != nil {
+		return nil, err
 	}
 	switch form {
 	case "":
-		o, err := redis.ParseURL(rawURL)
+		o, _, err := parseServer(base, rest)
 		if err != nil {
-			return nil, errURL
+			return nil, err
 		}
 		if _, _, err := net.SplitHostPort(o.Addr); err != nil {
 			return nil, errURL

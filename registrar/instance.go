@@ -357,7 +357,7 @@ type Entry struct {
 // Token names one state of one service. Two equal tokens name the same state;
 // unequal ones say nothing of before and after.
 type Token struct {
-	ReplID  string // master_replid: another data set, or a fail-over
+	ReplID  string // master_replid: another data set, or a fail-over; "-" where the user may not INFO
 	Epoch   string // another epoch: the register lost its data
 	Version int64
 }
@@ -396,6 +396,10 @@ func Lag(version, applied int64) int64 {
 	}
 	return max(0, version-applied)
 }
+
+// Nameless tells whether only the epoch and versions name the history: the user may
+// not use INFO.
+func (t Token) Nameless() bool { return t.ReplID == noHistory }
 
 // Interrupted tells whether the history between t and the later u cannot be
 // trusted to be one: another data set, or a version that went back. A register

@@ -1,13 +1,17 @@
 package registrar
 
 import (
+	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -49,6 +53,9 @@ type Access struct {
 	// Password, if not nil, is asked for at every new connection to a data node
 	// and comes before the URL's; "" = the URL's own.
 	Password func() (string, error)
+	// PasswordName and SentinelPasswordName are what the user sets to give them, for
+	// errors; "" = nothing is said of it.
+	PasswordName, SentinelPasswordName string
 	// SentinelUser and SentinelPassword are for the Sentinels themselves. The
 	// password, if not nil, is asked for at every new connection to one; "" = none.
 	SentinelUser     string
@@ -74,10 +81,9 @@ func Open(url string, pool int) (redis.UniversalClient, error) { return Access{}
 // connection is TLS. pool is the most connections it keeps, to each node of a
 // Cluster. It does no I/O but to read a's files; the caller closes the client.
 func (a Access) Open(rawURL string, pool int) (redis.UniversalClient, error) {
-	scheme, rest, _ := strings.Cut(rawURL, "://")
-	base, form, _ := strings.Cut(scheme, "+")
-	if base != "redis" && base != "rediss" {
-		return nil, errURL
+	base, form, rest, err := cutURL(rawURL)
+	if err != nil {
+		return nil, err
 	}
 	// What is wrong with the files is a mistake now, and an outage later.
 	secure, err := a.tls(base == "rediss")
@@ -86,25 +92,64 @@ func (a Access) Open(rawURL string, pool int) (redis.UniversalClient, error) {
 	}
 	switch form {
 	case "":
-		return a.server(rawURL, pool)
+		return a.server(base, rest, secure, false, pool)
 	case "sentinel":
-		return a.sentinel(base, rest, a.dialer(secure), pool)
+		return a.sentinel(base, rest, secure, pool)
 	case "cluster":
-		return a.cluster(base, rest, a.dialer(secure), pool)
+		return a.cluster(base, rest, secure, pool)
 	}
 	return nil, errURL
+}
+
+// cutURL takes a URL apart, whose scheme may be written in any case.
+func cutURL(rawURL string) (base, form, rest string, err error) {
+	scheme, rest, found := strings.Cut(rawURL, "://")
+	base, form, _ = strings.Cut(strings.ToLower(scheme), "+")
+	switch {
+	case base == "unix" || form == "unix" || form == "socket" || strings.HasPrefix(rest, "/"), !found && strings.HasPrefix(rawURL, "/"):
+		return "", "", "", errors.New("redis URL: unix sockets are not supported, since all hosts must find the same Redis; want redis://HOST:PORT/DB")
+	case !found || base != "redis" && base != "rediss" || form != "" && form != "sentinel" && form != "cluster":
+		return "", "", "", errURL
+	}
+	return base, form, rest, nil
 }
 
 // A parser's own errors can quote the URL, and with it a password.
 var errURL = errors.New("redis URL: want redis://[user:password@]host:port/db, redis+sentinel://[user:password@]host:port,…/primary/db, redis+cluster://[user:password@]host:port,…, or any with rediss")
 
-func (a Access) server(rawURL string, pool int) (redis.UniversalClient, error) {
-	o, err := redis.ParseURL(rawURL)
+// parseServer reads what go-redis reads of a URL, and more strictly.
+func parseServer(base, rest string) (*redis.Options, *url.Userinfo, error) {
+	o, err := redis.ParseURL(base + "://" + rest)
 	if err != nil {
-		return nil, errURL
+		return nil, nil, errURL
 	}
-	o.Dialer = a.dialer(o.TLSConfig)
-	o.CredentialsProviderContext = a.credentials(o.Username, o.Password)
+	u, err := url.Parse(base + "://" + rest)
+	if err != nil {
+		return nil, nil, errURL
+	}
+	// go-redis takes a path that is no number for database 0.
+	if db := strings.TrimPrefix(u.Path, "/"); db != "" && db != strconv.Itoa(o.DB) && !u.Query().Has("db") || o.DB < 0 {
+		return nil, nil, fmt.Errorf("redis URL: want a database number from 0 on after the last slash, not %q", db)
+	}
+	if strings.ContainsAny(u.Host, ",") {
+		return nil, nil, errURL // hosts of Sentinels, or of a Cluster
+	}
+	return o, u.User, nil
+}
+
+func (a Access) server(base, rest string, secure *tls.Config, node bool, pool int) (redis.UniversalClient, error) {
+	o, login, err := parseServer(base, rest)
+	if err != nil {
+		return nil, err
+	}
+	if secure != nil {
+		secure = o.TLSConfig // what the query says
+	}
+	door := &doors{place: place{secure: secure != nil, user: o.Username, hosts: []string{o.Addr}, db: o.DB}, node: node}
+	o.Dialer = a.dialer(secure, door)
+	if o.CredentialsProviderContext, err = a.credentials(login); err != nil {
+		return nil, err
+	}
 	o.DialTimeout = DialTimeout
 	o.DialerRetries = 1
 	o.ReadTimeout = Timeout
@@ -117,11 +162,16 @@ func (a Access) server(rawURL string, pool int) (redis.UniversalClient, error) {
 	o.DisableIdentity = true
 	o.ReadBufferSize, o.WriteBufferSize = bufferSize(pool), bufferSize(pool)
 	rdb := redis.NewClient(o)
-	rdb.AddHook(bounded{})
+	rdb.AddHook(bounded{words: words{o.Username, a.PasswordName, !node}, dialed: func(ctx context.Context, conn net.Conn, err error) (net.Conn, error) {
+		if err != nil {
+			return nil, err
+		}
+		return door.watch(ctx, conn, o.Addr, false), nil
+	}})
 	return rdb, nil
 }
 
-func (a Access) sentinel(base, rest string, dial dialer, pool int) (redis.UniversalClient, error) {
+func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
 	u, addrs, err := parseHosts(base, rest, sentinelPort)
 	if err != nil {
 		return nil, err
@@ -136,50 +186,93 @@ func (a Access) sentinel(base, rest string, dial dialer, pool int) (redis.Univer
 	if primary == "" {
 		return nil, errURL
 	}
-	password, _ := u.User.Password()
-	var rdb *redis.Client
-	rdb = redis.NewFailoverClient(&redis.FailoverOptions{
-		MasterName: primary, SentinelAddrs: addrs, DB: db,
-		OnConnect: func(ctx context.Context, cn *redis.Conn) error {
-			// It hears of the data nodes' connections and of the Sentinels'. Only a
-			// client's own connections bear its name.
-			if cn.String() == rdb.String() {
-				return nil
-			}
-			return a.greetSentinel(ctx, cn)
-		},
-		CredentialsProviderContext: a.credentials(u.User.Username(), password),
+	credentials, err := a.credentials(u.User)
+	if err != nil {
+		return nil, err
+	}
+	door := &doors{place: place{secure != nil, "sentinel", u.User.Username(), addrs, primary, db}}
+	plain := a.dialer(secure, door)
+	// It makes the data nodes' connections and the Sentinels'. Only those of the data nodes
+	// are asked for with the very context that the dial hook gives.
+	dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := plain(ctx, network, addr)
+		if _, data := ctx.(ofData); data || err != nil {
+			return conn, err
+		}
+		if err := a.login(ctx, conn); err != nil {
+			_ = conn.Close()
+			return nil, err
+		}
+		return door.watch(ctx, conn, addr, true), nil
+	}
+	rdb := redis.NewFailoverClient(&redis.FailoverOptions{
+		MasterName: primary, SentinelAddrs: slices.Clone(addrs), DB: db,
+		CredentialsProviderContext: credentials,
 		Dialer:                     dial,
 		DialTimeout:                DialTimeout, DialerRetries: 1,
 		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
 		MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
 		ReadBufferSize: bufferSize(pool), WriteBufferSize: bufferSize(pool),
 	})
-	rdb.AddHook(bounded{})
+	rdb.AddHook(bounded{words: words{u.User.Username(), a.PasswordName, false}, dialed: func(ctx context.Context, conn net.Conn, err error) (net.Conn, error) {
+		if err != nil {
+			return nil, a.known(ctx, door, dial, a.ofSentinels(err))
+		}
+		return door.watch(ctx, conn, conn.RemoteAddr().String(), false), nil
+	}})
 	return rdb, nil
 }
 
-// greetSentinel logs in to a Sentinel. go-redis does that by itself with one
-// password for ever; for the data nodes it asks for credentials each time.
-func (a Access) greetSentinel(ctx context.Context, cn *redis.Conn) error {
+// ofData is the context of a data node's connection, among those of Sentinels.
+type ofData struct{ context.Context }
+
+// login logs in to a Sentinel. go-redis does that by itself with one password for ever;
+// for the data nodes it asks for credentials each time.
+func (a Access) login(ctx context.Context, conn net.Conn) error {
 	if a.SentinelPassword == nil {
 		return nil
 	}
 	password, err := a.SentinelPassword()
-	switch {
-	case err != nil:
+	if err != nil {
 		return fmt.Errorf("sentinel password: %w", err)
-	case password == "":
-		return nil
-	case a.SentinelUser == "":
-		return cn.Auth(ctx, password).Err()
 	}
-	return cn.AuthACL(ctx, a.SentinelUser, password).Err()
+	if password == "" {
+		return nil
+	}
+	words := []string{"AUTH", password}
+	if a.SentinelUser != "" {
+		words = []string{"AUTH", a.SentinelUser, password}
+	}
+	command := fmt.Sprintf("*%d\r\n", len(words))
+	for _, w := range words {
+		command += fmt.Sprintf("$%d\r\n%s\r\n", len(w), w)
+	}
+	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
+	if err := conn.SetDeadline(time.Now().Add(Timeout)); err != nil {
+		return fmt.Errorf("log in to a Sentinel: %w", err)
+	}
+	if _, err := io.WriteString(conn, command); err != nil {
+		return fmt.Errorf("log in to a Sentinel: %w", err)
+	}
+	answer, err := bufio.NewReaderSize(conn, 512).ReadString('\n') // it says nothing that was not asked for
+	switch answer = strings.TrimSpace(answer); {
+	case err != nil:
+		return fmt.Errorf("log in to a Sentinel: %w", err)
+	case answer != "+OK":
+		return fmt.Errorf("log in to a Sentinel: %w", sentinelAnswer(strings.TrimPrefix(answer, "-")))
+	}
+	return conn.SetDeadline(time.Time{})
 }
+
+// sentinelAnswer is a refusal as go-redis would have it.
+type sentinelAnswer string
+
+func (e sentinelAnswer) Error() string { return string(e) }
+func (sentinelAnswer) RedisError()     {}
 
 // cluster follows no MOVED by itself: that answer renews the map, and the
 // caller's next try goes to the right node. Nothing is read from replicas.
-func (a Access) cluster(base, rest string, dial dialer, pool int) (redis.UniversalClient, error) {
+func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.UniversalClient, error) {
 	u, addrs, err := parseHosts(base, rest, clusterPort)
 	if err != nil {
 		return nil, err
@@ -187,12 +280,23 @@ func (a Access) cluster(base, rest string, dial dialer, pool int) (redis.Univers
 	if u.Path != "/" {
 		return nil, errURL // a Cluster has one database
 	}
-	password, _ := u.User.Password()
+	credentials, err := a.credentials(u.User)
+	if err != nil {
+		return nil, err
+	}
+	door := &doors{place: place{secure: secure != nil, form: "cluster", user: u.User.Username(), hosts: addrs}}
+	plain := a.dialer(secure, door)
 	rdb := redis.NewClusterClient(&redis.ClusterOptions{
 		Addrs:                      addrs,
-		CredentialsProviderContext: a.credentials(u.User.Username(), password),
-		Dialer:                     dial,
-		DialTimeout:                DialTimeout, DialerRetries: 1,
+		CredentialsProviderContext: credentials,
+		Dialer: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := plain(ctx, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			return door.watch(ctx, conn, addr, false), nil
+		},
+		DialTimeout: DialTimeout, DialerRetries: 1,
 		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
 		MaxRedirects: -1, MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
 		ReadBufferSize: bufferSize(pool), WriteBufferSize: bufferSize(pool),
@@ -201,8 +305,9 @@ func (a Access) cluster(base, rest string, dial dialer, pool int) (redis.Univers
 		// right of its own; every command here has its key.
 		DisableRoutingPolicies: true,
 	})
-	rdb.OnNewNode(func(node *redis.Client) { node.AddHook(bounded{lost: rdb.ReloadState}) })
-	rdb.AddHook(bounded{lost: rdb.ReloadState})
+	hook := bounded{words: words{u.User.Username(), a.PasswordName, false}, lost: rdb.ReloadState}
+	rdb.OnNewNode(func(node *redis.Client) { node.AddHook(hook) })
+	rdb.AddHook(hook)
 	return rdb, nil
 }
 
@@ -211,21 +316,32 @@ func (a Access) cluster(base, rest string, dial dialer, pool int) (redis.Univers
 // dial, the log-in, and the exchange itself. go-redis' own deadlines are of each
 // of these.
 type bounded struct {
+	words
 	lost func(context.Context) // of a Cluster: has the map read again
+	// dialed, if not nil, takes every connection for commands that was made, or why none.
+	dialed func(context.Context, net.Conn, error) (net.Conn, error)
 }
 
-func (bounded) DialHook(next redis.DialHook) redis.DialHook { return next }
+func (b bounded) DialHook(next redis.DialHook) redis.DialHook {
+	if b.dialed == nil {
+		return next
+	}
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := next(ofData{ctx}, network, addr)
+		return b.dialed(ctx, conn, err)
+	}
+}
 
 func (b bounded) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	return func(ctx context.Context, cmd redis.Cmder) error {
 		if cmd.Name() == "xread" { // it may block, and its context says for how long
-			return next(ctx, cmd)
+			return b.explain(cmd.Args(), next(ctx, cmd))
 		}
 		ctx, cancel := WithTimeout(ctx)
 		defer cancel()
 		err := next(ctx, cmd)
 		b.look(ctx, err)
-		return err
+		return b.explain(cmd.Args(), err)
 	}
 }
 
@@ -235,6 +351,14 @@ func (b bounded) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.Proce
 		defer cancel()
 		err := next(ctx, cmds)
 		b.look(ctx, err)
+		for _, cmd := range cmds {
+			if explained := b.explain(cmd.Args(), cmd.Err()); explained != cmd.Err() {
+				if cmd.Err() == err {
+					err = explained
+				}
+				cmd.SetErr(explained)
+			}
+		}
 		return err
 	}
 }
@@ -253,14 +377,46 @@ func (b bounded) look(ctx context.Context, err error) {
 // who needs a new connection to that node, and not to wait for others to say
 // where it is.
 func (a Access) OpenNode(rawURL, addr string, pool int) (redis.UniversalClient, error) {
-	scheme, rest, _ := strings.Cut(rawURL, "://")
-	base, form, _ := strings.Cut(scheme, "+")
-	if form != "cluster" {
+	base, form, rest, err := cutURL(rawURL)
+	if err != nil || form != "cluster" {
 		return nil, errURL
+	}
+	secure, err := a.tls(base == "rediss")
+	if err != nil {
+		return nil, err
 	}
 	authority, _, _ := strings.Cut(rest, "/")
 	at := strings.LastIndexByte(authority, '@') + 1
-	return a.Open(base+"://"+authority[:at]+addr+"/0", pool)
+	return a.server(base, authority[:at]+addr+"/0", secure, true, pool)
+}
+
+// Anonymous tells whether Redis takes commands from who has no password: from its default
+// user, that is.
+func (a Access) Anonymous(ctx context.Context, rawURL string) (bool, error) {
+	base, form, rest, err := cutURL(rawURL)
+	if err != nil {
+		return false, err
+	}
+	if form != "" {
+		base += "+" + form
+	}
+	authority, _, _ := strings.Cut(rest, "/")
+	a.Password = nil
+	rdb, err := a.Open(base+"://"+rest[strings.LastIndexByte(authority, '@')+1:], 1)
+	if err != nil {
+		return false, err
+	}
+	defer rdb.Close()
+	ctx, cancel := WithTimeout(ctx)
+	defer cancel()
+	var answer redis.Error
+	switch err = rdb.Ping(ctx).Err(); {
+	case err == nil:
+		return true, nil
+	case errors.As(err, &answer) && !Passing(err): // NOAUTH, or a default user without rights
+		return false, nil
+	}
+	return false, err
 }
 
 // parseHosts reads [user[:password]@]host[:port],host[:port]…[/path].
@@ -286,31 +442,61 @@ func parseHosts(base, rest, defaultPort string) (*url.URL, []string, error) {
 	return u, addrs, nil
 }
 
+// ErrPassword says that this process has no password to log in with.
+var ErrPassword = errors.New("redis password")
+
+// anyPassword is sent for a user that needs none: without one go-redis would not say
+// the user's name, and would go on as the default user.
+const anyPassword = "none"
+
 // credentials are asked for at every new connection, so a password that was
-// changed in its file is in use without a restart.
-func (a Access) credentials(user, password string) func(context.Context) (string, string, error) {
-	return func(context.Context) (string, string, error) {
-		if a.Password == nil {
-			return user, password, nil
-		}
-		p, err := a.Password()
-		if err != nil {
-			return "", "", fmt.Errorf("redis password: %w", err)
-		}
-		if p == "" {
-			p = password
-		}
-		return user, p, nil
+// changed in its file is in use without a restart. A user without a password is a
+// mistake, unless the URL has an empty one (user:@): Redis would take the connection
+// for the default user's.
+func (a Access) credentials(login *url.Userinfo) (func(context.Context) (string, string, error), error) {
+	user := login.Username()
+	own, given := login.Password()
+	if user != "" && given && own == "" {
+		own = anyPassword
 	}
+	check := func(password string) error {
+		if user == "" || password != "" {
+			return nil
+		}
+		where := "the URL"
+		if a.PasswordName != "" {
+			where = fmt.Sprintf("%s, or in the file that %s_FILE names", a.PasswordName, a.PasswordName)
+		}
+		return fmt.Errorf("%w: user %s has none, and Redis would take it for the default user; want it in %s, or %s:@ in the URL for a user that needs none (nopass)",
+			ErrPassword, user, where, url.User(user))
+	}
+	ask := func(context.Context) (string, string, error) {
+		p := own
+		if a.Password != nil {
+			asked, err := a.Password()
+			if err != nil {
+				return "", "", fmt.Errorf("%w: %w", ErrPassword, err)
+			}
+			p = cmp.Or(asked, own)
+		}
+		return user, p, check(p)
+	}
+	if a.Password == nil {
+		return ask, check(own)
+	}
+	if p, err := a.Password(); err == nil { // a file may be readable later
+		return ask, check(cmp.Or(p, own))
+	}
+	return ask, nil
 }
 
 type dialer = func(ctx context.Context, network, addr string) (net.Conn, error)
 
 // dialer connects with TLS, by the files as they are then, as if says beside
-// them; nil = plainly, which go-redis does by itself.
-func (a Access) dialer(as *tls.Config) dialer {
+// them; nil = plainly. What speaks no TLS is said to.
+func (a Access) dialer(as *tls.Config, door *doors) dialer {
 	if as == nil {
-		return nil
+		return (&net.Dialer{Timeout: DialTimeout, KeepAlive: keepAlive}).DialContext
 	}
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
 		c, err := a.tls(true)
@@ -320,7 +506,7 @@ func (a Access) dialer(as *tls.Config) dialer {
 		// The name that the certificate must have is addr's, if as has none.
 		c.ServerName, c.InsecureSkipVerify = as.ServerName, as.InsecureSkipVerify
 		d := tls.Dialer{NetDialer: &net.Dialer{Timeout: DialTimeout, KeepAlive: keepAlive}, Config: c}
-		return d.DialContext(ctx, network, addr)
+		return door.secured(ctx, &d, network, addr)
 	}
 }
 

@@ -53,6 +53,9 @@ var (
 	// ErrLastLeft says that nobody is let go of a service, since no other instance that
 	// can be read would stay.
 	ErrLastLeft = errors.New("it is the last instance of the service")
+	// ErrNoHistory says that the user may not use INFO, or that Redis has no such
+	// command: one data set cannot be told from another one.
+	ErrNoHistory = errors.New("redis does not say which data set this is, so nobody is taken out: ACL SETUSER <user> +info, or take the line rename-command INFO out of redis.conf")
 	// ErrBroken says that a key of this one service holds something else.
 	ErrBroken = errors.New("the service's keys are broken")
 )
@@ -81,20 +84,23 @@ const (
 //go:embed lua/*.lua
 var sources embed.FS
 
-func script(name string) *redis.Script {
+func script(name string) *redis.Script { return redis.NewScript(source(name)) }
+
+// source is the text of a script, with the parts that it shares with others.
+func source(name string) string {
 	src, err := sources.ReadFile("lua/" + name + ".lua")
 	if err != nil {
 		panic(err) // a file named in this package is not in this package
 	}
 	text := string(src)
-	for _, part := range []string{"lib", "event", "counter", "times"} { // in this order: lib names event
+	for _, part := range []string{"lib", "event", "counter", "times", "history"} { // in this order: lib names event
 		src, err := sources.ReadFile("lua/" + part + ".lua")
 		if err != nil {
 			panic(err) // as above
 		}
 		text = strings.Replace(text, "-- "+part+"\n", string(src), 1)
 	}
-	return redis.NewScript(text)
+	return text
 }
 
 // Store runs the register's scripts on one Redis. It keeps no state of its own,
@@ -143,14 +149,21 @@ func (s *Store) Ping(ctx context.Context) error {
 	return nil
 }
 
-// History returns the replication id of the data set that answers; of a Cluster,
-// where each shard has one of its own, nothing.
+// noHistory is the replication id where INFO is refused; see history.lua.
+const noHistory = "-"
+
+// History returns the replication id of the data set that answers, which is the same
+// "-" for all where INFO is refused; of a Cluster, where each shard has one of its own,
+// nothing.
 func (s *Store) History(ctx context.Context) (replid string, err error) {
 	if s.keys.cluster {
 		return "", nil
 	}
 	info, err := s.rdb.Info(ctx, "replication").Result()
-	if err != nil {
+	switch {
+	case forbidden(err):
+		return noHistory, nil
+	case err != nil:
 		return "", fmt.Errorf("read the replication id: %w", err)
 	}
 	_, rest, found := strings.Cut(info, "\nmaster_replid:")
@@ -169,6 +182,12 @@ func (s *Store) Subscribe(ctx context.Context) *redis.PubSub {
 		return s.subscribe(ctx)
 	}
 	return s.rdb.Subscribe(ctx, s.keys.Changes())
+}
+
+// OfSubscription adds to the error of a subscription which right it lacks, if it does:
+// no hook of a client sees that answer.
+func (s *Store) OfSubscription(err error) error {
+	return words{user: "<user>"}.explain([]any{"subscribe", s.keys.Changes()}, err)
 }
 
 // change runs a script that changes one service, and announces the change later
@@ -525,6 +544,9 @@ func (s *Store) Pulse(ctx context.Context, id, token string, expiry time.Duratio
 		return Pulse{}, fmt.Errorf("pulse: answer of %d parts, want 4", len(r))
 	}
 	p := Pulse{integer(r[0]), text(r[1]), text(r[2]), text(r[3])}
+	if p.ReplID == noHistory {
+		return Pulse{}, fmt.Errorf("pulse: %w", ErrNoHistory)
+	}
 	if p.Now <= 0 || p.ReplID == "" {
 		return Pulse{}, fmt.Errorf("pulse: answer %s without time or replication id", quoted(r))
 	}

@@ -108,6 +108,7 @@ func begin(c *cli.Context, pool int) (*session, error) {
 		_ = rdb.Close()
 		return nil, usageError{err}
 	}
+	warnPasswords(c, "redis", s.log)
 	s.close = func() { _ = rdb.Close() } // it has been used for the last time
 	return s, nil
 }
@@ -128,7 +129,8 @@ func open(c *cli.Context, flag string, pool int) (redis.UniversalClient, error) 
 
 func access(c *cli.Context, flag string) (registrar.Access, error) {
 	a := registrar.Access{
-		Password:         secret(env(flag)[0] + "_PASSWORD"),
+		Password:     secret(env(flag)[0] + "_PASSWORD"),
+		PasswordName: env(flag)[0] + "_PASSWORD", SentinelPasswordName: "ROLLCALL_SENTINEL_PASSWORD",
 		SentinelUser:     os.Getenv("ROLLCALL_SENTINEL_USER"),
 		SentinelPassword: secret("ROLLCALL_SENTINEL_PASSWORD"),
 		CA:               c.String("redis-ca"), Cert: c.String("redis-cert"), Key: c.String("redis-key"),
@@ -142,6 +144,27 @@ func access(c *cli.Context, flag string) (registrar.Access, error) {
 	return a, nil
 }
 
+// passwords are where the password of a flag's URL is given, the one that is used first.
+func passwords(c *cli.Context, flag string) (given []string) {
+	name := env(flag)[0] + "_PASSWORD"
+	for _, n := range []string{name, name + "_FILE"} {
+		if os.Getenv(n) != "" {
+			given = append(given, n)
+		}
+	}
+	if registrar.HasPassword(c.String(flag)) {
+		given = append(given, "the URL of --"+flag)
+	}
+	return given
+}
+
+// warnPasswords says so if a password is given more than once: one of them is older.
+func warnPasswords(c *cli.Context, flag string, log zerolog.Logger) {
+	if given := passwords(c, flag); len(given) > 1 {
+		log.Warn().Str("used", given[0]).Strs("not", given[1:]).Msg("a password is given more than once; take out what is not used")
+	}
+}
+
 // secret returns how to read the variable name, or the file that the variable
 // name_FILE names. The variables are those of now.
 func secret(name string) func() (string, error) {
@@ -151,8 +174,11 @@ func secret(name string) func() (string, error) {
 			return value, nil
 		}
 		v, err := secretFile(file)
-		if err != nil {
+		switch {
+		case err != nil:
 			return "", fmt.Errorf("%s_FILE: %w", name, err)
+		case v == "":
+			return "", fmt.Errorf("%s_FILE: %s is empty", name, file)
 		}
 		return v, nil
 	}

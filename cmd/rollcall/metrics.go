@@ -263,6 +263,8 @@ func (m *monitor) watcher(status func() notifier.Status) {
 // redisReady tells whether a watcher hears Redis.
 func redisReady(st notifier.Status) error {
 	switch {
+	case st.Refused:
+		return errors.New("redis refuses what this user reads; the log says which right it lacks")
 	case !st.Answers:
 		return errors.New("redis does not answer")
 	case !st.Subscribed:

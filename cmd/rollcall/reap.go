@@ -51,6 +51,9 @@ func reapCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
+			if c.String("canary-redis") != "" {
+				warnPasswords(c, "canary-redis", s.log)
+			}
 			notify := newSystemd(s.log)
 			defer notify.close()
 			cfg.Tell = func(st registrar.ReaperStatus) {

@@ -20,6 +20,8 @@
 -- Returns {1, or 0 if Redis holds another history: nothing of the service is written then,
 --   now, 'SOLE', 'FIRST' (two use the id, and this one counts) or 'SECOND' (two use it,
 --   and this one has said nothing), 1 if another's word was found after this one's own}
+-- history
+
 local now = tonumber(ARGV[6])
 if not now then
   local t = redis.call('TIME')
@@ -57,7 +59,6 @@ for key, ids in pairs({[KEYS[1]] = applied, [KEYS[4]] = owners}) do
   end
 end
 own(mine, began, now, twice)
-local replid = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or ''
-if replid ~= ARGV[3] or (redis.call('GET', KEYS[3]) or '') ~= ARGV[4] then return {0, now, claim, contested} end
+if history() ~= ARGV[3] or (redis.call('GET', KEYS[3]) or '') ~= ARGV[4] then return {0, now, claim, contested} end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 return {1, now, claim, contested}

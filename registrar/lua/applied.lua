@@ -8,13 +8,15 @@
 
 -- counter
 
+-- history
+
 local now = tonumber(ARGV[1])
 if not now then
   local t = redis.call('TIME')
   now = t[1] * 1000 + math.floor(t[2] / 1000)
 end
 local out = {now,
-  string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or '',
+  history(),
   redis.call('GET', KEYS[4]) or '',
   counted(redis.call('GET', KEYS[3]))}
 local applied = redis.call('HGETALL', KEYS[1])

@@ -11,6 +11,8 @@
 
 -- times
 
+-- history
+
 local now = tonumber(ARGV[2])
 if not now then
   local t = redis.call('TIME')
@@ -18,7 +20,7 @@ if not now then
 end
 local ttl, interval = times(unpack(redis.call('HMGET', KEYS[8], 'ttl_ms', 'interval_ms')))
 return {now,
-  string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or '',
+  history(),
   redis.call('GET', KEYS[7]) or '',
   counted(redis.call('GET', KEYS[6])),
   ttl, interval,

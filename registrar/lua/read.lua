@@ -1,6 +1,6 @@
 #!lua flags=no-writes
 -- Reads services: of each what changed since a token, or all of it if the token is
--- another data set's, if the version is no number (-1), if the index has been pruned past it, or if somebody
+-- another data set's or of one that has no id, if the version is no number (-1), if the index has been pruned past it, or if somebody
 -- bumped the version without the index.
 --
 -- KEYS  1 epoch STRING   2 config HASH, and for each service
@@ -21,9 +21,11 @@
 
 -- times
 
+-- history
+
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-local replid = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or ''
+local replid = history()
 local epoch = redis.call('GET', KEYS[1]) or ''
 local cfg = redis.call('HMGET', KEYS[2], 'ttl_ms', 'interval_ms', 'max_instances')
 local ttl, interval = times(cfg[1], cfg[2])
@@ -46,7 +48,7 @@ local function read(k, a)
   local v = counted(redis.call('GET', KEYS[k + 6]))
   local since, here = tonumber(ARGV[a + 3]), redis.call('ZCARD', KEYS[k + 1])
   -- Of more than are served nobody can tell who is beyond but who reads all of it.
-  if since and since >= 0 and here <= served and replid == ARGV[a + 1] and epoch == ARGV[a + 2] and v >= since then
+  if since and since >= 0 and here <= served and replid ~= '-' and replid == ARGV[a + 1] and epoch == ARGV[a + 2] and v >= since then
     local found = redis.call('ZRANGEBYSCORE', KEYS[k + 5], '(' .. ARGV[a + 3], '+inf', 'WITHSCORES', 'LIMIT', 0, most + 1)
     local changed, top = {}, since
     for i = 1, #found, 2 do

@@ -22,9 +22,11 @@ local token, last, most, cut = ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]), AR
 
 -- lib
 
+-- history
+
 local now = clock()
 if redis.call('GET', KEYS[13]) ~= token then return {'FENCED', 0, 0} end
-if string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') ~= ARGV[11] then return {'FENCED', 0, 0} end
+if history() ~= ARGV[11] then return {'FENCED', 0, 0} end
 if now < last or now - last > most then return {'LATE', 0, 0} end
 local bad = mistyped()
 if bad then return bad end

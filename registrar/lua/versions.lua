@@ -9,9 +9,11 @@
 
 -- times
 
+-- history
+
 local heard = ARGV[1] and redis.pcall('PUBSUB', 'NUMSUB', ARGV[1]) or {}
 local out = {
-  string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') or '', redis.call('GET', KEYS[1]) or '',
+  history(), redis.call('GET', KEYS[1]) or '',
   heard[2] or 0, -- nor do they for whom may not ask
 }
 local cfg = redis.pcall('HMGET', KEYS[2], 'ttl_ms', 'interval_ms')

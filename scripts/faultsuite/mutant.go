@@ -48,7 +48,7 @@ var (
 	noTimes      = edit{"reaper/sweep.go", "\treturn r.config(ctx, false)\n", "\treturn ctx.Err()\n"}
 	noLearn      = edit{"reaper/reaper.go", "r.proof.teach(t.Slow, t.SlowAt)", "r.proof.teach(0, t.SlowAt)"}
 	noFence      = edit{"registrar/lua/reap.lua", "if redis.call('GET', KEYS[13]) ~= token then return {'FENCED', 0, 0} end\n", ""}
-	noFenceID    = edit{"registrar/lua/reap.lua", "if string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)') ~= ARGV[11] then return {'FENCED', 0, 0} end\n", ""}
+	noFenceID    = edit{"registrar/lua/reap.lua", "if history() ~= ARGV[11] then return {'FENCED', 0, 0} end\n", ""}
 	noAge        = edit{"registrar/lua/reap.lua", "if now < last or now - last > most then return {'LATE', 0, 0} end\n", ""}
 	cutNow       = edit{"registrar/lua/reap.lua", "local stale = ", "cut = string.format('%.0f', tonumber(cut) + now - last)\nlocal stale = "}
 	noToken      = edit{"reaper/proof.go", "case !p.known(o.pulse.Previous, o.recv):", "case false:"}
