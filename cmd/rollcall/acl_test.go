@@ -60,11 +60,51 @@ func startRoles(t *testing.T) *redistest.Server {
 	t.Helper()
 	t.Setenv("ROLLCALL_REDIS_PASSWORD", rolePassword)
 	t.Setenv("ROLLCALL_CANARY_REDIS_PASSWORD", rolePassword)
-	return redistest.Start(t, "--aclfile", roles(t, "acl", 6))
+	return redistest.Start(t, "--aclfile", roles(t, "acl", 7))
 }
 
 func roleURL(srv *redistest.Server, role string) string {
 	return "redis://" + role + "@" + srv.Addr + "/0"
+}
+
+// TestRolesKeepPassword follows the page with a Redis that had a password: whoever has none
+// stays out, also after a restart.
+func TestRolesKeepPassword(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile("../../README.md")
+	must(t, err)
+	_, rights, _ := strings.Cut(string(page), "\n### Rights\n")
+	_, first, found := strings.Cut(rights, "\n```\n")
+	first, _, _ = strings.Cut(first, "```")
+	if !found || strings.Contains(rights[:strings.Index(rights, first)], "acl load") {
+		t.Fatal("the page does not begin with the default user")
+	}
+	open := func(srv *redistest.Server) bool {
+		t.Helper()
+		yes, err := registrar.Access{}.Anonymous(t.Context(), srv.URL())
+		must(t, err)
+		return yes
+	}
+	file := roles(t, "acl", 7)
+	if !open(redistest.Start(t, "--requirepass", "before", "--aclfile", file)) {
+		t.Error("without the first line it is not open, so this test shows nothing")
+	}
+	users, err := os.ReadFile(file)
+	must(t, err)
+	must(t, os.WriteFile(file, append([]byte(first), users...), 0o600))
+	srv := redistest.Start(t, "--requirepass", "before", "--aclfile", file)
+	if open(srv) {
+		t.Error("it had a password, and everybody may come in")
+	}
+	srv.Kill(t)
+	srv.Launch(t)
+	if open(srv) {
+		t.Error("after a restart everybody may come in")
+	}
+	rdb := roleClient(t, srv, "watcher")
+	if err := rdb.Do(t.Context(), "hgetall", "rollcall:config").Err(); err != nil {
+		t.Errorf("the roles' users: %v", err)
+	}
 }
 
 // TestRolesWhole has every role do all that it does with the rights of its file,

@@ -150,7 +150,7 @@ type secured struct {
 func startSecured(t *testing.T) *secured {
 	t.Helper()
 	c := &secured{certs: redistest.NewCertificates(t)}
-	c.args = append(c.certs.Args(), "--appendonly", "yes", "--aclfile", roles(t, "acl/cluster", 7))
+	c.args = append(c.certs.Args(), "--appendonly", "yes", "--aclfile", roles(t, "acl/cluster", 8))
 	c.nodes = redistest.StartCluster(t, 3, c.args...)
 	c.redis = c.nodes[0]
 	c.ha = haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 10}}})
@@ -213,7 +213,7 @@ func TestClusterMoves(t *testing.T) {
 	}
 	expect(t, doctor(),
 		[3]string{"warn", "cluster replicas", "no replica follows: "}, [3]string{"warn", to.Addr + " replicas", "1, min-replicas-to-write 0"},
-		[3]string{"warn", "be check", ""}, [3]string{"unknown", "be configuration", ""})
+		[3]string{"warn", "be check", ""}, [3]string{"unknown", "be configuration", ""}, [3]string{"warn", "default user", "needs no password"})
 
 	// A word that is applied shows that changes are seen.
 	applied := func(what string) {
@@ -294,7 +294,7 @@ func (c *secured) bounds(t *testing.T, node *redistest.Server) {
 	for _, role := range []string{sidecar, agent, canary, reap, sync, operate, watch} {
 		rdb, err := registrar.Access{
 			Password: func() (string, error) { return rolePassword, nil }, CA: c.certs.CA, Cert: c.certs.Cert, Key: c.certs.Key,
-		}.Open("rediss://"+role+"@"+node.Addr+"/0", 1)
+		}.OpenNode("rediss+cluster://"+role+"@"+node.Addr, node.Addr, 1)
 		if err != nil {
 			t.Fatal(err)
 		}

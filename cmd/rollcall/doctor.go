@@ -75,6 +75,7 @@ func doctorCommand() *cli.Command {
 			&cli.StringSliceFlag{Name: "config", EnvVars: env("config"), Usage: "`FILE` of HAProxy's configuration, only read; repeatable, in HAProxy's order"},
 			&cli.StringSliceFlag{Name: "role", EnvVars: env("role"), DefaultText: "all",
 				Usage: "`ROLE` that the Redis user of --redis is for: " + strings.Join(registrar.Roles, ", ") + "; repeatable"},
+			&cli.StringFlag{Name: "service", EnvVars: env("service"), DefaultText: "the first of --backend, or web", Usage: "`NAME` of a service, on whose keys the rights are tried"},
 			&cli.DurationFlag{Name: "ttl", EnvVars: env("ttl"), DefaultText: "not compared", Usage: "that your reapers are started with"},
 			&cli.DurationFlag{Name: "heartbeat", EnvVars: env("heartbeat"), DefaultText: "not compared", Usage: "that your reapers are started with"},
 		),
@@ -113,10 +114,16 @@ func doctorCommand() *cli.Command {
 					return usageError{err}
 				}
 			}
-			d := &doctor{store: s.store, backends: backends, roles: roles}
+			d := &doctor{store: s.store, backends: backends, roles: roles, any: !c.IsSet("role")}
+			if d.service, err = rightsOf(c.String("service"), backends); err != nil {
+				return err
+			}
+			d.passwords(passwords(c, "redis"))
 			d.places = func(socket string) []identity.Place { return places(c, socket, socket) }
 			d.host()
-			d.registry(c.Context, c.Duration("ttl"), c.Duration("heartbeat"))
+			if d.registry(c.Context, c.Duration("ttl"), c.Duration("heartbeat")); d.answers {
+				d.defaultUser(c)
+			}
 			d.address(c.Context, newLocator(c))
 			for i, client := range clients {
 				d.haproxy(c.Context, sockets[i], client, c.StringSlice("config"))
@@ -170,6 +177,10 @@ type doctor struct {
 	places   func(socket string) []identity.Place // where ids of its lbsyncs are kept
 	findings []finding
 
+	any     bool              // no role was named
+	service registrar.Service // on whose keys the rights are tried
+	answers bool              // Redis does
+
 	known bool                        // the registry was read
 	sizes map[registrar.Service]int64 // instances of each service
 }
@@ -187,6 +198,55 @@ func (d *doctor) unknown(check string, err error, fix string) {
 	d.add(check, stateUnknown, "what was not seen may be wrong", fix, "%v", err)
 }
 
+// rightsOf is the service on whose keys the rights are tried.
+func rightsOf(named string, backends []lbsync.BackendConfig) (registrar.Service, error) {
+	switch {
+	case named != "":
+		return parseService(named)
+	case len(backends) > 0:
+		return backends[0].Service, nil
+	}
+	return "web", nil
+}
+
+// defaultUser looks whether Redis asks everybody for a password. Where nobody has one it
+// is for the network to keep others out, which a loopback address does.
+func (d *doctor) defaultUser(c *cli.Context) {
+	const check = "default user"
+	a, err := access(c, "redis")
+	if err != nil {
+		d.unknown(check, err, "as the line says")
+		return
+	}
+	hosts, err := registrar.Hosts(c.String("redis"))
+	if err != nil {
+		d.unknown(check, err, "as the line says")
+		return
+	}
+	far := slices.ContainsFunc(hosts, func(host string) bool {
+		at, err := netip.ParseAddrPort(host)
+		return err != nil && !strings.HasPrefix(host, "localhost:") || err == nil && !at.Addr().IsLoopback()
+	})
+	open, err := a.Anonymous(c.Context, c.String("redis"))
+	switch {
+	case err != nil:
+		d.unknown(check, err, "try again")
+	case open && (far || len(passwords(c, "redis")) > 0):
+		d.add(check, stateWarn, "whoever reaches the port may do everything, whatever rights the roles have", "in the file that aclfile names: user default off", "it needs no password")
+	case open:
+		d.add(check, stateOK, "", "", "it needs no password, on a loopback address")
+	default:
+		d.add(check, stateOK, "", "", "it is off, or has a password")
+	}
+}
+
+// passwords judges where the password of --redis is given.
+func (d *doctor) passwords(given []string) {
+	if len(given) > 1 {
+		d.add("redis password", stateWarn, "the one that is not used may be the one that was meant", "take out what is not used", "%s is used, and not %s", given[0], strings.Join(given[1:], " or "))
+	}
+}
+
 // worst is bad, or else warn, or else ok.
 func worst(bad, warn bool) state {
 	switch {
@@ -202,10 +262,15 @@ func worst(bad, warn bool) state {
 func (d *doctor) registry(ctx context.Context, ttl, heartbeat time.Duration) {
 	_, err := registrar.Try(ctx, func(ctx context.Context) (struct{}, error) { return struct{}{}, d.store.Ping(ctx) })
 	if err != nil {
-		d.add("redis", stateBad, "without it nobody's coming or going is heard of", "check --redis and its password, and that redis-server runs", "%v", err)
+		fix := "check --redis and its password, and that redis-server runs"
+		if registrar.Refused(err) {
+			fix = "as the line says"
+		}
+		d.add("redis", stateBad, "without it nobody's coming or going is heard of", fix, "%v", err)
 		d.unknown("registry", errors.New("not looked at"), "the finding above comes first")
 		return
 	}
+	d.answers = true
 	if d.store.Cluster() {
 		d.nodes(ctx)
 	} else {
@@ -222,7 +287,11 @@ func (d *doctor) registry(ctx context.Context, ttl, heartbeat time.Duration) {
 	d.namespace(ctx, ttl, heartbeat)
 }
 
-const examineFix = "allow INFO and TIME to the user of --redis"
+const (
+	examineFix = "allow INFO and TIME to the user of --redis"
+	// readerFix is for what no role needs but doctor.
+	readerFix = "run doctor as the user of scripts/deploy/acl/doctor.acl (of a Cluster: acl/cluster/doctor.acl)"
+)
 
 // nodes judges a Cluster's primaries, each by itself and as a whole.
 func (d *doctor) nodes(ctx context.Context) {
@@ -232,7 +301,7 @@ func (d *doctor) nodes(ctx context.Context) {
 		return
 	}
 	var unowned, failed int64
-	var dead, without, stopped, moving []string
+	var dead, unseen, without, stopped, moving []string
 	covered := "no" // by all that were asked
 	for _, n := range nodes {
 		name := "redis " + n.Addr
@@ -240,7 +309,8 @@ func (d *doctor) nodes(ctx context.Context) {
 		switch {
 		case n.Err == nil:
 		case errors.As(n.Err, &refused) && !registrar.Passing(n.Err):
-			d.unknown(name, n.Err, examineFix+", and CLUSTER INFO and CLUSTER NODES")
+			d.unknown(name, n.Err, readerFix)
+			unseen = append(unseen, n.Addr)
 			continue
 		default:
 			dead = append(dead, n.Addr)
@@ -252,8 +322,11 @@ func (d *doctor) nodes(ctx context.Context) {
 		if n.State != "ok" {
 			stopped = append(stopped, fmt.Sprintf("%s says %s", n.Addr, cmp.Or(n.State, "nothing")))
 		}
-		if n.Replicas == 0 {
+		switch {
+		case n.Replicas == 0:
 			without = append(without, n.Addr)
+		case n.Replicas < 0: // without INFO
+			unseen = append(unseen, n.Addr)
 		}
 		for _, slot := range n.Moving {
 			moving = append(moving, n.Addr+" "+slot)
@@ -265,23 +338,39 @@ func (d *doctor) nodes(ctx context.Context) {
 	if len(dead) == len(nodes) {
 		return
 	}
-	d.add("cluster nodes", worst(len(stopped) > 0, false), "such a node refuses everything", "redis-cli --cluster check HOST:PORT", "%s", cmp.Or(few(stopped), fmt.Sprintf("%d primaries, all in order", len(nodes)-len(dead))))
-	d.add("cluster slots", worst(unowned+failed > 0, false), "a service whose name falls on such a slot has no register", "redis-cli --cluster fix HOST:PORT, or bring the node back",
+	// part judges what each node says of itself: what is wrong is certain, and nothing is
+	// ok while a node has not been seen.
+	part := func(check string, s state, why, fix, seen string, args ...any) {
+		if s == stateOK && len(unseen) > 0 {
+			d.unknown(check, fmt.Errorf("not seen: %s", few(unseen)), readerFix)
+			return
+		}
+		d.add(check, s, why, fix, seen, args...)
+	}
+	part("cluster nodes", worst(len(stopped) > 0, false), "such a node refuses everything", "redis-cli --cluster check HOST:PORT", "%s", cmp.Or(few(stopped), fmt.Sprintf("%d primaries, all in order", len(nodes)-len(dead))))
+	part("cluster slots", worst(unowned+failed > 0, false), "a service whose name falls on such a slot has no register", "redis-cli --cluster fix HOST:PORT, or bring the node back",
 		"%d without an owner, %d whose owner is down", unowned, failed)
-	d.add("cluster moving slots", worst(false, len(moving) > 0), "while a slot has keys on two nodes the services in it stand still", "let it come to its end, or: redis-cli --cluster fix HOST:PORT", "%s", cmp.Or(few(moving), "none"))
-	switch covered {
-	case "":
+	part("cluster moving slots", worst(false, len(moving) > 0), "while a slot has keys on two nodes the services in it stand still", "let it come to its end, or: redis-cli --cluster fix HOST:PORT", "%s", cmp.Or(few(moving), "none"))
+	switch {
+	case covered == "" && len(unseen) == 0:
 		d.unknown("cluster coverage", errors.New("no right to read cluster-require-full-coverage"), "ACL SETUSER <user> +config|get")
 	default:
-		d.add("cluster coverage", worst(false, covered != "no"), "one shard that is down stops the services of all", "redis-cli config set cluster-require-full-coverage no, on every node; and in redis.conf: cluster-require-full-coverage no",
+		part("cluster coverage", worst(false, covered != "no"), "one shard that is down stops the services of all", "redis-cli config set cluster-require-full-coverage no, on every node; and in redis.conf: cluster-require-full-coverage no",
 			"cluster-require-full-coverage %s", covered)
 	}
-	d.add("cluster replicas", worst(false, len(without) > 0), "when such a primary dies its services stand still until it is back", "redis-cli --cluster add-node REPLICA HOST:PORT --cluster-slave --cluster-master-id ID",
+	part("cluster replicas", worst(false, len(without) > 0), "when such a primary dies its services stand still until it is back", "redis-cli --cluster add-node REPLICA HOST:PORT --cluster-slave --cluster-master-id ID",
 		"%s", cmp.Or(also(without, "no replica follows: "), "every primary has one"))
 }
 
 // server judges what a Redis says of itself.
 func (d *doctor) server(name string, o registrar.Server) {
+	if o.Unseen != nil {
+		fix := "ACL SETUSER <user> +info"
+		if registrar.Unknowable(o.Unseen) {
+			fix = "take the line rename-command INFO out of redis.conf"
+		}
+		d.add(name+" info", stateBad, "no reaper takes anybody out, and data that went back is noticed by its versions alone", fix, "%v", o.Unseen)
+	}
 	major, _, _ := strings.Cut(o.Version, ".")
 	n, err := strconv.Atoi(major)
 	switch {
@@ -363,15 +452,17 @@ func (d *doctor) server(name string, o registrar.Server) {
 
 // rights tries what the roles do, on the keys of a service that matters.
 func (d *doctor) rights(ctx context.Context) {
-	svc := registrar.Service("web")
-	if len(d.backends) > 0 {
-		svc = d.backends[0].Service
-	}
 	ctx, cancel := registrar.WithTimeout(ctx)
 	defer cancel()
-	missing, err := d.store.Rights(ctx, svc)
+	missing, err := d.store.Rights(ctx, d.service)
 	if err != nil {
 		d.unknown("redis rights", err, "ACL SETUSER <user> +multi +discard")
+		return
+	}
+	if d.any && !slices.ContainsFunc(d.roles, func(role string) bool {
+		return !slices.Contains(missing[role], "eval") || !slices.Contains(missing[role], "evalsha")
+	}) {
+		d.unknown("redis rights", errors.New("this user only reads"), "run doctor as the user of each role, with its --role")
 		return
 	}
 	for _, role := range d.roles {
@@ -413,10 +504,14 @@ func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
 	}
 	inv, err := d.store.Inventory(ctx)
 	switch {
-	case err != nil && d.store.Cluster() && len(inv.Services) > 0:
-		d.unknown("registry", fmt.Errorf("not all of it: %w", err), "the findings of the nodes come first")
+	case err != nil && (d.store.Cluster() || registrar.Refused(err)) && len(inv.Services) > 0:
+		fix := "the findings of the nodes come first"
+		if registrar.Refused(err) {
+			fix = readerFix
+		}
+		d.unknown("registry", fmt.Errorf("not all of it: %w", err), fix)
 	case err != nil:
-		d.unknown("registry", err, "allow SCAN, TYPE, SRANDMEMBER, SISMEMBER and EXISTS to the user of --redis")
+		d.unknown("registry", err, readerFix)
 		return
 	}
 	k := d.store.Keys()
@@ -606,7 +701,7 @@ func (d *doctor) reapers(ctx context.Context, inv registrar.Inventory, reg regis
 		d.clusterReapers(ctx, inv, reg)
 		return
 	}
-	alive, silent, err := pulses(ctx, d.store, inv.Reapers[""], reg.TTL)
+	alive, silent, err := atWork(ctx, d.store, inv, "", reg.TTL)
 	if err != nil {
 		d.unknown("reapers", err, pulseFix)
 		return
@@ -621,11 +716,13 @@ func (d *doctor) reapers(ctx context.Context, inv registrar.Inventory, reg regis
 // clusterReapers judges the reapers of each service: they pulse in its slot.
 func (d *doctor) clusterReapers(ctx context.Context, inv registrar.Inventory, reg registrar.Registry) {
 	var none, one []string
+	unseen := 0
 	for _, svc := range inv.Services {
-		alive, _, err := pulses(ctx, d.store.Of(svc), inv.Reapers[svc], reg.TTL)
+		alive, _, err := atWork(ctx, d.store.Of(svc), inv, svc, reg.TTL)
 		switch {
 		case err != nil:
 			d.unknown("reapers of "+string(svc), err, pulseFix)
+			unseen++
 		case len(alive) == 0 && d.sizes[svc] > 0:
 			none = append(none, string(svc))
 		case len(alive) == 1:
@@ -637,11 +734,32 @@ func (d *doctor) clusterReapers(ctx context.Context, inv registrar.Inventory, re
 		d.add("reapers", stateBad, noReaper, reaperFix, "none alive for %s", few(none))
 	case len(one) > 0:
 		d.add("reapers", stateWarn, oneReaper, reaperFix, "only one alive for %s", few(one))
+	case unseen > 0: // it has been said of each
 	case len(inv.Services) == 0:
 		d.add("reapers", stateOK, "", "", "nobody to look after")
 	default:
 		d.add("reapers", stateOK, "", "", "two or more alive for every service")
 	}
+}
+
+// atWork finds the reapers of one register by their pulses; where not every key was
+// looked at, by what they say of themselves, as status does.
+func atWork(ctx context.Context, store *registrar.Store, inv registrar.Inventory, svc registrar.Service, ttl time.Duration) (alive, silent []string, err error) {
+	if inv.Complete {
+		return pulses(ctx, store, inv.Reapers[svc], ttl)
+	}
+	o, err := registrar.Try(ctx, store.Overview)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, r := range o.Reapers {
+		if r.Live {
+			alive = append(alive, r.ID)
+		} else {
+			silent = append(silent, r.ID)
+		}
+	}
+	return alive, silent, nil
 }
 
 // pulses sorts reapers of one register by whether they pulse.

@@ -393,7 +393,7 @@ func TestDoctorRedis(t *testing.T) {
 			{"settings", []any{"-config"}, [][3]string{{"unknown", "redis pub/sub buffer", "no right"}, {"unknown", "redis replicas", "no right"}}},
 			{"no DISCARD", []any{"-discard"}, [][3]string{{"unknown", "redis rights", "MULTI"}}},
 			{"trial", []any{"-multi"}, [][3]string{{"unknown", "redis rights", "MULTI"}}},
-			{"info", []any{"-info"}, [][3]string{{"unknown", "redis", "NOPERM"}, {"bad", "rights: register", "info"}, {"bad", "rights: docker", "info"}, {"bad", "rights: reap", "info"}, {"bad", "rights: operator", "info"}, {"bad", "rights: lbsync", "info"}}},
+			{"info", []any{"-info"}, [][3]string{{"bad", "redis info", "; ACL SETUSER u +info"}, {"unknown", "redis eviction", ""}, {"unknown", "redis memory", ""}, {"unknown", "redis clients", ""}, {"unknown", "redis persistence", ""}, {"unknown", "redis replicas", ""}, {"bad", "rights: register", "info"}, {"bad", "rights: docker", "info"}, {"bad", "rights: reap", "info"}, {"bad", "rights: operator", "info"}, {"bad", "rights: lbsync", "info"}}},
 		} {
 			t.Run(tt.name, func(t *testing.T) { expect(t, as(t, tt.rules...), tt.want...) })
 		}
