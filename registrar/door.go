@@ -1,6 +1,7 @@
 package registrar
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -35,9 +36,11 @@ const (
 	// probeTimeout bounds one look at what speaks at an address. Together with
 	// DialTimeout it is less than Timeout.
 	probeTimeout = 300 * time.Millisecond
-	// probeEvery is how long what was found counts, so that a server that is away
-	// costs one connection more in that time.
-	probeEvery = 10 * time.Second
+	// probeEvery is the shortest time between two looks, so that a server that is away
+	// costs no more than one connection each second beside its own. What was found counts
+	// for foundFor.
+	probeEvery = time.Second
+	foundFor   = 10 * time.Second
 	// slowHandshake is when a handshake without an answer is a reason to look: what
 	// waits for TLS's words as for its own says nothing.
 	slowHandshake = 100 * time.Millisecond
@@ -138,7 +141,9 @@ func (d *doors) probe(ctx context.Context, addr string) error {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.found = found
+	if d.found = found; found != nil {
+		d.until = time.Now().Add(foundFor)
+	}
 	return found
 }
 
@@ -265,6 +270,8 @@ func (w *watched) Read(b []byte) (int, error) {
 	case m != nil:
 		w.over = true
 		w.wrong = w.mode(string(m[1]))
+	case bytes.HasPrefix(w.head, []byte("-DENIED ")): // and it ends the connection: nothing else would be seen
+		w.over, w.wrong = true, wrongDoor(w.Conn.RemoteAddr().String()+" takes connections from its own host only (protected mode): give it a password, or set protected-mode no")
 	case err != nil && len(w.head) == 0 && w.silent != nil && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)):
 		w.over = true
 		w.wrong = w.silent()

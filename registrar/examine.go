@@ -329,7 +329,7 @@ func (s *Store) Rights(ctx context.Context, svc Service) (map[string][]string, e
 			continue
 		case !errors.As(err, &refused):
 			return nil, fmt.Errorf("try rights: %w", err)
-		case !strings.HasPrefix(refused.Error(), "NOPERM "):
+		case !forbidden(err):
 			continue // another reason, which comes after the check of rights
 		}
 		roles := strings.Fields(r.roles)
@@ -340,6 +340,9 @@ func (s *Store) Rights(ctx context.Context, svc Service) (map[string][]string, e
 			roles = append(roles, RoleAgent)
 		}
 		what := fmt.Sprint(r.args[0])
+		if Unknowable(err) {
+			what += " (rename-command in redis.conf)"
+		}
 		for _, a := range r.args[1:] {
 			if name, ok := a.(string); ok && strings.HasPrefix(name, s.keys.ns+":") {
 				what += " " + name

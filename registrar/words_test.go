@@ -50,6 +50,7 @@ func TestCures(t *testing.T) {
 		{"a command of Redis", []any{"-time"}, func(ctx context.Context) error { _, _, err := s.Clock(ctx); return err }, "; ACL SETUSER app +time"},
 		{"a key of a command", []any{"resetkeys", "~other"}, func(ctx context.Context) error { _, err := s.Stale(ctx, "web", 1, 0, 1); return err }, "; ACL SETUSER app ~rollcall:{web}:instances"},
 		{"in a pipeline", []any{"-sismember"}, func(ctx context.Context) error { _, _, err := s.listed(ctx, "web"); return err }, "; ACL SETUSER app +sismember"},
+		{"one command of a pipeline", []any{"-zrange"}, func(ctx context.Context) error { _, err := s.Overview(ctx); return err }, "; ACL SETUSER app +zrange"},
 	} {
 		must(t, root.FlushDB(ctx).Err())
 		set(c.rules...)
@@ -88,6 +89,14 @@ func TestCures(t *testing.T) {
 				t.Errorf("%s by %q: %v, want …%s", what, c[0], err, c[1])
 			}
 		}
+	}
+}
+
+// TestOddAnswer shows numbers as such.
+func TestOddAnswer(t *testing.T) {
+	t.Parallel()
+	if err := (&mark{}).take([]any{int64(70), "x"}); err == nil || !strings.Contains(err.Error(), `[70 "x"]`) {
+		t.Error(err)
 	}
 }
 
@@ -134,6 +143,10 @@ func TestWithoutInfo(t *testing.T) {
 			}
 			if o, err := s.Examine(ctx); err != nil || o.Unseen == nil || o.Version == "" || o.Role != "master" || o.Memory != Unknown {
 				t.Errorf("%+v, %v", o, err)
+			}
+			missing, err := s.Rights(ctx, "web")
+			if what := strings.Join(missing[RoleReaper], ", "); err != nil || !strings.HasPrefix(what, "info") || strings.Contains(what, "rename-command") != (args != nil) {
+				t.Errorf("missing %q, %v", what, err)
 			}
 			_, err = s.Leave(ctx, "web", host(1), "t", Left)
 			must(t, err)
