@@ -127,7 +127,7 @@ func (s *Store) Examine(ctx context.Context) (Server, error) {
 		return Server{}, fmt.Errorf("read redis' clock: %w", err)
 	}
 	text, err := s.rdb.Info(ctx).Result()
-	if err != nil && !forbidden(err) {
+	if err != nil && !Forbidden(err) {
 		return Server{}, fmt.Errorf("read redis' INFO: %w", err)
 	}
 	info := fields(text)
@@ -329,7 +329,7 @@ func (s *Store) Rights(ctx context.Context, svc Service) (map[string][]string, e
 			continue
 		case !errors.As(err, &refused):
 			return nil, fmt.Errorf("try rights: %w", err)
-		case !forbidden(err):
+		case !Forbidden(err):
 			continue // another reason, which comes after the check of rights
 		}
 		roles := strings.Fields(r.roles)
@@ -442,7 +442,7 @@ func (s *Store) Inventory(ctx context.Context) (Inventory, error) {
 			inv.Complete, failed = false, err // of many nodes, the others'
 		}
 	}
-	if failed != nil && !s.keys.cluster && !forbidden(failed) {
+	if failed != nil && !s.keys.cluster && !Forbidden(failed) {
 		return inv, failed
 	}
 	inv.Keys = len(seen)
@@ -458,7 +458,7 @@ func (s *Store) Inventory(ctx context.Context) (Inventory, error) {
 	for _, svc := range doubtful {
 		listed, has, err := s.listed(ctx, svc)
 		switch {
-		case err != nil && (s.keys.cluster || forbidden(err)):
+		case err != nil && (s.keys.cluster || Forbidden(err)):
 			failed = err
 		case err != nil && !broken(err):
 			return inv, err

@@ -161,7 +161,7 @@ func (s *Store) History(ctx context.Context) (replid string, err error) {
 	}
 	info, err := s.rdb.Info(ctx, "replication").Result()
 	switch {
-	case forbidden(err):
+	case Forbidden(err):
 		return noHistory, nil
 	case err != nil:
 		return "", fmt.Errorf("read the replication id: %w", err)

@@ -123,11 +123,11 @@ func Unknowable(err error) bool {
 	return errors.As(err, &answer) && strings.HasPrefix(answer.Error(), "ERR unknown command")
 }
 
-// forbidden tells whether the user may not send that command at all, or Redis was
-// told not to know it.
-func forbidden(err error) bool {
+// Forbidden tells whether the user lacks the right to a command or a key, also within a
+// script, or Redis was told not to know the command.
+func Forbidden(err error) bool {
 	var answer redis.Error
-	return errors.As(err, &answer) && strings.HasPrefix(answer.Error(), "NOPERM ") || Unknowable(err)
+	return errors.As(err, &answer) && (strings.HasPrefix(answer.Error(), "NOPERM ") || strings.Contains(answer.Error(), "user executing the script can't") || strings.Contains(answer.Error(), "ACL failure in script")) || Unknowable(err)
 }
 
 // inScript finds the commands of the line at which a script failed, and its keys where

@@ -193,6 +193,16 @@ func (d *doctor) add(check string, s state, why, fix, seen string, args ...any) 
 	d.findings = append(d.findings, f)
 }
 
+// part is add for what was seen in part: what is wrong is certain, and nothing is ok while
+// something has not been seen.
+func (d *doctor) part(unseen []string, check string, s state, why, fix, seen string, args ...any) {
+	if s == stateOK && len(unseen) > 0 {
+		d.unknown(check, fmt.Errorf("not seen: %s", few(unseen)), readerFix)
+		return
+	}
+	d.add(check, s, why, fix, seen, args...)
+}
+
 // unknown says that err kept a check from being made.
 func (d *doctor) unknown(check string, err error, fix string) {
 	d.add(check, stateUnknown, "what was not seen may be wrong", fix, "%v", err)
@@ -301,7 +311,7 @@ func (d *doctor) nodes(ctx context.Context) {
 		return
 	}
 	var unowned, failed int64
-	var dead, unseen, without, stopped, moving []string
+	var dead, unseen, blind, without, stopped, moving []string
 	covered := "no" // by all that were asked
 	for _, n := range nodes {
 		name := "redis " + n.Addr
@@ -326,7 +336,7 @@ func (d *doctor) nodes(ctx context.Context) {
 		case n.Replicas == 0:
 			without = append(without, n.Addr)
 		case n.Replicas < 0: // without INFO
-			unseen = append(unseen, n.Addr)
+			blind = append(blind, n.Addr)
 		}
 		for _, slot := range n.Moving {
 			moving = append(moving, n.Addr+" "+slot)
@@ -338,27 +348,18 @@ func (d *doctor) nodes(ctx context.Context) {
 	if len(dead) == len(nodes) {
 		return
 	}
-	// part judges what each node says of itself: what is wrong is certain, and nothing is
-	// ok while a node has not been seen.
-	part := func(check string, s state, why, fix, seen string, args ...any) {
-		if s == stateOK && len(unseen) > 0 {
-			d.unknown(check, fmt.Errorf("not seen: %s", few(unseen)), readerFix)
-			return
-		}
-		d.add(check, s, why, fix, seen, args...)
-	}
-	part("cluster nodes", worst(len(stopped) > 0, false), "such a node refuses everything", "redis-cli --cluster check HOST:PORT", "%s", cmp.Or(few(stopped), fmt.Sprintf("%d primaries, all in order", len(nodes)-len(dead))))
-	part("cluster slots", worst(unowned+failed > 0, false), "a service whose name falls on such a slot has no register", "redis-cli --cluster fix HOST:PORT, or bring the node back",
+	d.part(unseen, "cluster nodes", worst(len(stopped) > 0, false), "such a node refuses everything", "redis-cli --cluster check HOST:PORT", "%s", cmp.Or(few(stopped), fmt.Sprintf("%d primaries, all in order", len(nodes)-len(dead))))
+	d.part(unseen, "cluster slots", worst(unowned+failed > 0, false), "a service whose name falls on such a slot has no register", "redis-cli --cluster fix HOST:PORT, or bring the node back",
 		"%d without an owner, %d whose owner is down", unowned, failed)
-	part("cluster moving slots", worst(false, len(moving) > 0), "while a slot has keys on two nodes the services in it stand still", "let it come to its end, or: redis-cli --cluster fix HOST:PORT", "%s", cmp.Or(few(moving), "none"))
+	d.part(unseen, "cluster moving slots", worst(false, len(moving) > 0), "while a slot has keys on two nodes the services in it stand still", "let it come to its end, or: redis-cli --cluster fix HOST:PORT", "%s", cmp.Or(few(moving), "none"))
 	switch {
 	case covered == "" && len(unseen) == 0:
 		d.unknown("cluster coverage", errors.New("no right to read cluster-require-full-coverage"), "ACL SETUSER <user> +config|get")
 	default:
-		part("cluster coverage", worst(false, covered != "no"), "one shard that is down stops the services of all", "redis-cli config set cluster-require-full-coverage no, on every node; and in redis.conf: cluster-require-full-coverage no",
+		d.part(unseen, "cluster coverage", worst(false, covered != "no"), "one shard that is down stops the services of all", "redis-cli config set cluster-require-full-coverage no, on every node; and in redis.conf: cluster-require-full-coverage no",
 			"cluster-require-full-coverage %s", covered)
 	}
-	part("cluster replicas", worst(false, len(without) > 0), "when such a primary dies its services stand still until it is back", "redis-cli --cluster add-node REPLICA HOST:PORT --cluster-slave --cluster-master-id ID",
+	d.part(append(blind, unseen...), "cluster replicas", worst(false, len(without) > 0), "when such a primary dies its services stand still until it is back", "redis-cli --cluster add-node REPLICA HOST:PORT --cluster-slave --cluster-master-id ID",
 		"%s", cmp.Or(also(without, "no replica follows: "), "every primary has one"))
 }
 
@@ -569,7 +570,7 @@ const (
 // registers judges what each service's own register in a Cluster says of itself,
 // against the whole.
 func (d *doctor) registers(ctx context.Context, svcs []registrar.Service, whole registrar.Registry) {
-	var blank, other []string
+	var blank, other, unseen []string
 	for _, svc := range svcs {
 		tctx, cancel := registrar.WithTimeout(ctx)
 		reg, err := d.store.Of(svc).Registry(tctx)
@@ -577,6 +578,7 @@ func (d *doctor) registers(ctx context.Context, svcs []registrar.Service, whole 
 		switch {
 		case err != nil:
 			d.unknown("registry of "+string(svc), err, "the findings of the nodes come first")
+			unseen = append(unseen, string(svc))
 			continue
 		case reg.Fault != "":
 			other = append(other, fmt.Sprintf("%s: %s", svc, reg.Fault))
@@ -587,8 +589,8 @@ func (d *doctor) registers(ctx context.Context, svcs []registrar.Service, whole 
 			blank = append(blank, string(svc))
 		}
 	}
-	d.add("registry epochs", worst(false, len(blank) > 0), noEpoch, epochFix, "%s", cmp.Or(also(blank, "none of "), "every service has one"))
-	d.add("registry configs", worst(len(other) > 0, false), "reapers refuse to work with times that differ", fmt.Sprintf("rollcall reap --ttl %v --heartbeat %v --set-ttl --once", whole.TTL, whole.Interval), "%s", cmp.Or(few(other), "all as the whole"))
+	d.part(unseen, "registry epochs", worst(false, len(blank) > 0), noEpoch, epochFix, "%s", cmp.Or(also(blank, "none of "), "every service has one"))
+	d.part(unseen, "registry configs", worst(len(other) > 0, false), "reapers refuse to work with times that differ", fmt.Sprintf("rollcall reap --ttl %v --heartbeat %v --set-ttl --once", whole.TTL, whole.Interval), "%s", cmp.Or(few(other), "all as the whole"))
 }
 
 func (d *doctor) config(reg registrar.Registry, ttl, heartbeat time.Duration) {
@@ -610,7 +612,7 @@ func (d *doctor) config(reg registrar.Registry, ttl, heartbeat time.Duration) {
 // instances reads every service for what cannot be believed, and for who
 // should have been taken out.
 func (d *doctor) instances(ctx context.Context, inv registrar.Inventory, reg registrar.Registry) {
-	var garbage, stale, shared []string
+	var garbage, stale, shared, unseen []string
 	in := map[netip.AddrPort]string{} // the service, and for how long it has been silent there if it has
 	var fix string                    // of the first
 	d.sizes = map[registrar.Service]int64{}
@@ -619,9 +621,15 @@ func (d *doctor) instances(ctx context.Context, inv registrar.Inventory, reg reg
 		snap, err := d.store.Read(tctx, svc, nil)
 		cancel()
 		if err != nil {
-			d.unknown("registry members", err, "see what else is wrong with this service's keys")
+			fix := "see what else is wrong with this service's keys"
+			if registrar.Forbidden(err) {
+				fix = readerFix
+			}
+			d.unknown("registry members of "+string(svc), err, fix)
+			unseen = append(unseen, string(svc))
 			continue
 		}
+		d.sizes[svc] = 0
 		for _, g := range snap.Garbage {
 			garbage = append(garbage, fmt.Sprintf("%s %s", svc, g))
 			fix = cmp.Or(fix, "redis-cli zrem "+quote(d.store.Keys().Instances(svc))+" "+quote(g))
@@ -648,17 +656,18 @@ func (d *doctor) instances(ctx context.Context, inv registrar.Inventory, reg reg
 			}
 		}
 	}
-	d.known = true
+	d.known = len(unseen) == 0
 	slices.Sort(stale)
-	d.add("registry addresses", worst(false, len(shared) > 0), "unless one process serves both, requests of one service reach the other", "the one that is silent goes by itself after its TTL; else take out the one that is wrong: rollcall deregister --service NAME --addr ADDR --force, and stop its sidecar",
+	d.part(unseen, "registry addresses", worst(false, len(shared) > 0), "unless one process serves both, requests of one service reach the other", "the one that is silent goes by itself after its TTL; else take out the one that is wrong: rollcall deregister --service NAME --addr ADDR --force, and stop its sidecar",
 		"%s", cmp.Or(few(shared), "each in one service"))
-	d.add("registry members", worst(false, len(garbage) > 0), "what cannot be believed is not served", fix, "%s", cmp.Or(few(garbage), "all are instances"))
-	d.add("registry silence", worst(false, len(stale) > 0), "the dead are still served, if no check says otherwise", "see the reapers below; if they live, they hold back: their log says why", "%s", cmp.Or(few(stale), "nobody is silent for longer than the TTL"))
+	d.part(unseen, "registry members", worst(false, len(garbage) > 0), "what cannot be believed is not served", fix, "%s", cmp.Or(few(garbage), "all are instances"))
+	d.part(unseen, "registry silence", worst(false, len(stale) > 0), "the dead are still served, if no check says otherwise", "see the reapers below; if they live, they hold back: their log says why", "%s", cmp.Or(few(stale), "nobody is silent for longer than the TTL"))
 }
 
 // limits says how near the registry is to keeping newcomers out.
 func (d *doctor) limits(inv registrar.Inventory, reg registrar.Registry) {
 	if !d.known {
+		d.unknown("registry limits", errors.New("not every service was read"), readerFix)
 		return
 	}
 	for _, l := range []struct {
@@ -719,11 +728,15 @@ func (d *doctor) clusterReapers(ctx context.Context, inv registrar.Inventory, re
 	unseen := 0
 	for _, svc := range inv.Services {
 		alive, _, err := atWork(ctx, d.store.Of(svc), inv, svc, reg.TTL)
+		size, sized := d.sizes[svc]
 		switch {
 		case err != nil:
 			d.unknown("reapers of "+string(svc), err, pulseFix)
 			unseen++
-		case len(alive) == 0 && d.sizes[svc] > 0:
+		case len(alive) == 0 && !sized:
+			d.unknown("reapers of "+string(svc), errors.New("none alive, and it is not known whether it has instances"), readerFix)
+			unseen++
+		case len(alive) == 0 && size > 0:
 			none = append(none, string(svc))
 		case len(alive) == 1:
 			one = append(one, string(svc))
