@@ -91,6 +91,7 @@ func TestWithoutPassword(t *testing.T) {
 	for _, p := range daemons {
 		p.says(t, cure)
 	}
+	s.monitor(t, "watch").ready(t, "redis refuses what this user reads")
 	for _, args := range [][]string{
 		{"services"}, {"instances", "web"}, {"lb"}, {"status"}, {"events"}, {"explain", "web", i.Addr().String()}, {"drain", "web", i.Addr().String()},
 		{"deregister", "--service", "web", "--addr", i.Addr().String()}, {"wait", "web", "--timeout", "1s"},
