@@ -480,10 +480,9 @@ func (w *Watcher) compare(ctx context.Context, svcs []registrar.Service, every b
 		for _, svc := range part {
 			told.of[svc] = v.Of[svc]
 			p := w.followed[svc]
-			if ttl, interval := v.InForce(svc); p.known && ttl > 0 && p.times != [2]time.Duration{ttl, interval} {
-				w.note(svc, hint{heard: heard, full: true, sure: true}) // which bumps no version
-			}
-			if every || !p.known || p.token != v.Token(svc) || v.Of[svc] < 0 { // what is no number names no state
+			ttl, interval := v.InForce(svc) // which bump no version when they change
+			other := ttl > 0 && p.times != [2]time.Duration{ttl, interval}
+			if every || !p.known || other || p.token != v.Token(svc) || v.Of[svc] < 0 { // what is no number names no state
 				w.note(svc, hint{heard: heard, sure: true})
 			}
 		}
@@ -713,7 +712,7 @@ func (w *Watcher) fetch(ctx context.Context, svc registrar.Service, p *progress,
 // read reads one service, or takes what has been read ahead. A Change without a
 // service is none.
 func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, h hint, ahead *answer) (Change, error) {
-	old, known := p.token, p.known
+	old, known, times := p.token, p.known, p.times
 	if ahead == nil {
 		now := w.fetch(ctx, svc, p, h)
 		ahead = &now
@@ -740,7 +739,7 @@ func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, 
 			w.log.Warn().Str("service", string(svc)).Stringer("addr", e.Addr).Str("why", clip(e.Garbage)).Msg("not acting on what cannot be believed")
 		}
 	}
-	if known && !snap.Full && snap.Token == old {
+	if known && !snap.Full && snap.Token == old && p.times == times {
 		return Change{}, nil
 	}
 	before := known || old != registrar.Token{} // or Remembered

@@ -132,7 +132,7 @@ func TestMistypedTimesAreForgotten(t *testing.T) {
 			}
 			last := beats(3, 0)
 			set(MaxTTL, MaxTTL/3)
-			last = beats(1, last)
+			beats(1, last)
 			last = s.rdb.ZScore(t.Context(), s.keys.Instances(web), host(1).String()).Val()
 			right := time.Now()
 			set(ttl, interval)
