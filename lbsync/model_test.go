@@ -112,9 +112,35 @@ func (b belief) word() bool {
 type beliefs struct {
 	of      map[netip.AddrPort]belief
 	doubted map[netip.AddrPort]registrar.Gone
+	since   map[netip.AddrPort]later
 	known   bool
 	broken  bool  // by an interruption, until a whole read a TTL later
 	at      int64 // its time by Redis' clock, unix ms
+}
+
+// later is what an owner has said after the state that an interruption brought back.
+type later struct {
+	old  registrar.Instance
+	said registrar.Entry
+}
+
+// stated tells whether g is an owner's last word: of the registration that was there,
+// or known already.
+func stated(g registrar.Gone, had registrar.Entry) bool {
+	owner := g.Token != "" && (g.Reason == registrar.Left || g.Reason == registrar.Unhealthy)
+	if had.Present {
+		return owner && g.Token == had.Instance.Meta.ID && had.Instance.Beat < g.At+60_000
+	}
+	return owner && had.Gone != nil && *had.Gone == g
+}
+
+// older tells whether i is from before its owner said what had says.
+func older(i registrar.Instance, had registrar.Entry) bool {
+	if had.Gone != nil {
+		return stated(*had.Gone, had) && had.Gone.Token == i.Meta.ID && i.Beat <= had.Gone.At
+	}
+	h := had.Instance
+	return had.Present && i.Meta.ID != "" && h.Meta.ID == i.Meta.ID && h.Meta.Draining && !i.Meta.Draining && i.Beat <= h.Beat
 }
 
 func newBeliefs() *beliefs { return &beliefs{of: map[netip.AddrPort]belief{}} }
@@ -132,14 +158,27 @@ func (bs *beliefs) fold(c notifier.Change, now time.Time) {
 	}
 	if c.Interrupted {
 		bs.broken, bs.at = true, c.Now
-		bs.doubted = map[netip.AddrPort]registrar.Gone{}
+		bs.doubted, bs.since = map[netip.AddrPort]registrar.Gone{}, map[netip.AddrPort]later{}
 	}
 	for _, e := range c.Entries {
-		if e.Gone != nil && c.Interrupted {
+		had := bs.get(e.Addr).Entry
+		if e.Gone != nil && c.Interrupted && !stated(*e.Gone, had) {
 			bs.doubted[e.Addr] = *e.Gone
+		}
+		if e.Present && c.Interrupted && older(e.Instance, had) {
+			bs.since[e.Addr] = later{e.Instance, had}
 		}
 		if d, ok := bs.doubted[e.Addr]; ok && e.Gone != nil && d == *e.Gone {
 			e.Gone = nil
+		}
+		if l, ok := bs.since[e.Addr]; ok && e.Present && e.Instance.Meta.ID == l.old.Meta.ID && e.Instance.Beat == l.old.Beat {
+			word := e.Instance.Admin
+			e = l.said
+			if e.Present {
+				e.Instance.Admin = word
+			}
+		} else {
+			delete(bs.since, e.Addr)
 		}
 		said[e.Addr] = e
 	}

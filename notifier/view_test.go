@@ -20,6 +20,25 @@ func left(n int, at int64, token string) registrar.Entry {
 	return registrar.Entry{Addr: host(n), Gone: &registrar.Gone{Reason: registrar.Left, At: at, Token: token}}
 }
 
+// is gives an instance an id and the time of its last heartbeat, ms.
+func is(e registrar.Entry, id string, beat int64) registrar.Entry {
+	e.Instance.Meta.ID, e.Instance.Beat = id, beat
+	return e
+}
+
+func drains(e registrar.Entry) registrar.Entry {
+	e.Instance.Meta.Draining = true
+	return e
+}
+
+// why gives a note another reason.
+func why(e registrar.Entry, r registrar.Reason) registrar.Entry {
+	g := *e.Gone
+	g.Reason = r
+	e.Gone = &g
+	return e
+}
+
 func broken(n int) registrar.Entry { return registrar.Entry{Addr: host(n), Garbage: "score"} }
 
 func change(kind string, now int64, entries ...registrar.Entry) Change {
@@ -34,6 +53,8 @@ func show(e registrar.Entry) string {
 	switch {
 	case e.Garbage != "":
 		return "garbage"
+	case e.Present && e.Instance.Meta.Draining:
+		return fmt.Sprint("drains ", e.Instance.Weight())
 	case e.Present:
 		return fmt.Sprint("here ", e.Instance.Weight())
 	case e.Gone != nil:
@@ -79,7 +100,37 @@ func TestViewApply(t *testing.T) {
 		{"interrupted: left once more", []Change{change("full", 10, here(1, 7)), change("interrupted", 20, left(1, 15, "a")),
 			change("delta", 21, left(1, 21, "b"))}, "[1]", map[int]string{1: "left"}, 1},
 		{"interrupted twice", []Change{change("full", 10, here(1, 7)), change("interrupted", 20, here(1, 7)), change("delta", 21, left(1, 21, "a")),
-			change("interrupted", 30, left(1, 21, "a"))}, "[1]", map[int]string{1: "absent"}, 1},
+			change("interrupted", 30, left(1, 21, "a"))}, "[1]", map[int]string{1: "left"}, 1},
+		{"interrupted twice, and another's note", []Change{change("full", 10, here(1, 7)), change("interrupted", 20, here(1, 7)), change("delta", 21, left(1, 21, "a")),
+			change("interrupted", 30, left(1, 20, "b"))}, "[1]", map[int]string{1: "absent"}, 1},
+		{"interrupted: what its owner says, of the id that was there", []Change{change("full", 10, is(here(1, 7), "a", 9), is(here(2, 7), "b", 9), is(here(3, 7), "c", 9)),
+			change("interrupted", 20, left(1, 15, "a"), why(left(2, 15, "b"), registrar.Unhealthy), left(3, 15, "d"))}, "[1 2 3]",
+			map[int]string{1: "left", 2: "unhealthy", 3: "absent"}, 3},
+		{"interrupted: only silence, or an operator's word, of the id that was there", []Change{change("full", 10, is(here(1, 7), "a", 9), is(here(2, 7), "b", 9)),
+			change("interrupted", 20, why(left(1, 15, "a"), registrar.Expired), why(left(2, 15, "b"), registrar.Operator))}, "[1 2]",
+			map[int]string{1: "absent", 2: "absent"}, 2},
+		{"interrupted: what its owner says, by a clock behind", []Change{change("full", 10_000, is(here(1, 7), "a", 10_000)),
+			change("interrupted", 9000, left(1, 9000, "a"))}, "[1]", map[int]string{1: "left"}, 1},
+		{"interrupted: what its owner said before it came back as the same", []Change{change("full", 700_000, is(here(1, 7), "a", 700_000)),
+			change("interrupted", 700_001, left(1, 15, "a"))}, "[1]", map[int]string{1: "absent"}, 1},
+		{"interrupted twice, and its owner has said so", []Change{change("full", 10, is(here(1, 7), "a", 9)), change("interrupted", 20, left(1, 15, "a")),
+			change("interrupted", 30, left(1, 15, "a"))}, "[1]", map[int]string{1: "left"}, 1},
+		{"interrupted: it is back in a register that lacks its leaving", []Change{change("full", 10, is(here(1, 7), "a", 9)), change("delta", 11, left(1, 11, "a")),
+			change("interrupted", 20, is(here(1, 7), "a", 9))}, "[1]", map[int]string{1: "left"}, 1},
+		{"interrupted: the same, read again", []Change{change("full", 10, is(here(1, 7), "a", 9)), change("delta", 11, left(1, 11, "a")),
+			change("interrupted", 20, is(here(1, 7), "a", 9)), change("full", 30, is(here(1, 7), "a", 9))}, "[1]", map[int]string{1: "left"}, 1},
+		{"interrupted: the same, and it beats", []Change{change("full", 10, is(here(1, 7), "a", 9)), change("delta", 11, left(1, 11, "a")),
+			change("interrupted", 20, is(here(1, 7), "a", 9)), change("full", 30, is(here(1, 7), "a", 25))}, "[1]", map[int]string{1: "here 7"}, 1},
+		{"interrupted: the same, and another is there", []Change{change("full", 10, is(here(1, 7), "a", 9)), change("delta", 11, left(1, 11, "a")),
+			change("interrupted", 20, is(here(1, 7), "b", 9))}, "[1]", map[int]string{1: "here 7"}, 1},
+		{"interrupted: an expired one is back", []Change{change("full", 10, is(here(1, 7), "a", 9)), change("delta", 11, why(left(1, 11, "a"), registrar.Expired)),
+			change("interrupted", 20, is(here(1, 7), "a", 9))}, "[1]", map[int]string{1: "here 7"}, 1},
+		{"interrupted: it drains no more in a register that lacks that", []Change{change("full", 10, drains(is(here(1, 7), "a", 9))),
+			change("interrupted", 20, is(here(1, 8), "a", 5)), change("full", 30, is(here(1, 8), "a", 5))}, "[1]", map[int]string{1: "drains 7"}, 1},
+		{"interrupted: it drains no more, and has beaten since", []Change{change("full", 10, drains(is(here(1, 7), "a", 9))),
+			change("interrupted", 20, is(here(1, 8), "a", 15))}, "[1]", map[int]string{1: "here 8"}, 1},
+		{"drains no more, without an interruption", []Change{change("full", 10, drains(is(here(1, 7), "a", 9))),
+			change("delta", 20, is(here(1, 8), "a", 5))}, "[1]", map[int]string{1: "here 8"}, 1},
 		{"interrupted: garbage stays in sight", []Change{change("full", 10, here(1, 7)), change("interrupted", 20, broken(1))}, "[1]",
 			map[int]string{1: "garbage"}, 1},
 	} {

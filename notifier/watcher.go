@@ -37,13 +37,20 @@ const (
 // to subscribe. A pool that could not dial says so for up to a second more; with
 // that, either is done within 3 s.
 const (
-	compareEvery  = time.Second
-	lastSubscribe = 1500 * time.Millisecond
+	compareEvery  = 500 * time.Millisecond
+	lastSubscribe = 500 * time.Millisecond
 )
 
 const (
-	// lastRetry is the longest pause after a failed exchange.
+	// lastRetry is the longest pause after a failed exchange that another try within a
+	// second does not mend.
 	lastRetry = 5 * time.Second
+	// awayRetry is the longest pause while Redis does not answer, or a shard of a
+	// Cluster. What is said to a new primary waits for it, and instances that leave then
+	// are gone a moment later. awayEach for each service that is followed bounds
+	// what a dead shard's cost: 200 tries a second.
+	awayRetry = 500 * time.Millisecond
+	awayEach  = 5 * time.Millisecond
 	// lieGap is the pace of the reads of one service that messages ask for and
 	// that find less than the message said: anybody on the channel may send any
 	// number of them. Lies may run ahead by lieAhead, so that 2 cost nothing. A
@@ -301,7 +308,7 @@ func (w *Watcher) Run(ctx context.Context, handle func(Change)) error {
 				w.log.Warn().Err(err).Msg(say)
 			}
 			w.answers(false, registrar.Refused(err))
-			again.Reset(registrar.Backoff(outage.Failures, w.retry()))
+			again.Reset(registrar.Backoff(outage.Failures, w.away()))
 		default:
 			if failures, say := outage.End(); say {
 				w.log.Info().Int("failures", failures).Msg("redis answers again")
@@ -428,6 +435,11 @@ func (w *Watcher) pollEvery() time.Duration {
 
 // retry is the longest pause after a failed exchange.
 func (w *Watcher) retry() time.Duration { return min(w.cfg.Poll, lastRetry) }
+
+// away is the longest pause while Redis does not answer.
+func (w *Watcher) away() time.Duration {
+	return min(w.retry(), max(awayRetry, time.Duration(len(w.followed))*awayEach))
+}
 
 // Poll reads the version counters and notes every service whose state is not
 // the one last read; after a new subscription it notes every service.
@@ -589,7 +601,11 @@ func (w *Watcher) Follow(ctx context.Context, handle func(Change)) error {
 			if p.outage.Fail() {
 				w.log.Warn().Err(err).Msg("cannot read this service; what is known of it stays in force")
 			}
-			w.putOff(svc, h, time.Now().Add(registrar.Backoff(p.outage.Failures, w.retry())))
+			limit := w.retry()
+			if registrar.Passing(err) {
+				limit = w.away()
+			}
+			w.putOff(svc, h, time.Now().Add(registrar.Backoff(p.outage.Failures, limit)))
 		}
 	}
 	w.rest(reads)
