@@ -292,7 +292,9 @@ func (s *Store) WaitApplied(ctx context.Context, svc Service, version int64, eac
 			if first == nil {
 				first = &acks.Token
 			}
-			if first.Interrupted(acks.Token) {
+			// A fail-over may have come before the first look: then the version that was
+			// given is not reached yet.
+			if first.Interrupted(acks.Token) || acks.Token.Version >= 0 && acks.Token.Version < version {
 				return live, fmt.Errorf("wait for version %d of %s: %w", version, svc, ErrOtherHistory)
 			}
 			var behind int

@@ -3,6 +3,7 @@ package registrar
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -136,7 +137,7 @@ func TestWaitApplied(t *testing.T) {
 		join(t, s, host(1), "a")
 		must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
 		s.setClock(t0 + BalancerLive.Milliseconds() + 1)
-		if live, err := s.WaitApplied(t.Context(), web, 9, nil); live != 0 || err != nil {
+		if live, err := s.WaitApplied(t.Context(), web, 1, nil); live != 0 || err != nil {
 			t.Errorf("%d, %v", live, err)
 		}
 	})
@@ -144,18 +145,30 @@ func TestWaitApplied(t *testing.T) {
 		s := fresh(t, srv)
 		join(t, s, host(1), "a")
 		must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
+		join(t, s, host(2), "b")
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 		defer cancel()
-		if live, err := s.WaitApplied(ctx, web, 9, nil); live != 1 || err == nil {
+		if live, err := s.WaitApplied(ctx, web, 2, nil); live != 1 || err == nil || errors.Is(err, ErrOtherHistory) {
 			t.Errorf("%d, %v", live, err)
+		}
+	})
+	t.Run("a version that is not reached", func(t *testing.T) { // another server may have taken over before the first look
+		s := fresh(t, srv)
+		join(t, s, host(1), "a")
+		must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		if _, err := s.WaitApplied(ctx, web, 2, nil); !errors.Is(err, ErrOtherHistory) {
+			t.Errorf("got %v", err)
 		}
 	})
 	t.Run("the data is lost", func(t *testing.T) {
 		s := fresh(t, srv)
 		join(t, s, host(1), "a")
 		must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
+		join(t, s, host(2), "b")
 		looks := 0
-		_, err := s.WaitApplied(t.Context(), web, 9, func() error {
+		_, err := s.WaitApplied(t.Context(), web, 2, func() error {
 			if looks++; looks == 2 {
 				do(t, s, "SET", s.keys.Epoch(), "another")
 			}
@@ -225,6 +238,99 @@ func TestWaitAppliedForNoNumber(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestDrainsAnew has another history begin while a drain waits: the instance says there
+// too that it drains, and waits for the balancers there.
+func TestDrainsAnew(t *testing.T) {
+	for _, lost := range []bool{false, true} { // with the instance and the balancers
+		t.Run(fmt.Sprintf("data lost %v", lost), func(t *testing.T) {
+			s, _ := newStore(t)
+			b, log := newBeater(t, s, 0)
+			b.cfg.DrainWait = time.Minute
+			r := start(t, b)
+			registered(t, s, b)
+			must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
+			r.cancel()
+			draining := func() error {
+				snap, err := s.Read(t.Context(), web, nil)
+				if err == nil && (len(snap.Entries) != 1 || snap.Entries[0].Instance.State() != AdminDrain) {
+					err = errors.New("not draining")
+				}
+				return err
+			}
+			eventually(t, draining)
+			if lost {
+				do(t, s, "FLUSHALL")
+			} else {
+				do(t, s, "SET", s.keys.Epoch(), "another")
+			}
+			log.hears(t, "info: another server has taken over; saying there that this instance drains")
+			eventually(t, draining)
+			if slices.Contains(log.said(t), "info: drained") {
+				t.Error("it is drained, and no balancer has said so")
+			}
+			must(t, s.Acker("lb").Ack(t.Context(), web, token(t, s)))
+			must(t, r.wait(t))
+			if !slices.Contains(log.said(t), "info: drained") {
+				t.Errorf("said %q", log.said(t))
+			}
+		})
+	}
+}
+
+// TestLeaveIsWaitedFor has Redis be away for as long as a drain may wait. When it is
+// back the instance leaves, and its app is not to end before the balancers know.
+func TestLeaveIsWaitedFor(t *testing.T) {
+	t.Parallel()
+	srv := redistest.Start(t, "--appendonly", "yes", "--appendfsync", "always")
+	s := production(t, srv)
+	b, log := newBeater(t, s, 0)
+	b.cfg.DrainWait, b.cfg.LeaveWait = time.Second, time.Minute
+	r := start(t, b)
+	registered(t, s, b)
+	acker := s.Acker("lb")
+	must(t, acker.Ack(t.Context(), web, token(t, s)))
+	srv.Kill(t)
+	r.cancel()
+	log.hears(t, "warn: cannot say that this instance drains; leaving")
+	srv.Launch(t)
+	var snap Snapshot
+	eventually(t, func() (err error) {
+		if snap, err = s.Read(t.Context(), web, nil); err == nil && snap.Entries[0].Present {
+			err = errors.New("it has not left")
+		}
+		return err
+	})
+	select {
+	case <-r.done:
+		t.Error("it has ended, and the balancer does not know")
+	case <-time.After(b.cfg.DrainWait / 5): // it would have ended at once
+	}
+	must(t, acker.Ack(t.Context(), web, snap.Token))
+	must(t, r.wait(t))
+	if want := []string{saidRegistered, "warn: cannot say that this instance drains; leaving", saidLeft}; !slices.Equal(log.said(t), want) {
+		t.Errorf("said %q, want %q", log.said(t), want)
+	}
+}
+
+// TestForceStop ends a leave that Redis does not take.
+func TestForceStop(t *testing.T) {
+	t.Parallel()
+	srv := redistest.Start(t)
+	s := production(t, srv)
+	b, log := newBeater(t, s, 0)
+	force := make(chan struct{})
+	b.cfg.LeaveWait, b.cfg.ForceStop = time.Hour, force
+	r := start(t, b)
+	registered(t, s, b)
+	srv.Kill(t)
+	r.cancel()
+	close(force)
+	must(t, r.wait(t))
+	if want := []string{saidRegistered, saidAway}; !slices.Equal(log.said(t), want) {
+		t.Errorf("said %q, want %q", log.said(t), want)
+	}
 }
 
 // The order of leaving: say that it drains, beat on, wait for every balancer,

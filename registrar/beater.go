@@ -13,8 +13,13 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// leaveTimeout bounds the whole of a leave, attempts included.
-const leaveTimeout = 2 * time.Second
+const (
+	// leaveTimeout is what a leave has at least, attempts included.
+	leaveTimeout = 2 * time.Second
+	// lastSay is the longest pause between two tries to say that an instance drains
+	// or leaves: after a fail-over every second counts, and there are few of them.
+	lastSay = 250 * time.Millisecond
+)
 
 // BeaterConfig is one instance to register.
 type BeaterConfig struct {
@@ -31,6 +36,13 @@ type BeaterConfig struct {
 	DrainWait time.Duration
 	// Hurry, when closed, ends that wait. It may be nil.
 	Hurry <-chan struct{}
+	// LeaveWait is how long Run, when it ends, tries to tell the register that the
+	// instance drains and leaves while Redis does not take it, as in a fail-over. It
+	// counts from the end's beginning; a leave has leaveTimeout in any case. An
+	// instance that was never registered has no more than that.
+	LeaveWait time.Duration
+	// ForceStop, when closed, has a leave end within leaveTimeout. It may be nil.
+	ForceStop <-chan struct{}
 	// Tell, if not nil, hears in a few words how the instance stands with the
 	// register, each time that this changes. Run calls it and waits for it.
 	Tell func(status string)
@@ -72,6 +84,11 @@ var (
 // is alive and has heard acknowledges within milliseconds.
 const DefaultDrainWait = 3 * time.Second
 
+// DefaultLeaveWait is longer than a fail-over takes, 3 to 5 s where a primary counts
+// as down after 1 s, and leaves time for the app's own end where a supervisor kills
+// after 30 s.
+const DefaultLeaveWait = 10 * time.Second
+
 // Beater answers the roll call for one instance. Each Run is a registration of
 // its own, with a token of its own; one may follow another.
 type Beater struct {
@@ -91,7 +108,6 @@ type Beater struct {
 	answered bool          // Redis has answered a beat, so the agent's mark counts no more
 	sent     bool          // a beat of this registration was
 	accepted bool          // one of these was, or the register was found to have it
-	version  int64         // of the service when it was found; 0 = it was not
 	known    bool          // a beat of any registration was
 	ended    bool          // the registration, by a Run that has ended
 	loser    bool          // another holds the address, and that was said
@@ -100,7 +116,7 @@ type Beater struct {
 	outage   Outage
 	news     Sparing // its arrivals and changes
 
-	leaveTimeout time.Duration // of the whole of a leave
+	reborn time.Time // when Redis had lost this registration, and has it again since
 }
 
 // NewBeater checks cfg and makes a new registration, with a new token. It does
@@ -128,7 +144,7 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 		return nil, fmt.Errorf("interval %v: want at least 1ms, or 0 for the registry's own", cfg.Interval)
 	}
 	b := &Beater{
-		cfg: cfg, store: store, interval: cfg.Interval, look: DefaultInterval, leaveTimeout: leaveTimeout,
+		cfg: cfg, store: store, interval: cfg.Interval, look: DefaultInterval,
 		log: log.With().Str("component", "beater").Str("service", string(cfg.Service)).Stringer("addr", cfg.Addr).Logger(),
 	}
 	if b.interval == 0 {
@@ -166,7 +182,7 @@ func (b *Beater) register(token string, since time.Time) error {
 		return fmt.Errorf("metadata of %d bytes, at most %d; use fewer tags", len(draining), MaxMeta)
 	}
 	b.meta, b.draining = string(meta), string(draining)
-	b.sent, b.accepted, b.loser, b.full, b.ended, b.version, b.outage.Failures = false, false, false, false, false, 0, 0
+	b.sent, b.accepted, b.loser, b.full, b.ended, b.outage.Failures = false, false, false, false, false, 0
 	return nil
 }
 
@@ -297,6 +313,7 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		if failures > 0 || b.loser || b.full || !b.accepted {
 			b.tell("registered")
 		}
+		b.found(reply)
 		lost := b.loser
 		b.loser, b.full, b.accepted, b.known = false, false, true, true
 		if lost {
@@ -365,17 +382,23 @@ func (b *Beater) end(ctx context.Context, cause error) {
 	case errors.Is(cause, ErrEnded):
 		drains = false
 	}
+	begun := time.Now()
 	// A token that nobody has kept is in the register only if it was sent.
 	looked := true
 	if (!b.accepted || b.loser) && (drains || !b.sent && b.token == b.cfg.Token) {
 		looked = b.inherit(ctx, drains)
 	}
+	var undrained time.Duration
 	if drains {
-		b.drain(ctx)
+		undrained = b.drain(ctx)
 	}
 	switch {
 	case b.sent || b.accepted:
-		b.leave(ctx, why)
+		telling := leaveTimeout
+		if b.accepted {
+			telling = max(telling, time.Until(begun.Add(b.cfg.LeaveWait)))
+		}
+		b.leave(ctx, why, telling, undrained)
 	case looked:
 		b.forget()
 	}
@@ -396,7 +419,7 @@ func (b *Beater) inherit(ctx context.Context, patient bool) (looked bool) {
 			b.log.Warn().Err(err).Msg("cannot see what is registered at this address; if it is silent, the reaper takes it out after its TTL")
 		}
 	case e.Present && holder.Meta.ID == b.token:
-		b.accepted, b.loser, b.version = true, false, e.Token.Version
+		b.accepted, b.loser = true, false
 	case !patient || !e.Present && e.Garbage == "":
 	case b.loser && holder.Beat > b.rival && e.Now-holder.Beat <= e.Interval.Milliseconds():
 		// It was seen to beat, and is not late.
@@ -411,7 +434,7 @@ func (b *Beater) inherit(ctx context.Context, patient bool) (looked bool) {
 func (b *Beater) take(ctx context.Context, held int64, interval time.Duration) {
 	b.log.Info().Msg("stopping: what holds this address is drained as soon as it has missed its heartbeats")
 	b.tell("stopping: waiting until what holds the address has missed its heartbeats, to drain it")
-	ctx, cancel := b.patience(ctx, 2*interval+Timeout)
+	ctx, cancel := cutShort(ctx, 2*interval+Timeout, b.cfg.Hurry, 0)
 	defer cancel()
 	beat := Beat{Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Interval: b.cfg.Interval, first: true}
 	if !b.answered {
@@ -451,95 +474,197 @@ func (b *Beater) take(ctx context.Context, held int64, interval time.Duration) {
 	}
 }
 
-// patience is a context that ends after d, or when the Beater is told to hurry. The
-// caller calls cancel, which waits for the end of what it takes.
-func (b *Beater) patience(ctx context.Context, d time.Duration) (_ context.Context, cancel func()) {
+// cutShort is a context that ends after d, or grace after sooner is closed, which may
+// be nil. The caller calls cancel, which waits for the end of what it takes.
+func cutShort(ctx context.Context, d time.Duration, sooner <-chan struct{}, grace time.Duration) (_ context.Context, cancel func()) {
 	ctx, stop := context.WithTimeout(ctx, d)
-	var hurrying sync.WaitGroup
-	hurrying.Go(func() {
+	var cutting sync.WaitGroup
+	cutting.Go(func() {
 		select {
-		case <-b.cfg.Hurry: // nil: never
+		case <-sooner:
+		case <-ctx.Done():
+			return
+		}
+		rest := time.NewTimer(grace)
+		defer rest.Stop()
+		select {
+		case <-rest.C:
 			stop()
 		case <-ctx.Done():
 		}
 	})
 	return ctx, func() {
 		stop()
-		hurrying.Wait()
+		cutting.Wait()
 	}
 }
 
-// drain has the balancers send no more requests, and waits until they have said
-// so. It beats meanwhile. What fails is skipped: whoever stops must stop.
-func (b *Beater) drain(ctx context.Context) {
+// insist calls say, with Timeout each time, until it succeeds, is refused for good, or
+// ctx ends. Between two primaries Redis answers in many ways that are none of these:
+// not at all, READONLY, MOVED, CLUSTERDOWN. It returns what say returned last.
+func insist[T any](ctx context.Context, say func(context.Context) (T, error)) (T, error) {
+	wait := time.NewTimer(0)
+	defer wait.Stop()
+	<-wait.C
+	for failures := 1; ; failures++ {
+		tctx, done := WithTimeout(ctx)
+		v, err := say(tctx)
+		done()
+		if err == nil || refusedForGood(err) {
+			return v, err
+		}
+		wait.Reset(Backoff(failures, lastSay))
+		select {
+		case <-ctx.Done():
+			return v, err
+		case <-wait.C:
+		}
+	}
+}
+
+// refusedForGood tells the answers that another try within seconds does not change.
+func refusedForGood(err error) bool {
+	return errors.Is(err, ErrNotOwner) || errors.Is(err, ErrLeft) || errors.Is(err, ErrFull) || errors.Is(err, ErrInterval) ||
+		broken(err) || errors.Is(denied(err), ErrDenied)
+}
+
+// drain has the balancers send no more requests, and waits until they have said so. It
+// beats meanwhile. After a fail-over it begins anew: the new primary may not know that
+// the instance drains. What fails is skipped in the end: an instance that stops must
+// stop. It returns what is left of the time to wait for balancers, while none was
+// waited for because Redis did not answer; 0 if all have drained it.
+func (b *Beater) drain(ctx context.Context) (undrained time.Duration) {
 	if b.cfg.DrainWait <= 0 || !b.accepted || b.loser {
-		return
+		return 0
 	}
 	b.tell("draining")
 	begun := time.Now()
-	ctx, cancel := b.patience(ctx, b.cfg.DrainWait)
+	ctx, cancel := cutShort(ctx, b.cfg.DrainWait, b.cfg.Hurry, 0)
 	defer cancel()
 	b.meta = b.draining
-	tctx, done := WithTimeout(ctx)
-	reply, err := b.store.Beat(tctx, b.cfg.Service, Beat{Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Interval: b.cfg.Interval})
-	done()
-	b.beaten(ctx, err)
-	if err != nil {
-		b.log.Warn().Err(err).Msg("cannot say that this instance drains; leaving")
-		return
-	}
-	// That it drains may be no change: it was killed while it did.
-	version := max(reply.Version, b.version)
-	next := time.Now().Add(b.interval)
-	live, err := b.store.WaitApplied(ctx, b.cfg.Service, version, func() error {
-		if time.Now().Before(next) {
-			return nil
+	for undrained = b.cfg.DrainWait; ; {
+		version, err := insist(ctx, b.sayDraining)
+		if err != nil {
+			b.log.Warn().Err(err).Msg("cannot say that this instance drains; leaving")
+			return undrained
 		}
-		wait, err := b.Beat(ctx)
-		next = time.Now().Add(wait)
-		return err
-	})
-	if err != nil {
-		b.log.Warn().Err(err).Int("balancers", live).Dur("took", time.Since(begun)).Msg("leaving before every balancer has drained this instance")
-		return
-	}
-	b.log.Info().Int64("version", version).Int("balancers", live).Dur("took", time.Since(begun)).Msg("drained")
-}
-
-// leave tells the register. It tries again while its deadline lasts: a crash
-// between two connections must not cost the peers a whole TTL.
-func (b *Beater) leave(ctx context.Context, why Reason) {
-	ctx, cancel := context.WithTimeout(ctx, b.leaveTimeout)
-	defer cancel()
-	wait := time.NewTimer(0)
-	defer wait.Stop()
-	var last error
-	for failures := 0; ; failures++ {
-		select {
-		case <-ctx.Done():
-			why := "left without telling: redis is away; the reaper takes this instance out after its TTL"
-			if Refused(last) {
-				why = "left without telling: redis refuses it; the reaper takes this instance out after its TTL"
-			}
-			b.log.Warn().Err(last).Msg(why)
-			return
-		case <-wait.C:
-		}
-		tctx, done := WithTimeout(ctx)
-		version, err := b.store.Leave(tctx, b.cfg.Service, b.cfg.Addr, b.token, why)
-		done()
+		asked := time.Now()
+		live, err := b.drained(ctx, version)
+		undrained -= time.Since(asked)
 		switch {
 		case err == nil:
-			b.log.Info().Int64("version", version).Str("reason", string(why)).Msg("left")
-			b.forget()
-			return
+			b.log.Info().Int64("version", version).Int("balancers", live).Dur("took", time.Since(begun)).Msg("drained")
+			return 0
+		case errors.Is(err, ErrOtherHistory) && ctx.Err() == nil:
+			b.log.Info().Err(err).Msg("another server has taken over; saying there that this instance drains")
+			continue
+		}
+		b.log.Warn().Err(err).Int("balancers", live).Dur("took", time.Since(begun)).Msg("leaving before every balancer has drained this instance")
+		return undrained
+	}
+}
+
+// sayDraining returns a version of the service with which this instance drains.
+func (b *Beater) sayDraining(ctx context.Context) (version int64, err error) {
+	reply, err := b.store.Beat(ctx, b.cfg.Service, Beat{Addr: b.cfg.Addr, Token: b.token, Meta: b.meta, Interval: b.cfg.Interval})
+	b.beaten(ctx, err)
+	b.found(reply)
+	if err != nil || reply.Version > 0 {
+		return reply.Version, err
+	}
+	// That it drains is no change: a process that was killed has said it, or this
+	// one did, to another primary or without hearing the answer.
+	e, err := b.store.Entry(ctx, b.cfg.Service, b.cfg.Addr)
+	return e.Token.Version, err
+}
+
+// found notes what an accepted heartbeat says of the register.
+func (b *Beater) found(reply BeatReply) {
+	if reply.Status == BeatNew && b.accepted {
+		b.reborn = time.Now()
+	}
+}
+
+// drained waits until every live balancer has applied version, and beats meanwhile. A
+// register that lost its data a moment ago knows of no balancer yet: then it waits for
+// the first one too.
+func (b *Beater) drained(ctx context.Context, version int64) (live int, err error) {
+	next := time.Now().Add(b.interval)
+	for {
+		live, err = b.store.WaitApplied(ctx, b.cfg.Service, version, func() error {
+			if time.Now().Before(next) {
+				return nil
+			}
+			wait, err := b.Beat(ctx)
+			next = time.Now().Add(wait)
+			if err != nil && refusedForGood(err) {
+				return err
+			}
+			return nil
+		})
+		if err != nil || live > 0 || b.reborn.IsZero() || time.Since(b.reborn) > AckInterval {
+			return live, err
+		}
+		wait := time.NewTimer(Shorten(lastAckPoll))
+		select {
+		case <-ctx.Done():
+			wait.Stop()
+			return live, nil
+		case <-wait.C:
+		}
+	}
+}
+
+// leave tells the register, and tries for as long as telling. Where the instance has
+// not been drained, it then waits until the balancers have applied that it left, for
+// undrained at most: the app ends after this.
+func (b *Beater) leave(ctx context.Context, why Reason, telling, undrained time.Duration) {
+	tctx, cancel := cutShort(ctx, telling, b.cfg.ForceStop, leaveTimeout)
+	defer cancel()
+	for {
+		version, err := insist(tctx, func(ctx context.Context) (int64, error) {
+			return b.store.Leave(ctx, b.cfg.Service, b.cfg.Addr, b.token, why)
+		})
+		switch {
 		case errors.Is(err, ErrNotOwner):
 			b.log.Info().Msg("nothing to leave: another registration holds this address")
 			b.forget()
 			return
+		case err != nil && refusedForGood(err):
+			b.log.Warn().Err(err).Msg("left without telling: redis refuses it; the reaper takes this instance out after its TTL")
+			return
+		case err != nil:
+			b.log.Warn().Err(err).Msg("left without telling: redis is away; the reaper takes this instance out after its TTL")
+			return
 		}
-		last = err
-		wait.Reset(Backoff(failures+1, time.Second))
+		b.log.Info().Int64("version", version).Str("reason", string(why)).Msg("left")
+		if undrained < lastAckPoll || b.hurried() { // too short for an answer
+			b.forget()
+			return
+		}
+		actx, done := cutShort(ctx, undrained, b.cfg.Hurry, 0)
+		asked := time.Now()
+		live, err := b.store.WaitApplied(actx, b.cfg.Service, version, nil)
+		done()
+		undrained -= time.Since(asked)
+		if errors.Is(err, ErrOtherHistory) && undrained > 0 && tctx.Err() == nil {
+			b.log.Info().Err(err).Msg("another server has taken over; leaving there too")
+			continue
+		}
+		if err != nil {
+			b.log.Warn().Err(err).Int("balancers", live).Msg("not every balancer has said that this instance is out of it")
+		}
+		b.forget()
+		return
+	}
+}
+
+func (b *Beater) hurried() bool {
+	select {
+	case <-b.cfg.Hurry:
+		return true
+	default: // also if it is nil
+		return false
 	}
 }
 

@@ -268,7 +268,7 @@ func TestRunLeavesWhileRedisRestarts(t *testing.T) {
 	srv := redistest.Start(t)
 	s := production(t, srv)
 	b, log := newBeater(t, s, 0)
-	b.leaveTimeout = 10 * time.Second // how soon Redis is there again is not its matter
+	b.cfg.LeaveWait = 10 * time.Second // how soon Redis is there again is not its matter
 	r := start(t, b)
 	log.hears(t, saidRegistered)
 	srv.Kill(t)

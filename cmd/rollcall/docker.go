@@ -35,6 +35,7 @@ func dockerCommand() *cli.Command {
 			&cli.StringFlag{Name: "zone", EnvVars: env("zone"), Usage: "`NAME` of where the containers run"},
 			&cli.DurationFlag{Name: "drain-wait", Value: registrar.DefaultDrainWait, EnvVars: env("drain-wait"),
 				Usage: "longest time between a container's being told to stop and its leaving; it leaves when it ends, at the latest"},
+			leaveWaitFlag(),
 			&cli.BoolFlag{Name: "leave", EnvVars: env("leave"), Usage: "on SIGTERM, have all containers drain and leave; without it, and without a SIGUSR2 before, they stay registered for the TTL, in which another agent goes on"},
 			&cli.StringFlag{Name: "id", EnvVars: env("id"), DefaultText: "the Engine's id and name, and the address", Usage: "`NAME` of this host's agent, which no other host's has: where the Engine may not be asked, or hosts have one name"},
 		)...),
@@ -45,7 +46,7 @@ func dockerCommand() *cli.Command {
 			trim()
 			cfg := docker.Config{
 				Engine: c.String("engine"), Internal: c.Bool("internal"), Network: c.String("network"), Explicit: c.Bool("explicit"),
-				Zone: c.String("zone"), DrainWait: c.Duration("drain-wait"), Leave: c.Bool("leave"), ID: c.String("id"),
+				Zone: c.String("zone"), DrainWait: c.Duration("drain-wait"), LeaveWait: c.Duration("leave-wait"), Leave: c.Bool("leave"), ID: c.String("id"),
 			}
 			for _, name := range c.StringSlice("service") {
 				svc, err := registrar.ParseService(name)

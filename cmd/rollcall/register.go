@@ -37,6 +37,7 @@ func registerCommand() *cli.Command {
 				Usage: "between two heartbeats; at most a third of the registry's TTL"},
 			&cli.DurationFlag{Name: "drain-wait", Value: registrar.DefaultDrainWait, EnvVars: env("drain-wait"),
 				Usage: "longest wait, on SIGTERM, until every live balancer sends no more requests; a second SIGTERM ends it"},
+			leaveWaitFlag(),
 			&cli.DurationFlag{Name: "stop-timeout", Value: 10 * time.Second, EnvVars: env("stop-timeout"),
 				Usage: "longest wait for the command after its SIGTERM; then, or at a further SIGTERM, it is killed"},
 			&cli.StringFlag{Name: "check", EnvVars: env("check"), Usage: "registered while the `URL` answers: " + health.Forms},
@@ -61,7 +62,7 @@ func registerCommand() *cli.Command {
 			}
 			children := child.New()
 			defer children.Close()
-			side := &sidecar{children: children, stopTimeout: c.Duration("stop-timeout"), hurry: make(chan struct{})}
+			side := &sidecar{children: children, stopTimeout: c.Duration("stop-timeout"), hurry: make(chan struct{}), force: make(chan struct{})}
 			if side.command, err = command(c); err != nil {
 				return usageError{err}
 			}
@@ -89,7 +90,7 @@ func registerCommand() *cli.Command {
 			}
 			kept := keepID(c, &cfg, s.log)
 			defer kept.Close()
-			cfg.Hurry, cfg.Tell = side.hurry, settled(side.notify.useful)
+			cfg.Hurry, cfg.ForceStop, cfg.Tell = side.hurry, side.force, settled(side.notify.useful)
 			side.service, side.damper = cfg.Service, registrar.NewDamper(s.store, s.log)
 			cfg.Beaten = side.damper.Beaten
 			if mon != nil {
@@ -204,6 +205,13 @@ func beaterConfig(c *cli.Context, addr netip.AddrPort) (registrar.BeaterConfig, 
 		tags[k] = v
 	}
 	return registrar.BeaterConfig{
-		Service: svc, Addr: addr, Weight: c.Int("weight"), Zone: c.String("zone"), Tags: tags, Interval: interval, DrainWait: c.Duration("drain-wait"),
+		Service: svc, Addr: addr, Weight: c.Int("weight"), Zone: c.String("zone"), Tags: tags, Interval: interval,
+		DrainWait: c.Duration("drain-wait"), LeaveWait: c.Duration("leave-wait"),
 	}, nil
+}
+
+// leaveWaitFlag is of whoever registers instances.
+func leaveWaitFlag() cli.Flag {
+	return &cli.DurationFlag{Name: "leave-wait", Value: registrar.DefaultLeaveWait, EnvVars: env("leave-wait"),
+		Usage: "longest time, from the stop on, in which an instance that stops tries to tell Redis while that does not answer, as in a fail-over; also after the app has ended"}
 }

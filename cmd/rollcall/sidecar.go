@@ -52,6 +52,7 @@ type sidecar struct {
 	damper      *registrar.Damper
 	service     registrar.Service
 	hurry       chan struct{} // the Beaters'; closed at most once, by hasten
+	force       chan struct{} // the Beaters' ForceStop; closed at most once, by forceStop
 	notify      *systemd
 	beats       *beats // nil: nobody asks
 	children    *child.Reaper
@@ -66,6 +67,7 @@ type sidecar struct {
 	signals <-chan heard
 	stops   stops // SIGINTs and SIGTERMs so far
 	hasty   bool
+	forced  bool
 	begun   bool       // a Run has
 	left    chan error // a Run's end; nil while none runs
 	cancel  context.CancelCauseFunc
@@ -170,7 +172,8 @@ func (s *sidecar) beat(ctx context.Context) {
 
 // leave ends what beat began, or what a process that was killed has left at this
 // address if it began nothing, and waits until that has left. It hears signals
-// meanwhile, and an app that ends makes waiting pointless.
+// meanwhile: one more signal to stop than the first, or any after the app has ended by
+// itself, ends that soon. An app that ends makes waiting for balancers pointless.
 func (s *sidecar) leave(cause error) {
 	switch {
 	case s.left != nil:
@@ -182,7 +185,10 @@ func (s *sidecar) leave(cause error) {
 		cancel(cause)
 		s.beat(ctx)
 	}
-	ended := s.ended
+	ended, patient := s.ended, 1
+	if errors.Is(cause, registrar.ErrEnded) {
+		patient = s.stops.n
+	}
 	for {
 		select {
 		case err := <-s.left:
@@ -196,8 +202,9 @@ func (s *sidecar) leave(cause error) {
 			ended = nil
 			s.hasten()
 		case h := <-s.signals:
-			if s.hear(h); s.stops.n > 1 {
+			if s.hear(h); s.stops.n > patient {
 				s.hasten()
+				s.forceStop()
 			}
 		}
 	}
@@ -208,6 +215,14 @@ func (s *sidecar) hasten() {
 	if !s.hasty {
 		s.hasty = true
 		close(s.hurry)
+	}
+}
+
+// forceStop has the Beater give up soon what Redis does not take.
+func (s *sidecar) forceStop() {
+	if !s.forced {
+		s.forced = true
+		close(s.force)
 	}
 }
 

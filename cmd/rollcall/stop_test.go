@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -161,6 +162,49 @@ func TestTwoStops(t *testing.T) {
 			if c.drains { // else the balancer stands still while the app goes on
 				l.none(t)
 			}
+		})
+	}
+}
+
+// TestStopWithoutRedis stops sidecars that cannot tell anybody: a second signal ends
+// the wait for that, and so does Redis' return, also when the app has ended by itself.
+func TestStopWithoutRedis(t *testing.T) {
+	t.Parallel()
+	for _, way := range []string{"a second signal", "redis is back", "the app has ended"} {
+		t.Run(way, func(t *testing.T) {
+			t.Parallel()
+			s := &system{redis: redistest.Start(t, "--appendonly", "yes", "--appendfsync", "always")}
+			addr, gate := freeAddr(t), filepath.Join(t.TempDir(), "go")
+			p := s.spawn(t, "register", "--service", "web", "--addr", addr, "--leave-wait", "5m", "--drain-wait", "0s", "--",
+				"sh", "-c", "while ! test -e "+gate+"; do sleep 0.01; done; exit 3")
+			s.comes(t, addr)
+			s.redis.Kill(t)
+			if way == "the app has ended" {
+				if err := os.WriteFile(gate, nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				p.says(t, "app ended")
+			} else {
+				send(t, p, syscall.SIGTERM)
+			}
+			time.Sleep(sameStop + sameStop/5) // two that are apart
+			select {
+			case <-p.done:
+				t.Errorf("it has ended, and nobody knows\n%s", p.out)
+			default:
+			}
+			if way == "a second signal" {
+				send(t, p, syscall.SIGTERM)
+				p.ends(t)
+				p.says(t, "left without telling: redis is away")
+				return
+			}
+			s.redis.Launch(t)
+			code := p.ends(t)
+			if want := map[string]int{"redis is back": 143, "the app has ended": 3}[way]; code != want {
+				t.Errorf("exit %d, want %d", code, want)
+			}
+			s.goes(t, addr, "left")
 		})
 	}
 }

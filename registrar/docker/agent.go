@@ -55,6 +55,9 @@ type Config struct {
 	// DrainWait is the Beater's: how long a container that was told to stop is
 	// kept, draining, at most. It ends when the container does.
 	DrainWait time.Duration
+	// LeaveWait is the Beater's: how long a container that stops or has ended is tried
+	// to be taken out while Redis does not answer.
+	LeaveWait time.Duration
 	// Leave has every container leave when Run ends. Without it they stay, until
 	// another agent goes on or their TTL ends. LeaveAtEnd sets it later.
 	Leave bool
