@@ -154,14 +154,16 @@ func (s *Store) Held(ctx context.Context, places []Place) ([]Held, error) {
 	out := make([]Held, 0, len(places))
 	for part := range slices.Chunk(places, ledgerPart) {
 		scores, metas := make([]*redis.FloatCmd, len(part)), make([]*redis.StringCmd, len(part))
-		_, _ = s.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+		if err := unanswered(s.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 			for i, at := range part {
 				k := s.keys.Of(at.Service)
 				scores[i] = p.ZScore(ctx, k.Instances(at.Service), at.Addr.String())
 				metas[i] = p.HGet(ctx, k.Meta(at.Service), at.Addr.String())
 			}
 			return nil
-		})
+		})); err != nil {
+			return nil, fmt.Errorf("read %d places: %w", len(part), denied(err))
+		}
 		for i := range part { // each command has an error of its own
 			for _, err := range []error{scores[i].Err(), metas[i].Err()} {
 				if err != nil && !errors.Is(err, redis.Nil) && !broken(err) { // broken keys hold no registration

@@ -166,7 +166,9 @@ func (r *EventReader) Next(ctx context.Context) ([]Event, error) {
 		}
 	}
 	if pipe.Len() > 0 {
-		_, _ = pipe.Exec(ctx) // each command has its own error
+		if err := unanswered(pipe.Exec(ctx)); err != nil {
+			return nil, fmt.Errorf("read the events: %w", err)
+		}
 	}
 	for i, key := range keys {
 		streams, err := cmds[i].Result()

@@ -320,6 +320,9 @@ func (s *Store) Rights(ctx context.Context, svc Service) (map[string][]string, e
 	if len(cmds) != len(rs)+2 {
 		return nil, fmt.Errorf("try rights: %d answers to %d commands: %w", len(cmds), len(rs)+2, err)
 	}
+	if err := unanswered(cmds, err); err != nil {
+		return nil, fmt.Errorf("try rights: %w", err)
+	}
 	missing := map[string][]string{}
 	for i, r := range rs {
 		err := cmds[i+1].Err()
@@ -412,7 +415,9 @@ func (s *Store) mistyped(ctx context.Context, svcs []Service) (keys []string, er
 		}
 		asked[k.ServiceVersion(svc)] = pipe.Get(ctx, k.ServiceVersion(svc))
 	}
-	_, _ = pipe.Exec(ctx) // each command has its own error
+	if err := unanswered(pipe.Exec(ctx)); err != nil {
+		return nil, err
+	}
 	for key, cmd := range asked {
 		switch err := cmd.Err(); {
 		case err == nil || errors.Is(err, redis.Nil):

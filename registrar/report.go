@@ -92,7 +92,9 @@ func (s *Store) Overview(ctx context.Context) (Overview, error) {
 	epoch := pipe.Get(ctx, k.Epoch())
 	counter := pipe.Get(ctx, k.Version())
 	clock := pipe.Time(ctx)
-	_, _ = pipe.Exec(ctx) // each command has its own error
+	if err := unanswered(pipe.Exec(ctx)); err != nil {
+		return Overview{}, fmt.Errorf("read who is at work: %w", err)
+	}
 	for _, c := range []redis.Cmder{reapers, balancers, config, epoch, counter, clock} {
 		if err := c.Err(); err != nil && !errors.Is(err, redis.Nil) {
 			return Overview{}, fmt.Errorf("read who is at work: %s: %w", c.Name(), err)
