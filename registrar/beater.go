@@ -270,7 +270,7 @@ func (b *Beater) intervalNow(ctx context.Context) (time.Duration, error) {
 // Beat sends one heartbeat and returns when to send the next one: an interval
 // shortened by up to a fifth, so that instances started together drift apart,
 // the next tick of the Roll if there is one, or after a failure full jitter below a ceiling that doubles from 100 ms to
-// the interval. A nil error says that the register has this instance;
+// the interval, or to NewcomerRetry until the register has accepted this registration. A nil error says that the register has this instance;
 // ErrNotOwner, that another holds its address, and ErrFull, that the register has
 // no room for it, are answered at the interval's pace; of the former the next one is
 // also no later than the moment from which the address may be taken over.
@@ -352,7 +352,11 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 				b.log.Warn().Err(err).Msg("beat failed; retrying for ever")
 			}
 		}
-		return Backoff(b.outage.Failures, b.interval), err
+		limit := b.interval
+		if !b.accepted {
+			limit = min(limit, NewcomerRetry)
+		}
+		return Backoff(b.outage.Failures, limit), err
 	}
 	return b.pace(), err
 }

@@ -333,6 +333,14 @@ func TestBeatDelays(t *testing.T) {
 	ctx := t.Context()
 	const interval = time.Second
 	b, _ := newBeater(t, prod, interval)
+	// A newcomer does not wait for long.
+	do(t, s, "CONFIG", "SET", "min-replicas-to-write", 1)
+	for n := 1; n <= 40; n++ {
+		if next, err := b.Beat(ctx); err == nil || next > NewcomerRetry {
+			t.Fatalf("newcomer's failure %d: next in %v %v, want at most %v", n, next, err, NewcomerRetry)
+		}
+	}
+	do(t, s, "CONFIG", "SET", "min-replicas-to-write", 0)
 	for range 200 {
 		if next, err := b.Beat(ctx); err != nil || next < interval*8/10 || next > interval {
 			t.Fatalf("next in %v %v, want 0.8 to 1.0 of %v", next, err, interval)

@@ -22,6 +22,11 @@ const LetGoEvery = 10 * time.Second
 // FirstRetry is the ceiling of the first retry's delay.
 const FirstRetry = 100 * time.Millisecond
 
+// NewcomerRetry is the longest pause before the next try of who is not registered yet:
+// until then nobody sends it requests. Who was registered has a whole TTL to come
+// back, and may leave Redis more room after an outage.
+const NewcomerRetry = 300 * time.Millisecond
+
 // Backoff is the delay before the next try after so many failures in a row:
 // full jitter, uniform below a ceiling that doubles from FirstRetry up to limit.
 // Measured with 2,000 clients after an 8 s hang: the peak of the returning herd

@@ -53,7 +53,7 @@ func (a *Agent) stand(ctx context.Context) bool {
 				a.log.Warn().Err(err).Msg("cannot ask for the lease of these containers; retrying for ever")
 			}
 			a.idle(err)
-			wait.Reset(registrar.Backoff(outage.Failures, time.Second))
+			wait.Reset(registrar.Backoff(outage.Failures, registrar.NewcomerRetry))
 			continue
 		}
 		if failures, say := outage.End(); say {

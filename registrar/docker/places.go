@@ -214,7 +214,7 @@ func (a *Agent) prepare(ctx context.Context, r *registration) error {
 		if outage.Fail() {
 			r.log.Warn().Err(err).Msg("cannot prepare the registration; retrying for ever")
 		}
-		if !pause(ctx, registrar.Backoff(outage.Failures, registrar.DefaultInterval)) {
+		if !pause(ctx, registrar.Backoff(outage.Failures, registrar.NewcomerRetry)) {
 			return ctx.Err()
 		}
 	}
@@ -393,7 +393,7 @@ func (a *Agent) readLedger(ctx context.Context) {
 		if outage.Fail() && ctx.Err() == nil {
 			a.log.Warn().Err(err).Msg("cannot read what was registered here before; retrying for ever")
 		}
-		pause(ctx, registrar.Backoff(outage.Failures, registrar.DefaultInterval))
+		pause(ctx, registrar.Backoff(outage.Failures, registrar.NewcomerRetry))
 	}
 }
 
