@@ -69,8 +69,8 @@ type running struct {
 }
 
 // Run runs a Reaper for each service until ctx ends, and then returns nil. It
-// returns an error that wraps ErrConfig if the register's times, or those of one
-// service, are others.
+// returns an error that wraps ErrConfig if the register's times are others, or, where
+// these cannot be read, those of one service.
 func (c *Cluster) Run(parent context.Context) error {
 	ctx, fail := context.WithCancelCause(parent)
 	var wg sync.WaitGroup
@@ -80,7 +80,7 @@ func (c *Cluster) Run(parent context.Context) error {
 	wait := time.NewTimer(0)
 	defer wait.Stop()
 	var outage registrar.Outage
-	configured := false
+	configured, set := false, c.cfg.SetTTL
 	for {
 		select {
 		case <-ctx.Done():
@@ -110,13 +110,16 @@ func (c *Cluster) Run(parent context.Context) error {
 			if reapers[svc] == nil {
 				rctx, end := context.WithCancel(ctx)
 				reapers[svc] = &running{end: end}
+				set, follows := set, configured
 				wg.Go(func() {
-					if err := c.reap(rctx, svc); err != nil {
+					if err := c.reap(rctx, svc, set, follows); err != nil {
 						fail(err)
 					}
 				})
 			}
 		}
+		// Services that come later begin with the times that the register has then.
+		set = set && (err != nil || !configured)
 		c.retire(ctx, reapers)
 		wait.Reset(registrar.Shorten(c.cfg.TTL / pulsesPerTTL))
 	}
@@ -124,8 +127,11 @@ func (c *Cluster) Run(parent context.Context) error {
 
 // config is Reaper.config for the whole register.
 func (c *Cluster) config(ctx context.Context) error {
-	_, err := checkTimes(ctx, c.list, c.cfg, c.cfg.SetTTL)
-	return err
+	t, err := readTimes(ctx, c.list, c.cfg, c.cfg.SetTTL)
+	if err != nil {
+		return err
+	}
+	return checkTimes(t, c.cfg)
 }
 
 func (c *Cluster) services(ctx context.Context) ([]registrar.Service, error) {
@@ -169,12 +175,15 @@ func (c *Cluster) reaper(svc registrar.Service) (*Reaper, error) {
 	return r, nil
 }
 
-func (c *Cluster) reap(ctx context.Context, svc registrar.Service) error {
+// reap runs the Reaper of svc. set says that it writes the times of the command, and
+// follows that it takes over those that svc has.
+func (c *Cluster) reap(ctx context.Context, svc registrar.Service, set, follows bool) error {
 	defer c.fleet.forget(svc)
 	r, err := c.reaper(svc)
 	if err != nil {
 		return err
 	}
+	r.cfg.SetTTL, r.follows = set, follows
 	c.mu.Lock()
 	c.reapers[svc] = r
 	c.mu.Unlock()

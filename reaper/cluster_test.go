@@ -275,6 +275,48 @@ func TestClusterFleet(t *testing.T) {
 	s.wantLive(t, s.all, n)
 }
 
+// TestClusterTimesSet has another process change the times of all services: the first
+// goes on with them, says so once, and reaps a service that comes later.
+func TestClusterTimesSet(t *testing.T) {
+	t.Parallel()
+	const ttl, interval = 1500 * time.Millisecond, 500 * time.Millisecond
+	s := newShards(t)
+	s.live(t, 1, interval)
+	var log logBuffer
+	c := s.cluster(t, Config{ID: "r1", TTL: ttl, Interval: interval}, zerolog.New(&log))
+	end := run(t, c)
+	c.eventuallyArmed(t, s.all)
+	other := run(t, s.cluster(t, Config{ID: "r2", TTL: 2 * ttl, Interval: 2 * interval, SetTTL: true}, zerolog.Nop()))
+	eventually(t, func() error {
+		for svc, st := range statuses(c) {
+			if st.Armed {
+				return fmt.Errorf("the reaper of %s goes on with the old times", svc)
+			}
+		}
+		return nil
+	})
+	if err := other(); err != nil {
+		t.Error(err)
+	}
+	const late = "late"
+	if _, err := s.store.Beat(t.Context(), late, registrar.Beat{Addr: netip.MustParseAddrPort("10.0.0.9:80"), Token: "t", Meta: `{"id":"t"}`}); err != nil {
+		t.Fatal(err)
+	}
+	s.gone(t, late, "10.0.0.9:80")
+	s.wantLive(t, s.all, 1)
+	if n := len(log.lines("other times")); n != 1 {
+		t.Errorf("%d lines of the times", n)
+	}
+	if err := end(); err != nil {
+		t.Error(err)
+	}
+}
+
+func statuses(c *Cluster) map[registrar.Service]registrar.ReaperStatus {
+	of, _ := c.Status()
+	return of
+}
+
 // TestClusterOnce sweeps once: what can be swept is, and what cannot is an
 // error.
 func TestClusterOnce(t *testing.T) {

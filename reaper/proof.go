@@ -235,6 +235,19 @@ func (p *proof) teach(slow int64, at string) (news bool) {
 	return news
 }
 
+// retime has the proof begin anew, for other times. Who beats by longer ones has one of
+// their intervals to hear of shorter ones, also where nobody noted that (see teach):
+// somebody may have written them by hand.
+func (p *proof) retime(ttl, beat time.Duration) {
+	slowest := max(p.beat, p.ttl/heartbeatsPerTTL)
+	p.ttl, p.beat, p.period = ttl, beat, ttl/pulsesPerTTL
+	p.segments, p.open = nil, false
+	p.since = p.now + p.maxAge().Milliseconds()
+	if slowest > beat {
+		p.since += slowest.Milliseconds()
+	}
+}
+
 // taught tells whether everybody has had the time to hear of the registry's
 // times, and a TTL more.
 func (p *proof) taught() bool {

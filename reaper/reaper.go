@@ -32,7 +32,7 @@ const (
 // What a caller of Run and Once decides on.
 var (
 	// ErrConfig says that the registry's TTL or heartbeat interval is another
-	// than this reaper's.
+	// than this reaper's at its start.
 	ErrConfig = errors.New("the registry's times are others")
 	// ErrNeverArmed says that Redis was not healthy for long enough.
 	ErrNeverArmed = errors.New("never armed")
@@ -138,6 +138,7 @@ type Reaper struct {
 	looking    looking                    // where the search for replaced instances goes on
 	seen       map[registrar.Service]bool // services that had members in the last survey
 	census     int                        // services with instances, as this reaper has told; -1 = not yet
+	follows    bool                       // the registry's times from the start, whatever cfg says
 
 	mu     sync.Mutex
 	status registrar.ReaperStatus // guarded by mu
@@ -147,10 +148,25 @@ type Reaper struct {
 // voice bounds what one process says of a Redis that comes and goes. What lasts is
 // said in the end.
 type voice struct {
-	state, sweeps, holds, reports registrar.Sparing
+	state, sweeps, holds, reports, times registrar.Sparing
 
 	removals registrar.Sums // by service
 	log      zerolog.Logger // for their sum
+
+	mu             sync.Mutex
+	ttl, heartbeat time.Duration // that were said last; guarded by mu
+}
+
+// news tells whether to say that the registry has these times now: once, though each
+// service of a Cluster has its own.
+func (v *voice) news(ttl, heartbeat time.Duration) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.ttl == ttl && v.heartbeat == heartbeat || !v.times.May() {
+		return false
+	}
+	v.ttl, v.heartbeat = ttl, heartbeat
+	return true
 }
 
 func newVoice(log zerolog.Logger) *voice {
@@ -184,8 +200,8 @@ func (r *Reaper) Status() registrar.ReaperStatus {
 
 // Run pulses and sweeps until ctx ends, and then returns nil. It first makes
 // sure that the registry has this reaper's TTL and interval, for as long as
-// that takes. It returns an error that wraps ErrConfig if they are others, then
-// or at any later sweep.
+// that takes. It returns an error that wraps ErrConfig if they are others. When
+// somebody changes them later, it goes on with the new ones, as those who beat do.
 func (r *Reaper) Run(ctx context.Context) error {
 	if err := r.connect(ctx); err != nil {
 		if ctx.Err() != nil {
@@ -216,9 +232,6 @@ func (r *Reaper) Run(ctx context.Context) error {
 			// would follow the defaults.
 			if began >= due || r.armed && !was || r.proof.resets != resets {
 				report, err := r.Sweep(ctx)
-				if errors.Is(err, ErrConfig) {
-					return err
-				}
 				if ctx.Err() == nil {
 					r.complain(err)
 				}
@@ -300,7 +313,7 @@ func (r *Reaper) connect(ctx context.Context) error {
 			return errors.Join(context.Cause(ctx), last)
 		case <-wait.C:
 		}
-		err := r.config(ctx, r.cfg.SetTTL)
+		err := r.config(ctx, r.cfg.SetTTL, !r.follows)
 		if err == nil || errors.Is(err, ErrConfig) {
 			return err
 		}
@@ -315,11 +328,20 @@ func (r *Reaper) connect(ctx context.Context) error {
 	}
 }
 
-// config compares the registry's times with this reaper's, and writes them if
-// there are none. That somebody may not know them yet goes into the proof; when
-// the proof covers it, the registry is told.
-func (r *Reaper) config(ctx context.Context, overwrite bool) error {
-	t, err := checkTimes(ctx, r.store, r.cfg, overwrite)
+// config reads the registry's times, and writes this reaper's if there are none. Are
+// they others, it is an error if strict, and else this reaper takes them over. That
+// somebody may not know them yet goes into the proof; when the proof covers it, the
+// registry is told.
+func (r *Reaper) config(ctx context.Context, overwrite, strict bool) error {
+	t, err := readTimes(ctx, r.store, r.cfg, overwrite)
+	if err != nil {
+		return err
+	}
+	if strict {
+		err = checkTimes(t, r.cfg)
+	} else {
+		err = r.follow(t)
+	}
 	if err != nil {
 		return err
 	}
@@ -337,22 +359,45 @@ func (r *Reaper) config(ctx context.Context, overwrite bool) error {
 	return nil
 }
 
+// follow takes over the registry's times. What was proven of the old ones counts no
+// more: a whole TTL of the new ones must be healthy first.
+func (r *Reaper) follow(t registrar.Times) error {
+	if t.TTL == r.cfg.TTL && t.Interval == r.cfg.Interval {
+		return nil
+	}
+	cfg := r.cfg
+	cfg.TTL, cfg.Interval = t.TTL, t.Interval
+	if err := cfg.validate(); err != nil {
+		return fmt.Errorf("the registry's times are no times to work with, so nobody is taken out; set them with rollcall reap --set-ttl: %w", err)
+	}
+	was := r.cfg
+	r.cfg = cfg
+	r.proof.retime(cfg.TTL, cfg.Interval)
+	r.protection.dry = 2 * cfg.Interval
+	r.note(fault{cause: causeTimes})
+	if r.voice.news(cfg.TTL, cfg.Interval) {
+		r.log.Warn().Dur("ttl", cfg.TTL).Dur("heartbeat", cfg.Interval).Dur("ttl_before", was.TTL).Dur("heartbeat_before", was.Interval).
+			Msg("the registry has other times now; going on with them, though this reaper was started with others")
+	}
+	return nil
+}
+
 type times interface {
 	Config(ctx context.Context, ttl, interval time.Duration, overwrite bool) (registrar.Times, error)
 }
 
-func checkTimes(ctx context.Context, store times, cfg Config, overwrite bool) (registrar.Times, error) {
+func readTimes(ctx context.Context, store times, cfg Config, overwrite bool) (registrar.Times, error) {
 	tctx, cancel := registrar.WithTimeout(ctx)
 	defer cancel()
-	t, err := store.Config(tctx, cfg.TTL, cfg.Interval, overwrite)
-	if err != nil {
-		return t, err
-	}
+	return store.Config(tctx, cfg.TTL, cfg.Interval, overwrite)
+}
+
+func checkTimes(t registrar.Times, cfg Config) error {
 	if t.TTL != cfg.TTL || t.Interval != cfg.Interval {
-		return t, fmt.Errorf("%w: the registry has TTL %v and heartbeat interval %v, this reaper has %v and %v; give it the registry's, or change the registry with --set-ttl",
+		return fmt.Errorf("%w: the registry has TTL %v and heartbeat interval %v, this reaper has %v and %v; give it the registry's, or change the registry with --set-ttl",
 			ErrConfig, t.TTL, t.Interval, cfg.TTL, cfg.Interval)
 	}
-	return t, nil
+	return nil
 }
 
 // Pulse proves by a small write, within a 15th of the TTL, that Redis accepts

@@ -109,32 +109,83 @@ func TestRunConfig(t *testing.T) {
 		}
 	})
 	t.Run("set, and changed by another", func(t *testing.T) {
+		t.Parallel()
+		const ttl, interval = 1500 * time.Millisecond, 500 * time.Millisecond
 		g := newRegistry(t)
 		ctx := t.Context()
 		if _, err := g.store.Config(ctx, 15*time.Second, 5*time.Second, false); err != nil {
 			t.Fatal(err)
 		}
-		r := newReaper(t, Config{TTL: 3 * time.Second, Interval: time.Second, Sweep: 100 * time.Millisecond, SetTTL: true}, g.store, zerolog.Nop())
-		done := make(chan error, 1)
-		go func() { done <- r.Run(ctx) }()
+		log := &logBuffer{}
+		r := newReaper(t, Config{TTL: ttl, Interval: interval, Sweep: 100 * time.Millisecond, SetTTL: true}, g.store, zerolog.New(log))
+		end := run(t, r)
 		eventually(t, func() error {
 			got, err := g.store.Config(ctx, 15*time.Second, 5*time.Second, false)
-			if err != nil || got.TTL != 3*time.Second || got.Interval != time.Second {
+			if err != nil || got.TTL != ttl || got.Interval != interval {
 				return fmt.Errorf("%+v, %v", got, err)
 			}
 			return nil
 		})
-		if _, err := g.store.Config(ctx, 60*time.Second, 20*time.Second, true); err != nil {
+		eventuallyArmed(t, r)
+		if _, err := g.store.Config(ctx, 2*ttl, 2*interval, true); err != nil {
 			t.Fatal(err)
 		}
-		select {
-		case err := <-done:
-			if !errors.Is(err, ErrConfig) {
-				t.Errorf("got %v, want ErrConfig", err)
+		eventually(t, func() error {
+			if r.Status().Armed || len(log.lines("other times")) == 0 {
+				return errors.New("it goes on with the old times")
 			}
-		case <-time.After(20 * time.Second):
-			t.Fatal("a reaper of 3 s goes on in a registry of 60 s")
+			return nil
+		})
+		g.live(t, "web", 3, interval)
+		g.put(t, "web", "10.0.9.9:80", g.clock(t)) // beats no more
+		eventually(t, func() error {
+			if len(g.expired(t, "web")) == 0 {
+				return errors.New("nobody went")
+			}
+			return nil
+		})
+		if gone := g.expired(t, "web"); len(gone) != 1 || gone["10.0.9.9:80"] == 0 {
+			t.Errorf("went: %v", gone)
 		}
+		if n := len(log.lines("other times")); n != 1 {
+			t.Errorf("%d lines of the times", n)
+		}
+		if err := end(); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("no times to work with", func(t *testing.T) {
+		g := newRegistry(t)
+		r := newReaper(t, Config{}, g.store, zerolog.Nop())
+		g.put(t, "web", "10.0.0.1:80", 1)
+		if err := r.config(t.Context(), false, true); err != nil {
+			t.Fatal(err)
+		}
+		arm(t, r)
+		if err := g.rdb.HSet(t.Context(), g.keys.Config(), "ttl_ms", 200, "interval_ms", 50).Err(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Sweep(t.Context()); err == nil || !strings.Contains(err.Error(), "--set-ttl") {
+			t.Errorf("got %v", err)
+		}
+		g.wantMembers(t, "web", "10.0.0.1:80")
+	})
+	t.Run("shorter ones by hand", func(t *testing.T) {
+		g := newRegistry(t)
+		r := newReaper(t, Config{}, g.store, zerolog.Nop())
+		g.put(t, "web", "10.0.0.1:80", g.clock(t)-9000) // it may beat each 10 s
+		if err := r.config(t.Context(), false, true); err != nil {
+			t.Fatal(err)
+		}
+		arm(t, r)
+		if err := g.rdb.HSet(t.Context(), g.keys.Config(), "ttl_ms", 3000, "interval_ms", 1000).Err(); err != nil {
+			t.Fatal(err)
+		}
+		report := mustSweep(t, r)
+		if s := r.Status(); report.Armed || s.Armed || s.Until < r.proof.now+(10*time.Second+r.cfg.TTL).Milliseconds() {
+			t.Errorf("got %+v, %+v", report, s)
+		}
+		g.wantMembers(t, "web", "10.0.0.1:80")
 	})
 	t.Run("redis comes later", func(t *testing.T) {
 		g := newRegistry(t)
@@ -300,7 +351,7 @@ func TestTimesSetMeanwhile(t *testing.T) {
 	g := newRegistry(t)
 	r := newReaper(t, Config{}, g.store, zerolog.Nop())
 	g.put(t, "web", "10.0.0.1:80", 1)
-	if err := r.config(t.Context(), false); err != nil {
+	if err := r.config(t.Context(), false, true); err != nil {
 		t.Fatal(err)
 	}
 	arm(t, r)

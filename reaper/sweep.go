@@ -34,8 +34,7 @@ type Report struct {
 // Sweep takes out, with the last pulse as its licence, who is silent for a TTL
 // of proven health, and pulls scores from the future back. Not armed, it only
 // looks. It returns what it did with the error that ended it or, joined, the
-// errors of single services, and ErrConfig if the registry's times were
-// changed meanwhile.
+// errors of single services.
 func (r *Reaper) Sweep(ctx context.Context) (Report, error) {
 	if err := r.ready(ctx); err != nil {
 		return Report{Armed: r.armed, oldest: math.MaxInt64}, fmt.Errorf("sweep: %w", err)
@@ -52,7 +51,7 @@ func (r *Reaper) ready(ctx context.Context) error {
 	if !r.proof.ok {
 		return errNoPulse
 	}
-	return r.config(ctx, false)
+	return r.config(ctx, false, false)
 }
 
 // sweep is Sweep with a given cut-off. force does not feed the protection, so

@@ -590,7 +590,7 @@ func (d *doctor) registers(ctx context.Context, svcs []registrar.Service, whole 
 		}
 	}
 	d.part(unseen, "registry epochs", worst(false, len(blank) > 0), noEpoch, epochFix, "%s", cmp.Or(also(blank, "none of "), "every service has one"))
-	d.part(unseen, "registry configs", worst(len(other) > 0, false), "reapers refuse to work with times that differ", fmt.Sprintf("rollcall reap --ttl %v --heartbeat %v --set-ttl --once", whole.TTL, whole.Interval), "%s", cmp.Or(few(other), "all as the whole"))
+	d.part(unseen, "registry configs", worst(len(other) > 0, false), "instances and reapers of these services keep to other times than the rest", fmt.Sprintf("rollcall reap --ttl %v --heartbeat %v --set-ttl --once", whole.TTL, whole.Interval), "%s", cmp.Or(few(other), "all as the whole"))
 }
 
 func (d *doctor) config(reg registrar.Registry, ttl, heartbeat time.Duration) {
