@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -84,6 +85,8 @@ const (
 	// time at most: its sidecars can make that necessary as often as they like.
 	largeRead  = 50 * time.Millisecond
 	largeShare = 10
+	// lookFresh is how long a look at the registry's name holds, for reads in a burst.
+	lookFresh = 250 * time.Millisecond
 	// pollChunk is the most counters read at once. 1,000 hold Redis for less
 	// than a millisecond.
 	pollChunk = 1000
@@ -131,6 +134,9 @@ type Watcher struct {
 	listeners int64                      // of the channel, when the counters were last read
 	paid      time.Time                  // rounds of reads are paid for until then
 	rested    time.Time                  // until then there are no reads but urgent ones
+	moves     int64                      // of the registry, before the reads of this step
+	looked    time.Time                  // the registry's name was, last
+	unsure    bool                       // that look failed
 }
 
 // account is how far messages tell everything. Changes that come in a burst are
@@ -364,6 +370,7 @@ func (w *Watcher) Step(ctx context.Context, handle func(Change)) (err error) {
 			return err
 		}
 	}
+	w.moves = w.store.Moves()
 	return w.Follow(ctx, handle)
 }
 
@@ -737,6 +744,14 @@ func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, 
 	if err != nil {
 		return Change{}, err
 	}
+	if slices.ContainsFunc(snap.Entries, expired) && w.former(ctx) {
+		// On a server that the registry's name no longer has, everybody falls silent.
+		for i := range snap.Entries {
+			if expired(snap.Entries[i]) {
+				snap.Entries[i].Gone = nil
+			}
+		}
+	}
 	p.token, p.known, p.times = snap.Token, true, [2]time.Duration{snap.TTL, snap.Interval}
 	if w.reportOnce("history", snap.Token.Nameless()) {
 		w.log.Warn().Str("cure", "ACL SETUSER <user> +info, or take the line rename-command INFO out of redis.conf").
@@ -760,6 +775,21 @@ func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, 
 	}
 	before := known || old != registrar.Token{} // or Remembered
 	return Change{Snapshot: snap, Interrupted: before && old.Interrupted(snap.Token), Heard: h.heard}, nil
+}
+
+func expired(e registrar.Entry) bool { return e.Gone != nil && e.Gone.Reason == registrar.Expired }
+
+// former tells whether what was read in this step may be of a server that the registry's
+// name no longer has.
+func (w *Watcher) former(ctx context.Context) bool {
+	if time.Since(w.looked) >= lookFresh {
+		tctx, cancel := registrar.WithTimeout(ctx)
+		defer cancel()
+		w.looked = time.Now()
+		_, err := w.store.Look(tctx)
+		w.unsure = err != nil
+	}
+	return w.unsure || w.store.Moves() != w.moves
 }
 
 // reportLimit bounds the memory of what has been said.

@@ -19,6 +19,9 @@ const (
 	// included; whoever beat within 2 B before it runs out TTL − 2 B, at least
 	// 5 P, after it began. So nobody whose last beat was lost goes before.
 	canaryEvery = 3
+	// followFor is how long those who beat have to follow a name that names another
+	// server. They look it up with each heartbeat, but resolvers keep answers.
+	followFor = time.Minute
 	// maxSegments bounds the memory of healthy times. Only those longer than B
 	// are kept, so it covers 64 faults.
 	maxSegments = 64
@@ -37,6 +40,7 @@ const (
 	causeReplID = "another replication id: a fail-over or other data"
 	causeEpoch  = "another epoch: the registry lost its data"
 	causeClock  = "the clock of redis moved"
+	causeMoved  = "the registry's name names another server, and everybody has a minute to follow"
 )
 
 // outcome is one pulse as this process saw it. send and recv are monotonic,
@@ -246,6 +250,13 @@ func (p *proof) retime(ttl, beat time.Duration) {
 	if slowest > beat {
 		p.since += slowest.Milliseconds()
 	}
+}
+
+// moved has the proof begin when everybody has followed to the server of the last pulse,
+// which is another than before. What is stored there may be of an earlier time.
+func (p *proof) moved() fault {
+	p.since = p.now + followFor.Milliseconds()
+	return fault{cause: causeMoved, hard: true}
 }
 
 // taught tells whether everybody has had the time to hear of the registry's

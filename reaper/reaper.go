@@ -43,6 +43,8 @@ var (
 // errNoPulse says that there is no accepted pulse to sweep with.
 var errNoPulse = errors.New("the last pulse was not accepted")
 
+var errMoved = errors.New("nobody is taken out: the registry's name names another server now")
+
 // An id is at most idLength long. A repetition with a bound takes 100 kB when
 // compiled, in every process.
 var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
@@ -64,6 +66,8 @@ type Store interface {
 	Cluster() bool
 	Announce(ctx context.Context, u registrar.Unsaid) error
 	Report(ctx context.Context, id string, st *registrar.ReaperStatus) error
+	Look(ctx context.Context) (moves int64, err error)
+	Moves() int64
 }
 
 // Canary sends one heartbeat as an instance would: on a new connection, with an
@@ -139,6 +143,7 @@ type Reaper struct {
 	seen       map[registrar.Service]bool // services that had members in the last survey
 	census     int                        // services with instances, as this reaper has told; -1 = not yet
 	follows    bool                       // the registry's times from the start, whatever cfg says
+	moves      int64                      // of the registry, before the last accepted pulse
 
 	mu     sync.Mutex
 	status registrar.ReaperStatus // guarded by mu
@@ -433,10 +438,17 @@ func (r *Reaper) Pulse(ctx context.Context) error {
 func (r *Reaper) pulse(ctx context.Context) error {
 	tctx, cancel := context.WithTimeout(ctx, r.proof.deadline())
 	defer cancel()
+	moves := r.store.Moves()
 	o := outcome{token: rand.Text(), send: r.elapsed()}
 	o.pulse, o.err = r.store.Pulse(tctx, r.cfg.ID, o.token, keepTokens*r.cfg.TTL)
 	o.recv = r.elapsed()
 	f := r.proof.feed(o)
+	if o.err == nil && moves != r.moves {
+		r.moves = moves
+		if f.hard {
+			f = r.proof.moved()
+		}
+	}
 	if ctx.Err() == nil {
 		r.note(f)
 	}

@@ -79,6 +79,11 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 	if !armed {
 		return report, errors.Join(broken...)
 	}
+	if report.waits {
+		if err := r.look(ctx); err != nil {
+			return report, fmt.Errorf("sweep: %w", errors.Join(append(broken, err)...))
+		}
+	}
 	for _, c := range counts {
 		if c.Stale+c.Garbage == 0 && c.Future == 0 {
 			continue
@@ -117,6 +122,21 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 		break
 	}
 	return report, errors.Join(broken...)
+}
+
+// look looks up the name of the registry before anybody is taken out: on a server that
+// it no longer names, everybody falls silent.
+func (r *Reaper) look(ctx context.Context) error {
+	tctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	moves, err := r.store.Look(tctx)
+	switch {
+	case err != nil:
+		return fmt.Errorf("nobody is taken out: %w", err)
+	case moves != r.moves:
+		return errMoved
+	}
+	return nil
 }
 
 // removed notes that addrs of c's service went, the oldest among them.

@@ -179,8 +179,9 @@ func answersTLS(ctx context.Context, addr string) bool {
 	return errors.As(err, &alert) && alert.Op == "remote error"
 }
 
-// secured makes a TLS connection, and says so if what is there speaks without.
-func (d *doors) secured(ctx context.Context, dial *tls.Dialer, network, addr string) (net.Conn, error) {
+// secured makes a TLS connection to addr by connect, and says so if what is there speaks
+// without.
+func (d *doors) secured(ctx context.Context, addr string, connect func(context.Context) (net.Conn, error)) (net.Conn, error) {
 	look, found := context.WithCancelCause(ctx)
 	defer found(nil)
 	var looking sync.WaitGroup
@@ -198,7 +199,7 @@ func (d *doors) secured(ctx context.Context, dial *tls.Dialer, network, addr str
 			}
 		})
 	}
-	conn, err := dial.DialContext(look, network, addr)
+	conn, err := connect(look)
 	found(nil)
 	looking.Wait()
 	if wrong := context.Cause(look); err != nil && errors.Is(wrong, ErrWrongDoor) {

@@ -25,7 +25,7 @@ func (a *Acker) Follow(ctx context.Context, follows map[Service][]string) error 
 		}
 		value = string(b)
 	}
-	if err := s.follow.Run(ctx, s.rdb, []string{s.keys.Follows()}, a.id, value, balancerForget.Milliseconds(), s.now).Err(); err != nil {
+	if err := s.follows.Run(ctx, s.rdb, []string{s.keys.Follows()}, a.id, value, balancerForget.Milliseconds(), s.now).Err(); err != nil {
 		return fmt.Errorf("say what balancer %s follows: %w", a.id, err)
 	}
 	return nil

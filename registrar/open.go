@@ -64,6 +64,8 @@ type Access struct {
 	// system's. Cert and Key are files of this client's own certificate; "" =
 	// none. All are read at every new connection.
 	CA, Cert, Key string
+	// Follow, if not nil, keeps the connections where the registry is.
+	Follow *Follower
 }
 
 // Open is Access.Open with plain access.
@@ -146,7 +148,7 @@ func (a Access) server(base, rest string, secure *tls.Config, node bool, pool in
 		secure = o.TLSConfig // what the query says
 	}
 	door := &doors{place: place{secure: secure != nil, user: o.Username, hosts: []string{o.Addr}, db: o.DB}, node: node}
-	o.Dialer = a.dialer(secure, door)
+	o.Dialer = a.late(a.dialer(secure, door))
 	if o.CredentialsProviderContext, err = a.credentials(login); err != nil {
 		return nil, err
 	}
@@ -191,19 +193,25 @@ func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis
 		return nil, err
 	}
 	door := &doors{place: place{secure != nil, "sentinel", u.User.Username(), addrs, primary, db}}
-	plain := a.dialer(secure, door)
 	// It makes the data nodes' connections and the Sentinels'. Only those of the data nodes
 	// are asked for with the very context that the dial hook gives.
-	dial := func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := plain(ctx, network, addr)
-		if _, data := ctx.(ofData); data || err != nil {
-			return conn, err
+	greeting := func(plain dialer) dialer {
+		return func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := plain(ctx, network, addr)
+			if _, data := ctx.(ofData); data || err != nil {
+				return conn, err
+			}
+			if err := a.login(ctx, conn); err != nil {
+				_ = conn.Close()
+				return nil, err
+			}
+			return door.watch(ctx, conn, addr, true), nil
 		}
-		if err := a.login(ctx, conn); err != nil {
-			_ = conn.Close()
-			return nil, err
-		}
-		return door.watch(ctx, conn, addr, true), nil
+	}
+	plain := a.dialer(secure, door)
+	dial := greeting(plain)
+	if a.Follow != nil {
+		dial = a.late(greeting(a.Follow.watched(primary, addrs, plain, dial).dial))
 	}
 	rdb := redis.NewFailoverClient(&redis.FailoverOptions{
 		MasterName: primary, SentinelAddrs: slices.Clone(addrs), DB: db,
@@ -289,13 +297,13 @@ func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.
 	rdb := redis.NewClusterClient(&redis.ClusterOptions{
 		Addrs:                      addrs,
 		CredentialsProviderContext: credentials,
-		Dialer: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		Dialer: a.late(func(ctx context.Context, network, addr string) (net.Conn, error) {
 			conn, err := plain(ctx, network, addr)
 			if err != nil {
 				return nil, err
 			}
 			return door.watch(ctx, conn, addr, false), nil
-		},
+		}),
 		DialTimeout: DialTimeout, DialerRetries: 1,
 		ReadTimeout: Timeout, WriteTimeout: Timeout, PoolTimeout: Timeout, ContextTimeoutEnabled: true,
 		MaxRedirects: -1, MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
@@ -495,8 +503,12 @@ type dialer = func(ctx context.Context, network, addr string) (net.Conn, error)
 // dialer connects with TLS, by the files as they are then, as if says beside
 // them; nil = plainly. What speaks no TLS is said to.
 func (a Access) dialer(as *tls.Config, door *doors) dialer {
+	dial := (&net.Dialer{Timeout: DialTimeout, KeepAlive: keepAlive}).DialContext
+	if a.Follow != nil {
+		dial = a.Follow.dial
+	}
 	if as == nil {
-		return (&net.Dialer{Timeout: DialTimeout, KeepAlive: keepAlive}).DialContext
+		return dial
 	}
 	return func(ctx context.Context, network, addr string) (net.Conn, error) {
 		c, err := a.tls(true)
@@ -505,8 +517,26 @@ func (a Access) dialer(as *tls.Config, door *doors) dialer {
 		}
 		// The name that the certificate must have is addr's, if as has none.
 		c.ServerName, c.InsecureSkipVerify = as.ServerName, as.InsecureSkipVerify
-		d := tls.Dialer{NetDialer: &net.Dialer{Timeout: DialTimeout, KeepAlive: keepAlive}, Config: c}
-		return door.secured(ctx, &d, network, addr)
+		if host, _, err := net.SplitHostPort(addr); err == nil && c.ServerName == "" {
+			c.ServerName = host
+		}
+		return door.secured(ctx, addr, func(ctx context.Context) (net.Conn, error) {
+			ctx, cancel := context.WithTimeout(ctx, DialTimeout)
+			defer cancel()
+			raw, err := dial(ctx, network, addr)
+			if err != nil {
+				return nil, err
+			}
+			conn := tls.Client(raw, c)
+			if err := conn.HandshakeContext(ctx); err != nil {
+				_ = raw.Close() // nothing was said
+				return nil, err
+			}
+			if f, ok := raw.(*followed); ok {
+				return secured{conn, f}, nil
+			}
+			return conn, nil
+		})
 	}
 }
 

@@ -18,8 +18,7 @@ func TestNewcomersDuringAnOutage(t *testing.T) {
 	t.Parallel()
 	const bound = time.Second
 	w := redistest.StartWatched(t, "m", 1)
-	probe := openStore(t, w.URL())
-	must(t, probe.Ping(t.Context()))
+	f, _ := follower(t, nil)
 	w.Primary.Kill(t)
 
 	stopped := make(chan struct{})
@@ -35,7 +34,7 @@ func TestNewcomersDuringAnOutage(t *testing.T) {
 				return
 			case <-tick.C:
 			}
-			b, err := NewBeater(BeaterConfig{Service: web, Addr: netip.AddrPortFrom(netip.MustParseAddr("10.0.0.1"), uint16(1000+len(all)))}, openStore(t, w.URL()), zerolog.Nop())
+			b, err := NewBeater(BeaterConfig{Service: web, Addr: netip.AddrPortFrom(netip.MustParseAddr("10.0.0.1"), uint16(1000+len(all)))}, openFollowed(t, Access{}, f, w.URL(), 1), zerolog.Nop())
 			if err != nil {
 				t.Error(err)
 				continue
@@ -61,23 +60,8 @@ func TestNewcomersDuringAnOutage(t *testing.T) {
 		return nil
 	})
 	took := time.Since(at)
-	t.Logf("%d newcomers were registered %v after the promotion", len(all), took)
+	t.Logf("%d newcomers were registered %v after all Sentinels named the new primary", len(all), took)
 	if took > 3*bound {
 		t.Errorf("%v, want %v, and here three times that at most", took, bound)
 	}
-}
-
-// openStore returns a store through the client that the binary uses.
-func openStore(tb testing.TB, url string) *Store {
-	tb.Helper()
-	rdb, err := Open(url, 1)
-	must(tb, err)
-	tb.Cleanup(func() {
-		if err := rdb.Close(); err != nil {
-			tb.Error(err)
-		}
-	})
-	s, err := NewStore(rdb, DefaultNamespace)
-	must(tb, err)
-	return s
 }

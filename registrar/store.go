@@ -110,11 +110,12 @@ type Store struct {
 	rdb     redis.UniversalClient
 	keys    Keys
 	listing *listing
+	follow  *Follower // nil: none
 	// now is the clock argument of the scripts: empty for the server's own,
 	// set by tests of the package only.
 	now string
 
-	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere, others, lease, ledger, unlist, follow, followers *redis.Script
+	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere, others, lease, ledger, unlist, follows, followers *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -130,7 +131,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		reap: script("reap"), latest: script("latest"), pulse: script("pulse"), survey: script("survey"),
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), retire: script("retire"), applied: script("applied"), report: script("report"),
-		seen: script("seen"), follow: script("follow"), followers: script("followers"), entry: script("entry"), announce: script("announce"), elsewhere: script("elsewhere"), others: script("others"),
+		seen: script("seen"), follows: script("follow"), followers: script("followers"), entry: script("entry"), announce: script("announce"), elsewhere: script("elsewhere"), others: script("others"),
 		lease: script("lease"), ledger: script("ledger"), unlist: script("unlist"),
 	}
 	s.listing = &listing{timeout: listTimeout, every: listEvery, at: map[Service]time.Time{}}
@@ -140,6 +141,26 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 
 // Keys returns the names that the store uses.
 func (s *Store) Keys() Keys { return s.keys }
+
+// Follow says by which Follower the store's client was opened.
+func (s *Store) Follow(f *Follower) { s.follow = f }
+
+// Look is Follower.Look, and Moves Follower.Moves. Without a Follower nothing moves.
+func (s *Store) Look(ctx context.Context) (moves int64, err error) {
+	if s.follow == nil {
+		return 0, nil
+	}
+	return s.follow.Look(ctx)
+}
+
+// Moves tells how often a name was found to name another server. An exchange that
+// begins after it goes to a server that is named now.
+func (s *Store) Moves() int64 {
+	if s.follow == nil {
+		return 0
+	}
+	return s.follow.Moves()
+}
 
 // Ping asks Redis for a sign of life. Of a Cluster one node must give it.
 func (s *Store) Ping(ctx context.Context) error {

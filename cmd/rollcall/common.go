@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"unicode"
 
@@ -84,9 +85,10 @@ func (l redisLogger) Printf(_ context.Context, format string, v ...any) {
 // session is what a command needs once its own flags are right.
 type session struct {
 	printer
-	store *registrar.Store
-	log   zerolog.Logger
-	close func()
+	store    *registrar.Store
+	follower *registrar.Follower // of all its clients
+	log      zerolog.Logger
+	close    func()
 }
 
 // begin makes a session from the common flags. pool is the most connections to
@@ -100,7 +102,8 @@ func begin(c *cli.Context, pool int) (*session, error) {
 	if s.log, err = logger(c); err != nil {
 		return nil, err
 	}
-	rdb, err := open(c, "redis", pool)
+	s.follower = registrar.NewFollower(nil, s.log)
+	rdb, err := open(c, "redis", pool, s.follower)
 	if err != nil {
 		return nil, err
 	}
@@ -109,17 +112,26 @@ func begin(c *cli.Context, pool int) (*session, error) {
 		return nil, usageError{err}
 	}
 	warnPasswords(c, "redis", s.log)
-	s.close = func() { _ = rdb.Close() } // it has been used for the last time
+	s.store.Follow(s.follower)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(c.Context)) // it ends after what a command does at its end
+	var following sync.WaitGroup
+	following.Go(func() { s.follower.Run(ctx) })
+	s.close = func() {
+		cancel()
+		following.Wait()
+		_ = rdb.Close() // it has been used for the last time
+	}
 	return s, nil
 }
 
 // open makes a client of the URL that a flag has, with the password that the
-// flag's variables have.
-func open(c *cli.Context, flag string, pool int) (redis.UniversalClient, error) {
+// flag's variables have. follow may be nil.
+func open(c *cli.Context, flag string, pool int, follow *registrar.Follower) (redis.UniversalClient, error) {
 	a, err := access(c, flag)
 	if err != nil {
 		return nil, err
 	}
+	a.Follow = follow
 	rdb, err := a.Open(c.String(flag), pool)
 	if err != nil {
 		return nil, usageError{err}

@@ -45,7 +45,7 @@ func (s *session) hangups(c *cli.Context, more ...func() error) (stop func()) {
 
 // readable reads the files that go with the URL of a flag.
 func readable(c *cli.Context, flag string) error {
-	rdb, err := open(c, flag, 1)
+	rdb, err := open(c, flag, 1, nil)
 	if err != nil {
 		return err
 	}

@@ -47,7 +47,7 @@ func reapCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
-			canary, err := newCanary(c, s.store)
+			canary, err := newCanary(c, s)
 			if err != nil {
 				return err
 			}
@@ -143,12 +143,12 @@ func newReaping(cfg reaper.Config, s *session, canary func(registrar.Service) re
 
 // newCanary returns what makes a reaper's canary; outside of a Cluster, whatever
 // the service. A URL that is none is an error now and not at the first beat.
-func newCanary(c *cli.Context, store *registrar.Store) (func(registrar.Service) reaper.Canary, error) {
-	flag := "redis"
+func newCanary(c *cli.Context, s *session) (func(registrar.Service) reaper.Canary, error) {
+	flag, store := "redis", s.store
 	if c.String("canary-redis") != "" {
 		flag = "canary-redis"
 	}
-	rdb, err := open(c, flag, 1)
+	rdb, err := open(c, flag, 1, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -156,7 +156,9 @@ func newCanary(c *cli.Context, store *registrar.Store) (func(registrar.Service) 
 	if _, same := rdb.(*redis.ClusterClient); same != store.Cluster() {
 		return nil, usage("--canary-redis and --redis: want both to name a Cluster, or neither")
 	}
-	connect := func(context.Context, registrar.Service) (redis.UniversalClient, error) { return open(c, flag, 1) }
+	connect := func(context.Context, registrar.Service) (redis.UniversalClient, error) {
+		return open(c, flag, 1, s.follower) // where the pulses go
+	}
 	if store.Cluster() {
 		connect = func(ctx context.Context, svc registrar.Service) (redis.UniversalClient, error) {
 			// A client of its own for the whole Cluster would first ask any node
@@ -169,6 +171,7 @@ func newCanary(c *cli.Context, store *registrar.Store) (func(registrar.Service) 
 			if err != nil {
 				return nil, err
 			}
+			a.Follow = s.follower
 			return a.OpenNode(c.String(flag), node, 1)
 		}
 	}

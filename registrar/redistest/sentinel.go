@@ -16,7 +16,7 @@ type Watched struct {
 	Name      string
 	Primary   *Server
 	Replicas  []*Server
-	Sentinels []*Server
+	Sentinels []*Server // that live
 }
 
 // StartWatched runs a primary with so many replicas, and three Sentinels, which know
@@ -30,27 +30,57 @@ func StartWatched(tb testing.TB, name string, replicas int) *Watched {
 	for range 3 {
 		w.Sentinels = append(w.Sentinels, w.Primary.StartSentinel(tb, name))
 	}
-	for _, s := range w.Sentinels {
-		w.Knows(tb, s, len(w.Sentinels)-1)
-	}
+	w.meet(tb)
 	return w
 }
 
-// Knows waits until s knows the replicas and so many other Sentinels.
-func (w *Watched) Knows(tb testing.TB, s *Server, others int) {
+// meet waits until each Sentinel knows the replicas and the others.
+func (w *Watched) meet(tb testing.TB) {
+	tb.Helper()
+	for _, s := range w.Sentinels {
+		w.knows(tb, s)
+	}
+}
+
+func (w *Watched) knows(tb testing.TB, s *Server) {
 	tb.Helper()
 	rdb := redis.NewSentinelClient(&redis.Options{Addr: s.Addr, MaxRetries: -1})
 	defer rdb.Close()
 	poll(tb, func() error {
-		m, err := rdb.Master(tb.Context(), w.Name).Result()
+		replicas, err := rdb.Replicas(tb.Context(), w.Name).Result()
 		if err != nil {
 			return err
 		}
-		if m["num-slaves"] != fmt.Sprint(len(w.Replicas)) || m["num-other-sentinels"] != fmt.Sprint(others) {
-			return fmt.Errorf("%s knows %s replicas and %s other Sentinels", s.Addr, m["num-slaves"], m["num-other-sentinels"])
+		others, err := rdb.Sentinels(tb.Context(), w.Name).Result()
+		if err != nil {
+			return err
+		}
+		known := map[string]bool{s.Host: true}
+		for _, o := range slices.Concat(replicas, others) {
+			known[o["ip"]] = true
+		}
+		for _, o := range slices.Concat(w.Replicas, w.Sentinels) {
+			if !known[o.Host] {
+				return fmt.Errorf("%s does not know %s", s.Addr, o.Addr)
+			}
 		}
 		return nil
 	})
+}
+
+// AddSentinel starts one more, and waits until all that live know it.
+func (w *Watched) AddSentinel(tb testing.TB) {
+	tb.Helper()
+	w.Sentinels = append(w.Sentinels, w.Primary.StartSentinel(tb, w.Name))
+	w.meet(tb)
+}
+
+// EndSentinel kills the oldest one. The others go on counting it, and so need more of
+// themselves for a fail-over.
+func (w *Watched) EndSentinel(tb testing.TB) {
+	tb.Helper()
+	w.Sentinels[0].Kill(tb)
+	w.Sentinels = w.Sentinels[1:]
 }
 
 // URL names the Sentinels as --redis takes them.
@@ -62,7 +92,8 @@ func (w *Watched) URL() string {
 	return "redis+sentinel://" + strings.Join(addrs, ",") + "/" + w.Name + "/0"
 }
 
-// Promoted waits until a Sentinel names another primary than w.Primary, and returns it.
+// Promoted waits until every Sentinel names another primary than w.Primary, and returns
+// it. One of them names it first; the others hear of it within two seconds.
 func (w *Watched) Promoted(tb testing.TB) *Server {
 	tb.Helper()
 	var found *Server
@@ -72,12 +103,13 @@ func (w *Watched) Promoted(tb testing.TB) *Server {
 			if err != nil {
 				return err
 			}
-			if i := slices.IndexFunc(w.Replicas, func(r *Server) bool { return r.Addr == addr }); i >= 0 {
-				found = w.Replicas[i]
-				return nil
+			i := slices.IndexFunc(w.Replicas, func(r *Server) bool { return r.Addr == addr })
+			if i < 0 {
+				return fmt.Errorf("the primary of %s is still %s", s.Addr, addr)
 			}
+			found = w.Replicas[i]
 		}
-		return fmt.Errorf("the primary is still %s", w.Primary.Addr)
+		return nil
 	})
 	return found
 }

@@ -16,6 +16,9 @@ import (
 	"time"
 )
 
+// NameTLS is a host name that every certificate has.
+const NameTLS = "registry.test"
+
 // Certificates are files of a CA of its own, and of what it vouches for.
 type Certificates struct {
 	CA        string
@@ -57,7 +60,7 @@ func certificate(tb testing.TB, dir, name string, ips []net.IP, parent *x509.Cer
 		tb.Fatal(err)
 	}
 	c := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, IPAddresses: ips,
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, IPAddresses: ips, DNSNames: []string{NameTLS},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		BasicConstraintsValid: true, IsCA: parent == nil, KeyUsage: x509.KeyUsageDigitalSignature,
 	}
