@@ -64,6 +64,7 @@ type backend struct {
 	broken   bool         // after an interruption, until a whole read a TTL later
 	brokenAt int64        // its time, unix ms by Redis' clock
 	viewAt   time.Time    // the last change came
+	moved    time.Time    // the registry went to another server; zero = never
 	cold     *lastService // serves while view knows nothing; nil = none
 	dirty    map[netip.AddrPort]time.Time
 	back     map[netip.AddrPort]bool // was there since the last step, and may have gone again
@@ -164,7 +165,7 @@ func newBackend(cfg Config, bc BackendConfig, bal Balancer, refresh func(registr
 func (b *backend) change(c notifier.Change) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.now, b.viewAt, b.cold = c.Now, time.Now(), nil
+	b.now, b.viewAt, b.moved, b.cold = c.Now, time.Now(), c.Moved, nil
 	switch {
 	case c.Interrupted:
 		b.broken, b.brokenAt = true, c.Now
@@ -713,7 +714,7 @@ func (b *backend) wants(addrs []netip.AddrPort, goal Goal, now time.Time) []Want
 // last read. The caller has mu.
 func (b *backend) read(addr netip.AddrPort, s Server, there bool) read {
 	return read{
-		ttl: b.view.TTL, interval: b.view.Interval, empty: b.have.Serving == 0, doubted: b.doubted[addr],
+		ttl: b.view.TTL, interval: b.view.Interval, moved: !b.moved.IsZero() && time.Since(b.moved) < registrar.FollowFor, empty: b.have.Serving == 0, doubted: b.doubted[addr],
 		human: there && b.have.Human(s), parked: there && b.have.parked(&s), blank: b.have.Blank(addr), other: b.others[addr],
 	}
 }

@@ -337,6 +337,8 @@ func TestDecide(t *testing.T) {
 	doubted, alone := normal, normal
 	doubted.doubted = true
 	alone.doubted, alone.empty = true, true
+	moved := normal
+	moved.moved = true
 	human := normal
 	human.human = true
 	parked := func(r read) read { r.parked = true; return r }
@@ -387,6 +389,9 @@ func TestDecide(t *testing.T) {
 		{"absent, check up", registrar.Entry{Addr: addrA}, &passes, normal, Leave, 5 * time.Minute, false},
 		{"absent, check down", registrar.Entry{Addr: addrA}, &fails, normal, Leave, 25 * time.Second, false},
 		{"absent, no check", registrar.Entry{Addr: addrA}, &none, normal, Leave, 25 * time.Second, false},
+		{"absent where the registry has just moved to", registrar.Entry{Addr: addrA}, &none, moved, Leave, time.Minute, false},
+		{"expired where the registry has just moved to", gone(registrar.Expired), &none, moved, Leave, time.Minute, false},
+		{"left where the registry has just moved to", gone(registrar.Left), &none, moved, Leave, 0, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s, there := Server{}, tt.server != nil

@@ -53,6 +53,9 @@ type verdict struct {
 // read is what a decision needs to know of the read that its entry came from.
 type read struct {
 	ttl, interval time.Duration
+	// moved says that the registry went to another server by its name, and that not
+	// everybody can have followed yet.
+	moved bool
 	// doubted says that it came after an interruption, when the heartbeat was
 	// older than the TTL: it may be that of an old snapshot.
 	doubted bool
@@ -106,6 +109,8 @@ func (r rules) decide(e registrar.Entry, s Server, there bool, rd read) verdict 
 		return verdict{goal: Leave, word: true, now: true, why: fmt.Sprintf("service %s has its address", rd.other)}
 	case vouched:
 		return verdict{goal: Leave, hold: r.hold, why: "it stopped beating, but its health check is up"}
+	case rd.moved:
+		return verdict{goal: Leave, hold: max(rd.ttl+2*rd.interval, registrar.FollowFor), why: "the registry moved, and it may not have followed yet"}
 	case e.Gone != nil:
 		return verdict{goal: Leave}
 	default:

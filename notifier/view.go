@@ -13,6 +13,9 @@ type Change struct {
 	// Interrupted says that the history before this snapshot and the one after
 	// it are not one: Redis lost data, was replaced, or went back.
 	Interrupted bool
+	// Moved is when the registry's name was last seen to name another server; zero =
+	// never. See registrar.FollowFor.
+	Moved time.Time
 	// Heard is when the hint or the poll came that led to this read.
 	Heard time.Time
 }

@@ -135,6 +135,7 @@ type Watcher struct {
 	paid      time.Time                  // rounds of reads are paid for until then
 	rested    time.Time                  // until then there are no reads but urgent ones
 	moves     int64                      // of the registry, before the reads of this step
+	moved     time.Time                  // when the last of them was seen; zero = none was
 	looked    time.Time                  // the registry's name was, last
 	unsure    bool                       // that look failed
 }
@@ -370,7 +371,9 @@ func (w *Watcher) Step(ctx context.Context, handle func(Change)) (err error) {
 			return err
 		}
 	}
-	w.moves = w.store.Moves()
+	if moves := w.store.Moves(); moves != w.moves {
+		w.moves, w.moved = moves, time.Now()
+	}
 	return w.Follow(ctx, handle)
 }
 
@@ -774,7 +777,7 @@ func (w *Watcher) read(ctx context.Context, svc registrar.Service, p *progress, 
 		return Change{}, nil
 	}
 	before := known || old != registrar.Token{} // or Remembered
-	return Change{Snapshot: snap, Interrupted: before && old.Interrupted(snap.Token), Heard: h.heard}, nil
+	return Change{Snapshot: snap, Interrupted: before && old.Interrupted(snap.Token), Moved: w.moved, Heard: h.heard}, nil
 }
 
 func expired(e registrar.Entry) bool { return e.Gone != nil && e.Gone.Reason == registrar.Expired }

@@ -19,9 +19,6 @@ const (
 	// included; whoever beat within 2 B before it runs out TTL − 2 B, at least
 	// 5 P, after it began. So nobody whose last beat was lost goes before.
 	canaryEvery = 3
-	// followFor is how long those who beat have to follow a name that names another
-	// server. They look it up with each heartbeat, but resolvers keep answers.
-	followFor = time.Minute
 	// maxSegments bounds the memory of healthy times. Only those longer than B
 	// are kept, so it covers 64 faults.
 	maxSegments = 64
@@ -255,7 +252,7 @@ func (p *proof) retime(ttl, beat time.Duration) {
 // moved has the proof begin when everybody has followed to the server of the last pulse,
 // which is another than before. What is stored there may be of an earlier time.
 func (p *proof) moved() fault {
-	p.since = p.now + followFor.Milliseconds()
+	p.since = p.now + registrar.FollowFor.Milliseconds()
 	return fault{cause: causeMoved, hard: true}
 }
 
