@@ -205,9 +205,9 @@ func TestFollowSentinels(t *testing.T) {
 	must(t, err)
 	start(t, b)
 	registered(t, s, b)
-	w.AddSentinel(t) // seven in all, of which four must agree
-	for range 3 {
-		w.AddSentinel(t)
+	// Those that ended count on: five of nine must agree, and six live.
+	for _, n := range []int{4, 1, 1} {
+		w.AddSentinels(t, n)
 		w.EndSentinel(t)
 	}
 	w.Primary.Kill(t)

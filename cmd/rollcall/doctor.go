@@ -121,6 +121,7 @@ func doctorCommand() *cli.Command {
 			d.passwords(passwords(c, "redis"))
 			d.places = func(socket string) []identity.Place { return places(c, socket, socket) }
 			d.host()
+			d.name(c.Context, c.String("redis"))
 			if d.registry(c.Context, c.Duration("ttl"), c.Duration("heartbeat")); d.answers {
 				d.defaultUser(c)
 			}

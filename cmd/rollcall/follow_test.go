@@ -6,6 +6,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -14,8 +16,8 @@ import (
 )
 
 // withHosts returns s with a program that has an /etc/hosts of its own, and what makes
-// a name there that of an address. Who is not root is skipped.
-func (s *system) withHosts(t *testing.T, name string) (_ *system, point func(addr string)) {
+// a name there that of addresses. Who is not root is skipped.
+func (s *system) withHosts(t *testing.T, name string) (_ *system, point func(addrs ...string)) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("a mount of its own needs root")
@@ -25,10 +27,13 @@ func (s *system) withHosts(t *testing.T, name string) (_ *system, point func(add
 	}
 	dir := t.TempDir()
 	hosts, script := filepath.Join(dir, "hosts"), filepath.Join(dir, "rollcall")
-	point = func(addr string) {
+	point = func(addrs ...string) {
 		t.Helper()
-		// In place: what is mounted is the file, not its name.
-		must(t, os.WriteFile(hosts, fmt.Appendf(nil, "127.0.0.1 localhost\n%s %s\n", addr, name), 0o644))
+		text := "127.0.0.1 localhost\n"
+		for _, a := range addrs {
+			text += a + " " + name + "\n"
+		}
+		must(t, os.WriteFile(hosts, []byte(text), 0o644)) // in place: what is mounted is the file, not its name
 	}
 	must(t, os.WriteFile(script, fmt.Appendf(nil, "#!/bin/sh\nexec unshare -m sh -c 'mount --bind %s /etc/hosts && exec %s \"$@\"' sh \"$@\"\n", hosts, s.binary(t)), 0o755))
 	with := *s
@@ -123,5 +128,32 @@ func TestRegistryMovesByName(t *testing.T) {
 	l.stop()
 	if n, f := l.sent.Load(), l.failed.Load(); f > 0 || n < 100 {
 		t.Errorf("%d of %d requests failed: %s", f, n, l.last)
+	}
+}
+
+// TestDoctorName has doctor look at the registry's name.
+func TestDoctorName(t *testing.T) {
+	t.Parallel()
+	const name = "registry.test"
+	s := &system{redis: redistest.Start(t), env: []string{"ROLLCALL_REDIS=redis://" + name + ":6379/0"}}
+	s, point := s.withHosts(t, name)
+	for _, c := range []struct {
+		addrs []string
+		want  state
+		seen  string
+	}{
+		{[]string{s.redis.Host}, stateOK, name + " is " + s.redis.Host},
+		{[]string{s.redis.Host, "127.0.0.9"}, stateWarn, name + " is " + s.redis.Host + ", 127.0.0.9"},
+	} {
+		point(c.addrs...)
+		findings, _ := s.doctor(t)
+		i := slices.IndexFunc(findings, func(f finding) bool { return f.Check == "redis name" })
+		if i < 0 || findings[i].State != c.want || !strings.Contains(findings[i].Seen, c.seen) {
+			t.Errorf("%v: %+v", c.addrs, findings)
+		}
+	}
+	s.env = nil // by an address there is no name
+	if findings, _ := s.doctor(t); slices.ContainsFunc(findings, func(f finding) bool { return f.Check == "redis name" }) {
+		t.Errorf("%+v", findings)
 	}
 }

@@ -67,7 +67,12 @@ func startNode(tb testing.TB, args ...string) *Server {
 // poll calls ok until it returns nil.
 func poll(tb testing.TB, ok func() error) {
 	tb.Helper()
-	deadline := time.NewTimer(readyTimeout)
+	pollFor(tb, readyTimeout, ok)
+}
+
+func pollFor(tb testing.TB, limit time.Duration, ok func() error) {
+	tb.Helper()
+	deadline := time.NewTimer(limit)
 	defer deadline.Stop()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -78,7 +83,7 @@ func poll(tb testing.TB, ok func() error) {
 		}
 		select {
 		case <-deadline.C:
-			tb.Fatalf("still after %v: %v", readyTimeout, err)
+			tb.Fatalf("still after %v: %v", limit, err)
 		case <-tick.C:
 		}
 	}

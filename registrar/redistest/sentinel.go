@@ -6,9 +6,14 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 )
+
+// electionTimeout bounds a fail-over. Where two Sentinels begin one at the same time, they
+// try again 10 s later.
+const electionTimeout = 40 * time.Second
 
 // Watched is a primary with its replicas and the Sentinels that watch them, as they
 // were started.
@@ -68,10 +73,12 @@ func (w *Watched) knows(tb testing.TB, s *Server) {
 	})
 }
 
-// AddSentinel starts one more, and waits until all that live know it.
-func (w *Watched) AddSentinel(tb testing.TB) {
+// AddSentinels starts n more, and waits until all that live know them.
+func (w *Watched) AddSentinels(tb testing.TB, n int) {
 	tb.Helper()
-	w.Sentinels = append(w.Sentinels, w.Primary.StartSentinel(tb, w.Name))
+	for range n {
+		w.Sentinels = append(w.Sentinels, w.Primary.StartSentinel(tb, w.Name))
+	}
 	w.meet(tb)
 }
 
@@ -97,7 +104,7 @@ func (w *Watched) URL() string {
 func (w *Watched) Promoted(tb testing.TB) *Server {
 	tb.Helper()
 	var found *Server
-	poll(tb, func() error {
+	pollFor(tb, electionTimeout, func() error {
 		for _, s := range w.Sentinels {
 			addr, err := w.names(tb, s)
 			if err != nil {
