@@ -195,9 +195,24 @@ func TestFollowNothing(t *testing.T) {
 
 // TestFollowSentinels replaces all Sentinels one by one while connections are in use,
 // and nothing connects anew, before the primary dies: its successor is found, though
-// none of the Sentinels of the URL lives.
+// none of the Sentinels of the URL lives, or watches it.
 func TestFollowSentinels(t *testing.T) {
 	t.Parallel()
+	t.Run("killed", func(t *testing.T) {
+		t.Parallel()
+		followSentinels(t, func(s *redistest.Server) { s.Kill(t) })
+	})
+	t.Run("removed", func(t *testing.T) {
+		t.Parallel()
+		followSentinels(t, func(s *redistest.Server) {
+			rdb := redis.NewSentinelClient(&redis.Options{Addr: s.Addr, MaxRetries: -1})
+			defer rdb.Close()
+			must(t, rdb.Remove(t.Context(), "m").Err())
+		})
+	})
+}
+
+func followSentinels(t *testing.T, end func(*redistest.Server)) {
 	w := redistest.StartWatched(t, "m", 1)
 	f, _ := follower(t, nil)
 	s := openFollowed(t, Access{}, f, w.URL(), 2)
@@ -208,7 +223,8 @@ func TestFollowSentinels(t *testing.T) {
 	// Those that ended count on: five of nine must agree, and six live.
 	for _, n := range []int{4, 1, 1} {
 		w.AddSentinels(t, n)
-		w.EndSentinel(t)
+		end(w.Sentinels[0])
+		w.Sentinels = w.Sentinels[1:]
 	}
 	w.Primary.Kill(t)
 	began := time.Now()

@@ -17,15 +17,18 @@ import (
 const (
 	// learnTimeout bounds one round of asking Sentinels for the others.
 	learnTimeout = 3 * time.Second
-	// avoidFor is how long a Sentinel that could not be dialled comes after others.
-	avoidFor = time.Minute
+	// avoidFor is how long a Sentinel that could not be dialled comes after others, and
+	// forgotFor one that watches the primary no more.
+	avoidFor  = time.Minute
+	forgotFor = time.Hour
 )
 
 // sentinels are those that watch one primary: the ones that the URL names, and those
 // that they name. go-redis learns of others only when it connects to another one than
 // before. Where each was replaced in the meantime it knows none that lives, and finds
 // no primary ever after. So they are asked for the others while connections are in
-// use, and one that was learnt stands in for one that cannot be dialled.
+// use, and one that was learnt stands in for one that cannot be dialled, or that watches
+// the primary no more.
 type sentinels struct {
 	primary string
 	seeds   []string // of the URL; names are resolved at each dial
@@ -38,7 +41,7 @@ type sentinels struct {
 	mu    sync.Mutex
 	known []string             // that live, as the one asked last said; it is the first
 	all   map[string]bool      // that ever were known
-	avoid map[string]time.Time // that could not be dialled, until then
+	avoid map[string]time.Time // that were of no use, until then
 }
 
 // watched returns the Sentinels of a primary, one set for each in a process.
@@ -115,6 +118,12 @@ func (s *sentinels) ask(ctx context.Context) error {
 	ctx, cancel := WithTimeout(ctx)
 	defer cancel()
 	others, err := s.asked.Sentinels(ctx, s.primary).Result()
+	var refused redis.Error
+	if errors.As(err, &refused) { // it may live on, and watch others
+		s.mu.Lock()
+		s.avoid[s.at] = time.Now().Add(forgotFor)
+		s.mu.Unlock()
+	}
 	if err != nil {
 		return fmt.Errorf("ask the Sentinel %s for the others: %w", s.at, err)
 	}
@@ -134,7 +143,7 @@ func (s *sentinels) ask(ctx context.Context) error {
 }
 
 // candidates are all but one in the order in which to try them: those that are known
-// to live, then those of the URL, who could not be dialled last.
+// to live, then those of the URL, and last those that were of no use.
 func (s *sentinels) candidates(but string) []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -166,9 +175,7 @@ func (s *sentinels) dial(ctx context.Context, network, addr string) (net.Conn, e
 	for _, a := range of {
 		conn, err := s.connect(ctx, network, a)
 		s.mu.Lock()
-		if err == nil {
-			delete(s.avoid, a)
-		} else {
+		if err != nil && !time.Now().Before(s.avoid[a]) {
 			s.avoid[a] = time.Now().Add(avoidFor)
 		}
 		s.mu.Unlock()

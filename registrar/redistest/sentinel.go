@@ -82,14 +82,6 @@ func (w *Watched) AddSentinels(tb testing.TB, n int) {
 	w.meet(tb)
 }
 
-// EndSentinel kills the oldest one. The others go on counting it, and so need more of
-// themselves for a fail-over.
-func (w *Watched) EndSentinel(tb testing.TB) {
-	tb.Helper()
-	w.Sentinels[0].Kill(tb)
-	w.Sentinels = w.Sentinels[1:]
-}
-
 // URL names the Sentinels as --redis takes them.
 func (w *Watched) URL() string {
 	addrs := make([]string, len(w.Sentinels))
