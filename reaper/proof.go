@@ -249,10 +249,11 @@ func (p *proof) retime(ttl, beat time.Duration) {
 	}
 }
 
-// moved has the proof begin when everybody has followed to the server of the last pulse,
-// which is another than before. What is stored there may be of an earlier time.
+// moved has nobody go before everybody has followed to the server of the last pulse,
+// which is another than before. What is stored there may be of an earlier time. The
+// proof's own time, TTL + B, is a part of that.
 func (p *proof) moved() fault {
-	p.since = p.now + registrar.FollowFor.Milliseconds()
+	p.since = p.now + max(registrar.FollowFor.Milliseconds()-p.ttl.Milliseconds()-p.back(), p.maxAge().Milliseconds())
 	return fault{cause: causeMoved, hard: true}
 }
 
