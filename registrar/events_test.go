@@ -125,6 +125,13 @@ func TestLogGoesOn(t *testing.T) {
 				must(t, err)
 			}
 			must(t, s.Report(ctx, "r1", &ReaperStatus{}))
+			eventually(t, func() error { // so that no two entries have one id
+				last, _, _ := strings.Cut(before[len(before)-1].ID, "-")
+				if now := s.rdb.Time(ctx).Val().UnixMilli(); strconv.FormatInt(now, 10) <= last {
+					return fmt.Errorf("it is %d, and the last entry is of %s", now, last)
+				}
+				return nil
+			})
 			leave(t, s, host(1), "t")
 			want := append(slices.Clone(kept), Event{})
 			after, err := s.Events(ctx, nil, "", 0)
