@@ -46,8 +46,8 @@ const (
 	slowHandshake = 100 * time.Millisecond
 )
 
-// place is what a URL says of where the register is, without its password.
-type place struct {
+// target is what a URL says of where the register is, without its password.
+type target struct {
 	secure  bool   // TLS
 	form    string // "", sentinel or cluster
 	user    string
@@ -57,31 +57,31 @@ type place struct {
 }
 
 // String is the URL.
-func (p place) String() string {
+func (t target) String() string {
 	u := "redis"
-	if p.secure {
+	if t.secure {
 		u = "rediss"
 	}
-	if p.form != "" {
-		u += "+" + p.form
+	if t.form != "" {
+		u += "+" + t.form
 	}
 	u += "://"
-	if p.user != "" {
-		u += url.User(p.user).String() + "@"
+	if t.user != "" {
+		u += url.User(t.user).String() + "@"
 	}
-	u += strings.Join(p.hosts, ",")
-	if p.form == "sentinel" {
-		u += "/" + url.PathEscape(p.primary)
+	u += strings.Join(t.hosts, ",")
+	if t.form == "sentinel" {
+		u += "/" + url.PathEscape(t.primary)
 	}
-	if p.form != "cluster" {
-		u += "/" + strconv.Itoa(p.db)
+	if t.form != "cluster" {
+		u += "/" + strconv.Itoa(t.db)
 	}
 	return u
 }
 
-// doors watches what speaks at the addresses of a place.
+// doors watches what speaks at the addresses of a target.
 type doors struct {
-	place
+	target
 	node bool // one node of a Cluster is asked for by itself
 
 	right atomic.Bool // a TLS handshake has succeeded
@@ -91,14 +91,14 @@ type doors struct {
 	found error     // by the last probe, which counts until then; guarded by mu
 }
 
-func (d *doors) wrong(addr, is string, right place) error {
+func (d *doors) wrong(addr, is string, right target) error {
 	return wrongDoor(fmt.Sprintf("%s %s; the URL is %s", addr, is, right))
 }
 
 // mode judges what addr says of itself in its answer to HELLO. sentinel tells that it
 // was asked as one.
 func (d *doors) mode(addr, mode string, sentinel bool) error {
-	right := d.place
+	right := d.target
 	switch {
 	case mode == "cluster" && !d.node && (sentinel || d.form != "cluster"):
 		right.form = "cluster"
@@ -131,7 +131,7 @@ func (d *doors) probe(ctx context.Context, addr string) error {
 	if known {
 		return found
 	}
-	right := d.place
+	right := d.target
 	right.secure, found = !d.secure, nil
 	switch {
 	case d.secure && answersPlain(ctx, addr):
@@ -300,7 +300,7 @@ func (a Access) known(ctx context.Context, d *doors, dial dialer, err error) err
 	if !errors.Is(err, redis.Nil) {
 		return err
 	}
-	right := d.place
+	right := d.target
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeTimeout)
 	defer cancel()
 	var names []string

@@ -147,7 +147,7 @@ func (a Access) server(base, rest string, secure *tls.Config, node bool, pool in
 	if secure != nil {
 		secure = o.TLSConfig // what the query says
 	}
-	door := &doors{place: place{secure: secure != nil, user: o.Username, hosts: []string{o.Addr}, db: o.DB}, node: node}
+	door := &doors{target: target{secure: secure != nil, user: o.Username, hosts: []string{o.Addr}, db: o.DB}, node: node}
 	o.Dialer = a.late(a.dialer(secure, door))
 	if o.CredentialsProviderContext, err = a.credentials(login); err != nil {
 		return nil, err
@@ -192,7 +192,7 @@ func (a Access) sentinel(base, rest string, secure *tls.Config, pool int) (redis
 	if err != nil {
 		return nil, err
 	}
-	door := &doors{place: place{secure != nil, "sentinel", u.User.Username(), addrs, primary, db}}
+	door := &doors{target: target{secure != nil, "sentinel", u.User.Username(), addrs, primary, db}}
 	// It makes the data nodes' connections and the Sentinels'. Only those of the data nodes
 	// are asked for with the very context that the dial hook gives.
 	greeting := func(plain dialer) dialer {
@@ -292,7 +292,7 @@ func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.
 	if err != nil {
 		return nil, err
 	}
-	door := &doors{place: place{secure: secure != nil, form: "cluster", user: u.User.Username(), hosts: addrs}}
+	door := &doors{target: target{secure: secure != nil, form: "cluster", user: u.User.Username(), hosts: addrs}}
 	plain := a.dialer(secure, door)
 	rdb := redis.NewClusterClient(&redis.ClusterOptions{
 		Addrs:                      addrs,
