@@ -143,6 +143,11 @@ func TestWrongDoor(t *testing.T) {
 		findings, _ := s.doctor(t)
 		expect(t, findings, [3]string{"bad", "redis", c.want}, [3]string{"unknown", "registry", "not looked at"})
 	}
+	one := redistest.Start(t)
+	s := &system{redis: one}
+	if stdout, stderr, code := s.rollcall(t, "services", "--redis", "rediss://"+one.Addr); code != exitFailed || stdout != "" || !strings.Contains(stderr, "speaks without TLS; the URL is redis://"+one.Addr+"/0") {
+		t.Errorf("TLS: exit %d\n%s%s", code, stdout, stderr)
+	}
 }
 
 // TestPasswords says where a password is given twice, and refuses an empty one.
