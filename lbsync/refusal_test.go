@@ -325,7 +325,7 @@ func (l *lockedLog) since(a, b string, n int) error {
 // TestRefusalsOfCluster asks a node of a Redis Cluster that serves no slots.
 func TestRefusalsOfCluster(t *testing.T) {
 	srv := redistest.Start(t, "--cluster-enabled", "yes")
-	rdb, err := registrar.Open(srv.URL(), 1)
+	rdb, err := registrar.Access{}.OpenNode("redis+cluster://"+srv.Addr, srv.Addr, 1)
 	if err != nil {
 		t.Fatal(err)
 	}
