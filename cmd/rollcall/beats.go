@@ -31,7 +31,8 @@ type beats struct {
 	sent       prometheus.Counter
 	failed     *prometheus.CounterVec
 	registered atomic.Bool
-	rival      atomic.Bool // another registration holds the address
+	rival      atomic.Bool            // another registration holds the address
+	sick       atomic.Pointer[string] // why the check does not let it register; nil: it does
 }
 
 const registeredName, registeredHelp = "rollcall_registered", "1 while the register has the instance, by its last heartbeat."
@@ -59,6 +60,8 @@ func (m *monitor) beats(svc registrar.Service, addr func() netip.AddrPort, dampe
 		switch {
 		case b.registered.Load():
 			return nil
+		case b.sick.Load() != nil:
+			return errors.New("not registered: not healthy: " + *b.sick.Load())
 		case damper.Waiting():
 			return fmt.Errorf("not registered: it comes and goes, and returns within %v", damper.Wait().Round(time.Second))
 		case b.rival.Load():
@@ -101,6 +104,19 @@ func (b *beats) beaten(err error) {
 	}
 	b.rival.Store(errors.Is(err, registrar.ErrNotOwner))
 	b.registered.Store(err == nil)
+}
+
+// unhealthy notes why the check says that the app cannot serve; nil: it can.
+func (b *beats) unhealthy(cause error) {
+	if b == nil {
+		return
+	}
+	if cause == nil {
+		b.sick.Store(nil)
+		return
+	}
+	text := cause.Error()
+	b.sick.Store(&text)
 }
 
 func (b *beats) left() {

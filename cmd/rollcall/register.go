@@ -156,7 +156,7 @@ func prober(c *cli.Context, side *sidecar, log zerolog.Logger, mon *monitor) (*h
 		if err := fileKind("ready-file", ready); err != nil {
 			return nil, err
 		}
-		cfg = health.Config{Interval: fileInterval, Timeout: cfg.Timeout, Rise: 1, Fall: 1}
+		cfg = health.Config{Interval: fileInterval, Timeout: cfg.Timeout, Rise: 1, Fall: 1, Late: cfg.Fall}
 		var before os.FileInfo
 		if side.command != nil {
 			if before, err = os.Stat(ready); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -172,7 +172,7 @@ func prober(c *cli.Context, side *sidecar, log zerolog.Logger, mon *monitor) (*h
 		if err := fileKind("beat-file", beat); err != nil {
 			return nil, err
 		}
-		cfg = health.Config{Interval: fileInterval, Timeout: cfg.Timeout, Rise: 1, Fall: 1}
+		cfg = health.Config{Interval: fileInterval, Timeout: cfg.Timeout, Rise: 1, Fall: 1, Late: cfg.Fall}
 		check = health.BeatFile(beat, age)
 	default:
 		return nil, nil

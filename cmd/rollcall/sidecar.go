@@ -119,7 +119,14 @@ func (s *sidecar) run(ctx context.Context) error {
 		case c := <-changes:
 			if s.healthy = c.Healthy; c.Healthy {
 				s.log.Info().Msg("healthy")
+				s.beats.unhealthy(nil)
 				s.register(ctx)
+				break
+			}
+			s.beats.unhealthy(c.Cause)
+			if !s.begun {
+				s.log.Warn().Err(c.Cause).Msg("not healthy yet; it registers when it is")
+				s.notify.status("not registered: not healthy yet: " + c.Cause.Error())
 				break
 			}
 			s.log.Warn().Err(c.Cause).Msg("unhealthy")

@@ -116,6 +116,8 @@ func (r *registration) run(ctx context.Context) {
 				var healthy context.Context
 				healthy, r.unregister = context.WithCancelCause(ctx)
 				left.Go(func() { r.beat(healthy) })
+			case r.unregister == nil:
+				r.log.Warn().Err(c.Cause).Msg("not healthy yet; it registers when it is")
 			default:
 				r.log.Warn().Err(c.Cause).Msg("unhealthy")
 				r.unregister(registrar.ErrUnhealthy)

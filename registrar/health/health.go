@@ -6,6 +6,7 @@
 package health
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,6 +47,7 @@ type Config struct {
 	Timeout  time.Duration // of one look
 	Rise     int           // successes in a row that make it healthy again; the first time one is enough
 	Fall     int           // misses in a row that make it unhealthy
+	Late     int           // misses before the first success after which that is said; 0 = as Fall
 	// Log hears when looks cannot be made, and when they can again. Its zero value
 	// says nothing.
 	Log zerolog.Logger
@@ -82,7 +84,8 @@ func (s State) After(ok bool, rise, fall int) State {
 	return State{Healthy: ok, seen: s.seen || ok}
 }
 
-// Change is a change of State. Cause is of the last miss.
+// Change is a change of State, or says once that an app has not been healthy yet after
+// as many misses as Config.Late. Cause is of the last miss.
 type Change struct {
 	Healthy bool
 	Cause   error
@@ -94,6 +97,7 @@ type Prober struct {
 	check Check
 	state State
 	last  error // of the last look
+	late  int   // misses; counts before the first success
 	blind blindness
 }
 
@@ -123,7 +127,7 @@ func (p *Prober) Run(ctx context.Context, changes chan<- Change) {
 		case <-wait.C:
 		}
 		begun := time.Now()
-		if changed := p.Probe(ctx); changed {
+		if changed := p.Probe(ctx); changed || p.overdue() {
 			select {
 			case changes <- Change{p.state.Healthy, p.last}:
 			case <-ctx.Done():
@@ -136,6 +140,15 @@ func (p *Prober) Run(ctx context.Context, changes chan<- Change) {
 		}
 		wait.Reset(max(0, registrar.Shorten(interval)-time.Since(begun)))
 	}
+}
+
+// overdue tells once that the app has never been healthy and should be by now.
+func (p *Prober) overdue() bool {
+	if p.state.seen || p.late != cmp.Or(p.cfg.Late, p.cfg.Fall) {
+		return false
+	}
+	p.late++ // further misses go on from there
+	return true
 }
 
 // Probe looks once and tells whether that changed the state. A look that ctx cut
@@ -164,6 +177,9 @@ func (p *Prober) Probe(ctx context.Context) (changed bool) {
 		err = fmt.Errorf("no answer within %v", p.cfg.Timeout)
 	}
 	p.last = err
+	if err != nil {
+		p.late++
+	}
 	before := p.state
 	p.state = before.After(err == nil, p.cfg.Rise, p.cfg.Fall)
 	return p.state.Healthy != before.Healthy

@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -295,6 +296,61 @@ func TestRun(t *testing.T) {
 	cancel()
 	if _, more := <-changes; more {
 		t.Error("a change after the end")
+	}
+}
+
+// TestNotHealthyYet: an app that has never been healthy is told of once, after as many
+// misses as Late or Fall, and not when it is healthy in time.
+func TestNotHealthyYet(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name  string
+		late  int
+		looks []bool // successes
+		want  []bool // of the changes
+	}{
+		{"never", 0, []bool{false, false, false, false, false, false, false, true}, []bool{false, true}},
+		{"in time", 0, []bool{false, false, true}, []bool{true}},
+		{"later said", 5, []bool{false, false, false, false, true}, []bool{true}},
+		{"and then falls", 0, []bool{false, false, false, true, false, false, false, true, true}, []bool{false, true, false, true}},
+	} {
+		looks := make(chan error)
+		p, err := New(Config{Interval: 10 * time.Millisecond, Timeout: time.Second, Rise: 2, Fall: 3, Late: c.late}, func(ctx context.Context) error {
+			select {
+			case err := <-looks:
+				return err
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		changes := make(chan Change, 10)
+		go p.Run(ctx, changes)
+		for _, ok := range c.looks {
+			if ok {
+				looks <- nil
+			} else {
+				looks <- errors.New("refused")
+			}
+		}
+		var got []bool
+		for range c.want {
+			change := <-changes
+			got = append(got, change.Healthy)
+			if !change.Healthy && (change.Cause == nil || change.Cause.Error() != "refused") {
+				t.Errorf("%s: cause %v", c.name, change.Cause)
+			}
+		}
+		cancel()
+		for change := range changes {
+			got = append(got, change.Healthy)
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
 	}
 }
 
