@@ -1,6 +1,10 @@
 package reaper
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
 	"slices"
 	"time"
 
@@ -109,6 +113,19 @@ func newProof(ttl, beat time.Duration) proof {
 
 // deadline is the most time that a pulse may take in all.
 func (p *proof) deadline() time.Duration { return p.period }
+
+// connectTrips is how many round trips to Redis a new connection and its first script
+// take at most: TCP, TLS, log-in, the script by its name, and its text.
+const connectTrips = 5
+
+// late says what a pulse may take, if err is that it took longer.
+func (p *proof) late(err error) error {
+	var network net.Error
+	if errors.Is(err, context.DeadlineExceeded) || errors.As(err, &network) && network.Timeout() {
+		return fmt.Errorf("no answer within %v, a fifteenth of the TTL; a round trip to redis may take %v: %w", p.deadline(), p.deadline()/connectTrips, err)
+	}
+	return err
+}
 
 // maxAge is how old a pulse may be when it is acted on, and the longest time
 // between two that still counts as healthy: 2.5 P.

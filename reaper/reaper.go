@@ -419,7 +419,7 @@ func (r *Reaper) Pulse(ctx context.Context) error {
 	}
 	tctx, cancel := context.WithTimeout(ctx, r.proof.deadline())
 	defer cancel()
-	err := r.canary(tctx)
+	err := r.proof.late(r.canary(tctx))
 	if ctx.Err() != nil {
 		return ctx.Err() // nothing is known of the canary
 	}
@@ -441,6 +441,7 @@ func (r *Reaper) pulse(ctx context.Context) error {
 	moves := r.store.Moves()
 	o := outcome{token: rand.Text(), send: r.elapsed()}
 	o.pulse, o.err = r.store.Pulse(tctx, r.cfg.ID, o.token, keepTokens*r.cfg.TTL)
+	o.err = r.proof.late(o.err)
 	o.recv = r.elapsed()
 	f := r.proof.feed(o)
 	if o.err == nil && moves != r.moves {

@@ -160,7 +160,7 @@ func TestTry(t *testing.T) {
 			tries := 0
 			got, err := Try(t.Context(), func(ctx context.Context) (int, error) {
 				tries++
-				if end, ok := ctx.Deadline(); !ok || time.Until(end) > Timeout {
+				if end, ok := ctx.Deadline(); !ok || time.Until(end) > TryFor {
 					t.Errorf("deadline %v", end)
 				}
 				if tries <= c.fails {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
 
 	"rollcall/registrar/regular"
 )
@@ -159,6 +160,7 @@ func (a Access) server(base, rest string, secure *tls.Config, node bool, pool in
 	o.PoolTimeout = Timeout
 	o.ContextTimeoutEnabled = true
 	o.MaxRetries = -1
+	o.MaintNotificationsConfig = noMaintenance()
 	o.PoolSize = pool
 	o.MinIdleConns = 0 // a URL that asks for some would make NewClient dial
 	o.DisableIdentity = true
@@ -309,6 +311,7 @@ func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.
 		MaxRedirects: -1, MaxRetries: -1, PoolSize: pool, DisableIdentity: true,
 		ReadBufferSize: bufferSize(pool), WriteBufferSize: bufferSize(pool),
 		ClusterStateReloadInterval: clusterReload,
+		MaintNotificationsConfig:   noMaintenance(),
 		// Their table costs a COMMAND to a random node, for up to 5 s and with a
 		// right of its own; every command here has its key.
 		DisableRoutingPolicies: true,
@@ -317,6 +320,12 @@ func (a Access) cluster(base, rest string, secure *tls.Config, pool int) (redis.
 	rdb.OnNewNode(func(node *redis.Client) { node.AddHook(hook) })
 	rdb.AddHook(hook)
 	return rdb, nil
+}
+
+// noMaintenance has go-redis not ask at each new connection for messages that only
+// Redis Enterprise sends: far from Redis that round trip counts.
+func noMaintenance() *maintnotifications.Config {
+	return &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 }
 
 // bounded is a hook that gives every exchange Timeout at most, in all: the wait

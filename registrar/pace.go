@@ -47,14 +47,15 @@ const (
 	lastTry = time.Second
 )
 
-// Try is for who does a thing once. It calls f, with Timeout each time, until f
+// Try is for who does a thing once. It calls f, with TryFor each time, since f may be
+// several exchanges of Timeout each with a Redis that is far away, until f
 // succeeds, fails for good, or TryFor has passed, and returns what f returned
 // last. f may have been carried out although it failed, so it must be such that
 // it can be called again.
 func Try[T any](ctx context.Context, f func(context.Context) (T, error)) (T, error) {
 	end := time.Now().Add(TryFor)
 	for failures := 1; ; failures++ {
-		tctx, cancel := WithTimeout(ctx)
+		tctx, cancel := context.WithTimeout(ctx, TryFor)
 		v, err := f(tctx)
 		cancel()
 		pause := Backoff(failures, lastTry)

@@ -285,7 +285,7 @@ func (d *doctor) registry(ctx context.Context, ttl, heartbeat time.Duration) {
 	if d.store.Cluster() {
 		d.nodes(ctx)
 	} else {
-		tctx, cancel := registrar.WithTimeout(ctx)
+		tctx, cancel := context.WithTimeout(ctx, registrar.TryFor) // several exchanges
 		server, err := d.store.Examine(tctx)
 		cancel()
 		if err != nil {
@@ -294,6 +294,7 @@ func (d *doctor) registry(ctx context.Context, ttl, heartbeat time.Duration) {
 			d.server("redis", server)
 		}
 	}
+	d.latency(ctx)
 	d.rights(ctx)
 	d.namespace(ctx, ttl, heartbeat)
 }
