@@ -68,17 +68,21 @@ type BackendStanding struct {
 	Standing
 }
 
-// Standings returns how svcs stand in the backends of the live balancers ids, as these
-// said last: for each service its backends, by balancer and backend.
-func (s *Store) Standings(ctx context.Context, svcs []Service, ids []string) (map[Service][]BackendStanding, error) {
-	if len(svcs) == 0 || len(ids) == 0 {
-		return nil, nil
+// Standings returns how svcs stand in the backends of the balancers that follow them, as
+// these said last: for each service its backends, by balancer and backend.
+func (s *Store) Standings(ctx context.Context, svcs []Service, followers []Following) (map[Service][]BackendStanding, error) {
+	type asked struct {
+		svc      Service
+		balancer string
+		counts   *redis.StringCmd
 	}
-	cmds := map[Service][]*redis.StringCmd{}
+	var all []asked
 	_, err := s.rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for _, svc := range svcs {
-			for _, id := range ids {
-				cmds[svc] = append(cmds[svc], p.HGet(ctx, s.keys.Of(svc).Seen(svc, id), "counts"))
+			for _, f := range followers {
+				if len(f.Follows[svc]) > 0 {
+					all = append(all, asked{svc, f.Balancer, p.HGet(ctx, s.keys.Of(svc).Seen(svc, f.Balancer), "counts")})
+				}
 			}
 		}
 		return nil
@@ -86,22 +90,20 @@ func (s *Store) Standings(ctx context.Context, svcs []Service, ids []string) (ma
 	if err != nil && !errors.Is(err, redis.Nil) {
 		return nil, fmt.Errorf("read how services stand in balancers: %w", err)
 	}
-	all := map[Service][]BackendStanding{}
-	for svc, of := range cmds {
-		for i, cmd := range of {
-			if err := cmd.Err(); errors.Is(err, redis.Nil) {
-				continue
-			} else if err != nil {
-				return nil, fmt.Errorf("read how %s stands in balancer %s: %w", svc, ids[i], err)
-			}
-			var counts map[string]Standing
-			if err := json.Unmarshal([]byte(cmd.Val()), &counts); err != nil {
-				continue // another has written there; the balancer says it anew
-			}
-			for _, backend := range slices.Sorted(maps.Keys(counts)) {
-				all[svc] = append(all[svc], BackendStanding{ids[i], backend, counts[backend]})
-			}
+	standings := map[Service][]BackendStanding{}
+	for _, a := range all {
+		if err := a.counts.Err(); errors.Is(err, redis.Nil) {
+			continue
+		} else if err != nil {
+			return nil, fmt.Errorf("read how %s stands in balancer %s: %w", a.svc, a.balancer, err)
+		}
+		var counts map[string]Standing
+		if err := json.Unmarshal([]byte(a.counts.Val()), &counts); err != nil {
+			continue // another has written there; the balancer says it anew
+		}
+		for _, backend := range slices.Sorted(maps.Keys(counts)) {
+			standings[a.svc] = append(standings[a.svc], BackendStanding{a.balancer, backend, counts[backend]})
 		}
 	}
-	return all, nil
+	return standings, nil
 }

@@ -49,12 +49,14 @@ func TestFollowers(t *testing.T) {
 	_, err = s.Publish(ctx, "lb2", web, Seen{Counts: map[string]Standing{"be": {Registered: 2, Serving: 2}}})
 	must(t, err)
 	do(t, s, "HSET", s.keys.Seen("api", "lb1"), "counts", "x")
-	all, err := s.Standings(ctx, []Service{"api", web, "none"}, []string{"lb1", "lb2", "lb3"})
+	every := map[Service][]string{"api": {"be"}, web: {"be"}, "none": {"be"}}
+	followers := []Following{{"lb1", every}, {"lb2", every}, {"lb3", every}, {"lb4", nil}}
+	all, err := s.Standings(ctx, []Service{"api", web, "none"}, followers)
 	if want := (map[Service][]BackendStanding{web: {{"lb1", "be", up["be"]}, {"lb1", "be2", up["be2"]}, {"lb2", "be", Standing{Registered: 2, Serving: 2}}}}); err != nil || !reflect.DeepEqual(all, want) {
 		t.Errorf("%+v, %v, want %+v", all, err, want)
 	}
 	do(t, s, "SET", s.keys.Seen("none", "lb1"), "x")
-	if _, err := s.Standings(ctx, []Service{"none"}, []string{"lb1"}); err == nil {
+	if _, err := s.Standings(ctx, []Service{"none"}, followers[:1]); err == nil {
 		t.Error("another type is read")
 	}
 }

@@ -96,11 +96,7 @@ func (s *session) stand(ctx context.Context, rows []serviceRow) ([]registrar.Fol
 	for _, r := range rows {
 		svcs = append(svcs, r.Service)
 	}
-	var ids []string
-	for _, f := range followers {
-		ids = append(ids, f.Balancer)
-	}
-	standings, err := s.store.Standings(ctx, svcs, ids)
+	standings, err := s.store.Standings(ctx, svcs, followers)
 	if err != nil {
 		return nil, err
 	}
