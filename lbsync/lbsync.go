@@ -478,10 +478,13 @@ func (s *Syncer) Acknowledge(ctx context.Context, all bool) error {
 			errs = append(errs, a.err)
 		}
 	}
-	if all {
+	if all && s.watcher.Status().Answers { // else one more says that Redis is away
 		tctx, cancel := registrar.WithTimeout(ctx)
-		errs = append(errs, s.acker.Follow(tctx, s.follows()), s.retire(ctx))
+		errs = append(errs, s.acker.Follow(tctx, s.follows()))
 		cancel()
+	}
+	if all {
+		errs = append(errs, s.retire(ctx))
 	}
 	return errors.Join(errs...)
 }

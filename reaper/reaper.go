@@ -342,12 +342,9 @@ func (r *Reaper) config(ctx context.Context, overwrite, strict bool) error {
 	if err != nil {
 		return err
 	}
-	if strict {
-		err = checkTimes(t, r.cfg)
-	} else {
-		err = r.follow(t)
-	}
-	if err != nil {
+	if !strict {
+		r.follow(t)
+	} else if err := checkTimes(t, r.cfg); err != nil {
 		return err
 	}
 	if r.proof.teach(t.Slow, t.SlowAt) {
@@ -366,15 +363,12 @@ func (r *Reaper) config(ctx context.Context, overwrite, strict bool) error {
 
 // follow takes over the registry's times. What was proven of the old ones counts no
 // more: a whole TTL of the new ones must be healthy first.
-func (r *Reaper) follow(t registrar.Times) error {
+func (r *Reaper) follow(t registrar.Times) {
 	if t.TTL == r.cfg.TTL && t.Interval == r.cfg.Interval {
-		return nil
+		return
 	}
 	cfg := r.cfg
 	cfg.TTL, cfg.Interval = t.TTL, t.Interval
-	if err := cfg.validate(); err != nil {
-		return fmt.Errorf("the registry's times are no times to work with, so nobody is taken out; set them with rollcall reap --set-ttl: %w", err)
-	}
 	was := r.cfg
 	r.cfg = cfg
 	r.proof.retime(cfg.TTL, cfg.Interval)
@@ -384,7 +378,6 @@ func (r *Reaper) follow(t registrar.Times) error {
 		r.log.Warn().Dur("ttl", cfg.TTL).Dur("heartbeat", cfg.Interval).Dur("ttl_before", was.TTL).Dur("heartbeat_before", was.Interval).
 			Msg("the registry has other times now; going on with them, though this reaper was started with others")
 	}
-	return nil
 }
 
 type times interface {

@@ -634,7 +634,7 @@ func (b *Beater) leave(ctx context.Context, why Reason, telling, undrained time.
 			b.log.Info().Msg("nothing to leave: another registration holds this address")
 			b.forget()
 			return
-		case err != nil && refusedForGood(err):
+		case err != nil && (refusedForGood(err) || Refused(err)):
 			b.log.Warn().Err(err).Msg("left without telling: redis refuses it; the reaper takes this instance out after its TTL")
 			return
 		case err != nil:

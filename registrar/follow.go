@@ -336,11 +336,19 @@ func (a Access) late(dial dialer) dialer {
 		conn, err := dial(ctx, network, addr)
 		if err != nil {
 			conn, _ = net.Pipe() // for all that it is asked besides
-			return undialled{conn, err}, nil
+			return undialled{conn, dialError{err}}, nil
 		}
 		return conn, nil
 	}
 }
+
+// dialError is one that go-redis passes on whole, with what was dialled: it unwraps errors
+// of connections once.
+type dialError struct{ err error }
+
+func (e dialError) Error() string        { return e.err.Error() }
+func (e dialError) Is(target error) bool { return errors.Is(e.err, target) }
+func (e dialError) As(target any) bool   { return errors.As(e.err, target) }
 
 // undialled is a connection that there is not.
 type undialled struct {

@@ -31,21 +31,21 @@ var (
 	noProof      = edit{"reaper/proof.go", "\tneed := p.ttl.Milliseconds()\n\tfor _, s", "\tneed := p.ttl.Milliseconds()\n\tif p.ok {\n\t\treturn p.now - need, true\n\t}\n\tfor _, s"}
 	noClock      = edit{"reaper/proof.go", "case o.pulse.Now < p.now || now.lo-p.anchor.hi > p.period/2 || p.anchor.lo-now.hi > p.period/2:", "case false:"}
 	noSoft       = edit{"reaper/proof.go", "\tp.open, p.ok = false, false\n", ""}
-	noSuspects   = edit{"reaper/protection.go", "note(all, all.Suspects > manySuspects && all.Suspects*100 >= manyPercent*all.Members)", "note(all, all.Stale > manySuspects && all.Stale*100 >= manyPercent*all.Members)"}
-	noClause     = edit{"reaper/protection.go", "note(c, c.Suspects >= serviceSuspect && c.Suspects*2 >= c.Members)", "note(c, c.Stale >= serviceSuspect && c.Stale*2 >= c.Members)"}
+	noSuspects   = edit{"reaper/protection.go", "many(all.Suspects, all.Members) && many(all.Suspects-most.Suspects, all.Members-most.Members)", "many(all.Stale, all.Members)"}
+	noClause     = edit{"reaper/protection.go", "c.Suspects >= serviceSuspect && c.Suspects*2 >= c.Members ||", "c.Stale >= serviceSuspect && c.Stale*2 >= c.Members ||"}
 	noWitness    = edit{"lbsync/want.go", "vouched := s.Checked && s.Up && s.Passed", "vouched := false"}
 	noHold       = edit{"lbsync/want.go", "hold: rd.ttl + 2*rd.interval, why:", "why:"}
-	noCanary     = edit{"reaper/reaper.go", "\terr := r.canary(tctx)\n", "\t_ = tctx\n\tvar err error\n"}
+	noCanary     = edit{"reaper/reaper.go", "\terr := r.proof.late(r.canary(tctx))\n", "\t_ = tctx\n\tvar err error\n"}
 	reapFull     = edit{"registrar/lua/reap.lua", "#!lua\n", "#!lua flags=allow-oom\n"}
 	pulseFull    = edit{"registrar/lua/pulse.lua", "#!lua\n", "#!lua flags=allow-oom\n"}
 	beatRefused  = edit{"registrar/lua/beat.lua", "#!lua flags=allow-oom\n", "#!lua\n"}
 	noPull       = edit{"registrar/lua/reap.lua", "  redis.call('ZADD', KEYS[1], 'XX', now, a)\n", ""}
-	noPoll       = edit{"notifier/watcher.go", "\t\t\tpoll.Reset(registrar.Shorten(w.cfg.Poll))\n\t\t\tw.due = true\n", ""}
+	noPoll       = edit{"notifier/watcher.go", "\t\t\tpoll.Reset(registrar.Shorten(every))\n\t\t\tw.due = true\n", ""}
 	noHuman      = edit{"lbsync/plan.go", "if inv.Human(*s) || s.Agent && !w.Insist {", "if s.Agent && !w.Insist {"}
 	noLast       = edit{"lbsync/backend.go", "if state != Drain || serves(&s) == 0 || serving > max(1, floor()) {", "if true {"}
 	noProbe      = edit{"lbsync/lbsync.go", "if last != (Process{}) {", "if false {"}
 	noCold       = edit{"lbsync/backend.go", "\t\tb.cold = &l\n", "\t\t_ = l\n"}
-	noTimes      = edit{"reaper/sweep.go", "\treturn r.config(ctx, false)\n", "\treturn ctx.Err()\n"}
+	noTimes      = edit{"reaper/sweep.go", "\treturn r.config(ctx, false, false)\n", "\treturn ctx.Err()\n"}
 	noLearn      = edit{"reaper/reaper.go", "r.proof.teach(t.Slow, t.SlowAt)", "r.proof.teach(0, t.SlowAt)"}
 	noFence      = edit{"registrar/lua/reap.lua", "if redis.call('GET', KEYS[13]) ~= token then return {'FENCED', 0, 0} end\n", ""}
 	noFenceID    = edit{"registrar/lua/reap.lua", "if history() ~= ARGV[11] then return {'FENCED', 0, 0} end\n", ""}
@@ -58,9 +58,9 @@ var (
 	noSlow       = edit{"reaper/proof.go", "case o.recv-o.send > p.deadline()*5/4:", "case false:"}
 	noCredit     = edit{"reaper/proof.go", "\tp.open, p.ok = false, false\n", "\tp.segments, p.open, p.ok = nil, false, false\n"}
 	noDry        = edit{"reaper/protection.go", "protection{dry: 2 * beat, ", "protection{dry: 1, "}
-	noService    = edit{"reaper/protection.go", "note(c, c.Suspects >= serviceSuspect && c.Suspects*2 >= c.Members)", "note(c, false)"}
+	noService    = edit{"reaper/protection.go", "c.Suspects >= serviceSuspect && c.Suspects*2 >= c.Members ||", "false ||"}
 	noFloor      = edit{"lbsync/backend.go", "if !stay && up && serving <= max(b.cfg.MinServers, floor()) {", "if false {"}
-	noDoubt      = edit{"notifier/view.go", "if e.Gone != nil && v.doubted[e.Addr] == *e.Gone {", "if false {"}
+	noDoubt      = edit{"notifier/view.go", "case e.Gone != nil && v.doubted[e.Addr] == *e.Gone:", "case false:"}
 	noMemory     = edit{"lbsync/lbsync.go", "s.watcher.Remember(svc, l.Token)", "_, _ = svc, l"}
 	noAgeCheck   = edit{"lbsync/want.go", "out && rd.doubted && ", "out && false && "}
 	noWatchdog   = edit{"notifier/watcher.go", "if quiet >= silence {", "if quiet >= time.Hour {"}
