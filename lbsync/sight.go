@@ -94,7 +94,7 @@ func (b *backend) observe(addrs []netip.AddrPort, whole bool) {
 		}
 		b.mu.Lock()
 		b.sights.wholeAt = b.readAt
-		b.sights.fresh = b.sights.fresh || b.readAt.Sub(b.sights.takenAt) >= tellEvery
+		b.sights.fresh = b.sights.fresh || b.readAt.Sub(b.sights.takenAt) >= min(tellEvery, b.cfg.Full)
 		for a := range b.sights.states {
 			if !all[a] {
 				b.sights.set(a, registrar.ServerState{}, false, 0)

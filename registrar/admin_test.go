@@ -2,6 +2,7 @@ package registrar
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -161,5 +162,36 @@ func TestWordOfAbsentIsPruned(t *testing.T) {
 	}
 	if do(t, s, "HGET", s.keys.Admin(web), host(1).String()) == nil {
 		t.Error("the word itself was lost")
+	}
+}
+
+// TestSetAdminOfKnown: a word that is to be of an address that somebody has is refused
+// where nobody has it, and nothing is written.
+func TestSetAdminOfKnown(t *testing.T) {
+	t.Parallel()
+	s, _ := newStore(t)
+	join(t, s, host(1), "a")
+	weight := 5
+	for _, w := range []Word{{Verb: "drain"}, {Verb: "maint", Force: true}, {Verb: "ready"}, {Verb: "weight", Weight: &weight}} {
+		w.Known = true
+		for _, svc := range []Service{web, "other"} {
+			before := do(t, s, "DBSIZE")
+			if version, present, err := s.SetAdmin(t.Context(), svc, host(2), w); !errors.Is(err, ErrAbsent) || present || version > 1 {
+				t.Errorf("%s %s: version %d, present %v, %v", w.Verb, svc, version, present, err)
+			}
+			if after := do(t, s, "DBSIZE"); after != before {
+				t.Errorf("%v keys, before %v", after, before)
+			}
+		}
+	}
+	drain := Word{Verb: "drain", Known: true}
+	if _, present, err := s.SetAdmin(t.Context(), web, host(1), drain); err != nil || !present {
+		t.Errorf("of who is there: %v, %v", present, err)
+	}
+	drain.Known = false
+	_, _, err := s.SetAdmin(t.Context(), web, host(2), drain)
+	must(t, err)
+	if _, _, err := s.SetAdmin(t.Context(), web, host(2), Word{Verb: "ready", Known: true}); err != nil {
+		t.Errorf("the end of a word that stands: %v", err)
 	}
 }

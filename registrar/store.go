@@ -439,10 +439,12 @@ type Word struct {
 	Weight *int   // with weight; nil = the instance's own again
 	Reason string // with drain and maint; at most MaxText bytes
 	Force  bool   // also of the last that serves
+	Known  bool   // only of an address that somebody has, or that a word stands for
 }
 
 // SetAdmin writes an operator's word. It returns the service's version after
-// that and whether the instance is there; the word holds either way. maint and
+// that and whether the instance is there; the word holds either way, unless it is to be
+// Known: then it returns ErrAbsent for an address that nobody has. maint and
 // weight 0 take at once, so without Force they return ErrLast, and write nothing, if
 // addr is the last that serves, as far as live balancers have said.
 func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, w Word) (version int64, present bool, err error) {
@@ -470,13 +472,16 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 		if tries == 1 {
 			weighed = ""
 		}
-		r, err := s.change(ctx, s.admin, svc, addr.String(), w.Verb, weight, w.Reason, weighed)
+		r, err := s.change(ctx, s.admin, svc, addr.String(), w.Verb, weight, w.Reason, weighed, flag(w.Known))
 		if err != nil {
 			return 0, false, fmt.Errorf("%s: %w", what, err)
 		}
 		status, err := word(r, 3)
 		if err != nil {
 			return 0, false, fmt.Errorf("%s: %w", what, err)
+		}
+		if status == "ABSENT" {
+			return versionOf(r[1]), false, fmt.Errorf("%s: %w", what, ErrAbsent)
 		}
 		if status != "STALE" {
 			return versionOf(r[1]), integer(r[2]) == 1, nil

@@ -174,7 +174,7 @@ func TestRolesWhole(t *testing.T) {
 	for _, word := range [][]string{
 		{"drain", "web", a.Addr().String(), "--wait"}, {"maint", "web", a.Addr().String()}, {"ready", "web", a.Addr().String()},
 		{"weight", "web", a.Addr().String(), "20"}, {"weight", "web", a.Addr().String(), "own"},
-		{"drain", "web", "127.0.0.1:1"}, {"ready", "web", "127.0.0.1:1"}, // nobody is there
+		{"drain", "web", "127.0.0.1:1", "--absent"}, {"ready", "web", "127.0.0.1:1"}, // nobody is there
 	} {
 		done(as("operator", word...), "version")
 	}

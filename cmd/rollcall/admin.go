@@ -32,6 +32,7 @@ func adminCommand(verb, help string) *cli.Command {
 	flags := redisFlags(append(waitFlags(), outputFlag())...)
 	reason := &cli.StringFlag{Name: "reason", EnvVars: env("reason"), Usage: "`TEXT` for whoever wonders, at most 255 bytes"}
 	force := &cli.BoolFlag{Name: "force", Usage: "also the last instance that serves; then none is left to answer"}
+	flags = append(flags, &cli.BoolFlag{Name: "absent", Usage: "also of an address that nobody has; it holds when somebody comes there"})
 	switch verb {
 	case "drain":
 		flags = append(flags, reason)
@@ -48,7 +49,7 @@ func adminCommand(verb, help string) *cli.Command {
 			if err != nil {
 				return err
 			}
-			w := registrar.Word{Verb: verb, Reason: c.String("reason"), Force: c.Bool("force")}
+			w := registrar.Word{Verb: verb, Reason: c.String("reason"), Force: c.Bool("force"), Known: !c.Bool("absent")}
 			if n := len(w.Reason); n > registrar.MaxText {
 				return usage("--reason of %d bytes: want at most %d", n, registrar.MaxText)
 			}
@@ -67,6 +68,9 @@ func adminCommand(verb, help string) *cli.Command {
 					version, present, err := s.store.SetAdmin(ctx, svc, addr, w)
 					return outcome{Done: verb, Version: version, Present: present}, err
 				})
+				if errors.Is(err, registrar.ErrAbsent) {
+					err = s.absent(c.Context, svc, addr, err)
+				}
 				if errors.Is(err, registrar.ErrLast) {
 					err = fmt.Errorf("%w; start another first, or drain it, which waits for one, or say --force", err)
 				}

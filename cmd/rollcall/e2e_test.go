@@ -617,8 +617,23 @@ func TestOutput(t *testing.T) {
 	if _, stderr, code := s.rollcall(t, "deregister", "--service", "web", "--addr", "127.0.0.1:9001"); code != exitFailed || !strings.Contains(stderr, "still beats") {
 		t.Errorf("deregister of the living: exit %d, %s", code, stderr)
 	}
-	if _, stderr, code := s.rollcall(t, "drain", "web", "127.0.0.1:9009"); code != 0 || !strings.Contains(stderr, "no such instance now") {
+	for _, verb := range [][]string{{"drain"}, {"maint"}, {"ready"}, {"weight", "20"}} {
+		args := append([]string{verb[0], "web", "127.0.0.1:9009"}, verb[1:]...)
+		if _, stderr, code := s.rollcall(t, args...); code != exitFailed || !strings.Contains(stderr, "no such instance; did you mean 127.0.0.1:9001?") {
+			t.Errorf("%v: exit %d, %s", args, code, stderr)
+		}
+	}
+	if _, stderr, code := s.rollcall(t, "drain", "web", "10.99.99.99:80"); code != exitFailed || !strings.Contains(stderr, "no such instance; see rollcall instances web, or say --absent") {
+		t.Errorf("drain of nobody: exit %d, %s", code, stderr)
+	}
+	if _, stderr, code := s.rollcall(t, "drain", "wbe", "127.0.0.1:9001"); code != exitFailed || !strings.Contains(stderr, "nobody has ever registered as wbe; did you mean web?") {
+		t.Errorf("drain of a service that nobody has: exit %d, %s", code, stderr)
+	}
+	if _, stderr, code := s.rollcall(t, "drain", "web", "127.0.0.1:9009", "--absent"); code != 0 || !strings.Contains(stderr, "no such instance now") {
 		t.Errorf("drain of the absent: exit %d, %s", code, stderr)
+	}
+	if _, stderr, code := s.rollcall(t, "ready", "web", "127.0.0.1:9009"); code != 0 {
+		t.Errorf("the end of that: exit %d, %s", code, stderr)
 	}
 	side.signal(t, syscall.SIGTERM)
 	haproxytest.Poll(t, "watch has told it all", func() error {

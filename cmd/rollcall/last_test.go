@@ -101,7 +101,7 @@ func TestLastInstance(t *testing.T) {
 	says(exitFailed, false, "maint web "+addr+": "+refusal, "maint", "web", addr)
 	says(exitFailed, false, "weight web "+addr+": "+refusal, "weight", "web", addr, "0", "--wait")
 	says(0, true, "version", "weight", "web", addr, "10")
-	says(0, true, "no such instance now", "maint", "web", "127.0.0.1:1")
+	says(0, true, "no such instance now", "maint", "web", "127.0.0.1:1", "--absent")
 	says(exitUsage, false, "force", "drain", "web", addr, "--force")
 
 	file := filepath.Join(t.TempDir(), "token")

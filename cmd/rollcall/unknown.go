@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -23,6 +24,30 @@ func didYouMean(name string, known []string) string {
 // unknown says that nobody has ever registered as svc, with the nearest service there is.
 func (s *session) unknown(ctx context.Context, svc registrar.Service) error {
 	return fmt.Errorf("nobody has ever registered as %s%s", svc, didYouMean(string(svc), s.names(ctx, svc)))
+}
+
+// absent is err of an override of addr, which nobody has, with the nearest one that
+// somebody has.
+func (s *session) absent(ctx context.Context, svc registrar.Service, addr netip.AddrPort, err error) error {
+	ctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	snap, rerr := s.store.Read(ctx, svc, nil)
+	if rerr != nil {
+		return err
+	}
+	if snap.Token.Version == 0 {
+		return fmt.Errorf("%w; %w", err, s.unknown(ctx, svc))
+	}
+	var known []string
+	for _, e := range snap.Entries {
+		if e.Present {
+			known = append(known, e.Addr.String())
+		}
+	}
+	if n := didYouMean(addr.String(), known); n != "" {
+		return fmt.Errorf("%w%s", err, n)
+	}
+	return fmt.Errorf("%w; see rollcall instances %s, or say --absent for who is to come", err, svc)
 }
 
 // nameUnknown warns of services that nobody has ever registered as.

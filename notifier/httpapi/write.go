@@ -116,8 +116,11 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do f
 	}
 	log.Str("service", string(svc)).Stringer("addr", addr).Str("verb", verb).Str("reason", o.word.Reason).Str("who", "http "+r.RemoteAddr).Bool("force", o.force).Msg("an operator's word")
 	switch {
-	case errors.Is(err, registrar.ErrAbsent):
+	case errors.Is(err, registrar.ErrAbsent) && verb == "deregister":
 		fail(w, http.StatusNotFound, err)
+		return
+	case errors.Is(err, registrar.ErrAbsent):
+		fail(w, http.StatusNotFound, fmt.Errorf("%w; ?absent=true says it for who is to come", err))
 		return
 	case errors.Is(err, registrar.ErrBeats):
 		fail(w, http.StatusConflict, fmt.Errorf("%w; use maint to keep it out, or ?force=true to take it out until its next beat", err))
@@ -238,7 +241,7 @@ func (s *Server) order(w http.ResponseWriter, r *http.Request, verb string) (o o
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return o, http.StatusBadRequest, errors.New("body: want one JSON object and nothing after it")
 	}
-	o.word = registrar.Word{Verb: verb, Reason: body.Reason, Force: o.force}
+	o.word = registrar.Word{Verb: verb, Reason: body.Reason, Force: o.force, Known: r.URL.Query().Get("absent") != "true"}
 	return o, http.StatusBadRequest, o.check(body.Weight)
 }
 

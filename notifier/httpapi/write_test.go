@@ -69,7 +69,10 @@ func TestWrites(t *testing.T) {
 		{"deregister one that beats", "DELETE", at, "", auth, 409, "force=true"},
 		{"deregister it nevertheless", "DELETE", at + "?force=true", "", auth, 200, `"done":"deregister","version":8`},
 		{"deregister nobody", "DELETE", at, "", auth, 404, "no such instance"},
-		{"an absent one", "POST", "/v1/services/web/instances/[2001:db8::1]:80/drain", `{"reason":"x"}`, auth, 200, `"present":false`},
+		{"an address that nobody has", "POST", "/v1/services/web/instances/[2001:db8::1]:80/drain", `{"reason":"x"}`, auth, 404, "no such instance; ?absent=true"},
+		{"a service that nobody has", "POST", "/v1/services/wbe/instances/10.0.0.1:8080/ready", `{}`, auth, 404, "no such instance"},
+		{"who is to come", "POST", "/v1/services/web/instances/[2001:db8::1]:80/drain?absent=true", `{"reason":"x"}`, auth, 200, `"present":false`},
+		{"and no longer", "POST", "/v1/services/web/instances/[2001:db8::1]:80/ready", `{}`, auth, 200, `"present":false`},
 	} {
 		r, err := w.fetch(c.method, c.path, c.body, c.headers...)
 		if err != nil {

@@ -5,9 +5,11 @@
 -- ARGV  1 to 4 as in lib.lua   5 addr
 --       6 drain | maint | ready | weight   7 weight, '' = the instance's own again   8 reason
 --       9 the service version that it must be of, '' = any
+--       10 '1' = only of an address that somebody has, or that a word stands for
 -- Returns {status, service version, 1 if the instance is there}, and what announce of lib.lua may add
 --   OK    the word was written     SAME  it stood already; nothing written
 --   STALE the service is of another version; nothing written
+--   ABSENT nobody has the address; nothing written
 local addr, verb, weight, reason = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8]
 
 -- lib
@@ -23,6 +25,7 @@ if ARGV[9] ~= '' and ARGV[9] ~= version then return {'STALE', tonumber(version),
 -- must never end as a word that nobody can read.
 local word, broken = {}, false
 local stored = redis.call('HGET', KEYS[3], addr)
+if here == 0 and not stored and ARGV[10] == '1' then return {'ABSENT', tonumber(version) or -1, 0} end
 if stored then
   local ok, w = pcall(cjson.decode, stored)
   if not ok or type(w) ~= 'table' then w, broken = {}, true end
