@@ -49,7 +49,7 @@ func TestLargeService(t *testing.T) {
 		}
 	})
 	fulls := f.wholeReads()
-	const lasts = 4 * time.Second
+	const lasts = 2 * time.Second
 	begun, n, worst := time.Now(), 1, time.Duration(0)
 	for time.Since(begun) < lasts || f.wholeReads() == fulls && time.Since(begun) < 30*time.Second {
 		n++

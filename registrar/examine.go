@@ -384,7 +384,7 @@ type Inventory struct {
 type Mistyped struct{ Key, Type, Want string }
 
 // mistypedServices is how many services one call of Mistyped asks for.
-const mistypedServices = 250
+const mistypedServices = 50
 
 // Mistyped returns the keys of svcs that hold something else than they must, sorted.
 // It asks as a reader does, who may not ask for a key's type.

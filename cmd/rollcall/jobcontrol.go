@@ -50,6 +50,7 @@ func (s *sidecar) appStopped(ctx context.Context, sig syscall.Signal) {
 		return
 	}
 	s.notify.status("not registered: the app is stopped")
+	s.flush()
 	stopped := s.tty.Suspend(sig)
 	if s.tty.Give() || stopped || sig == syscall.SIGTSTP {
 		s.app.Continue()

@@ -90,6 +90,20 @@ func stat(pid int) []string {
 	return strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
 }
 
+// knowsStopped waits until the shell knows that a job in the background has been stopped:
+// until then its fg would not have the job go on.
+func (c *terminal) knowsStopped(t *testing.T) {
+	t.Helper()
+	before := strings.Count(c.out.String(), "Stopped")
+	haproxytest.Poll(t, "the shell knows that the job is stopped", func() error {
+		if strings.Count(c.out.String(), "Stopped") > before {
+			return nil
+		}
+		c.types(t, "jobs\n")
+		return errors.New("not yet")
+	})
+}
+
 // inSession returns the processes of a session.
 func inSession(t *testing.T, leader int) (pids []int) {
 	t.Helper()
@@ -186,6 +200,7 @@ func TestAtATerminal(t *testing.T) {
 			c.says(t, `signal="stopped (tty input)"`)
 			stands(t, "the app is stopped by its read", app, "T", false)
 			stands(t, "so is the sidecar", sidecar, "T", false)
+			c.knowsStopped(t)
 			// fg gives it the terminal.
 			c.types(t, "fg\n")
 			haproxytest.Poll(t, "it is registered anew", func() error {
@@ -233,6 +248,7 @@ func TestAtATerminal(t *testing.T) {
 			stands(t, "it is stopped", app, "T", false)
 			fmt.Sscan(stat(app)[1], &sidecar)
 			stands(t, "so is its sidecar", sidecar, "T", false)
+			c.knowsStopped(t)
 			c.types(t, "fg\n")
 			stands(t, "it has the terminal", app, "S", true)
 			c.types(t, "three\n")

@@ -131,6 +131,16 @@ func droppedLines(c *cli.Context) uint64 {
 	return q.Dropped()
 }
 
+// flushTimeout is how long a process that stops itself waits for the reader of its log.
+const flushTimeout = 200 * time.Millisecond
+
+// flushLog waits until the log has been written: a process that is stopped writes no more.
+func flushLog(c *cli.Context) {
+	if q, ok := c.App.ErrWriter.(*logqueue.Queue); ok {
+		q.Flush(flushTimeout)
+	}
+}
+
 // errUnread says that nobody took what was printed, and that the command had to end.
 var errUnread = errors.New("standard output: its reader stands still")
 

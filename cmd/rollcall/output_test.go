@@ -374,6 +374,12 @@ func TestLogGoesOn(t *testing.T) {
 			})
 			read := &lockedBuffer{}
 			go func() { _, _ = io.Copy(read, d.log.r) }() // until the pipe is closed
+			haproxytest.Poll(t, "what waited has been read", func() error {
+				if !strings.Contains(read.String(), "log lines were dropped") {
+					return errors.New("there is more")
+				}
+				return nil
+			})
 			if code := d.signal(t, syscall.SIGTERM); code != 0 {
 				t.Errorf("exit %d", code)
 			}

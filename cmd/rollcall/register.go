@@ -62,7 +62,7 @@ func registerCommand() *cli.Command {
 			}
 			children := child.New()
 			defer children.Close()
-			side := &sidecar{children: children, stopTimeout: c.Duration("stop-timeout"), hurry: make(chan struct{}), force: make(chan struct{})}
+			side := &sidecar{children: children, stopTimeout: c.Duration("stop-timeout"), hurry: make(chan struct{}), force: make(chan struct{}), flush: func() { flushLog(c) }}
 			if side.command, err = command(c); err != nil {
 				return usageError{err}
 			}

@@ -63,6 +63,7 @@ type sidecar struct {
 	ended   <-chan struct{}       // when the app ends; nil, which is never, without one
 	halts   <-chan syscall.Signal // when it is stopped, and goes on; nil without one
 	tty     *child.Terminal       // that the app is used by; nil: it is not
+	flush   func()                // writes the log
 	healthy bool                  // by the check, so far
 	signals <-chan heard
 	stops   stops // SIGINTs and SIGTERMs so far

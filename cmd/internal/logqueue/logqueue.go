@@ -41,6 +41,7 @@ type Queue struct {
 	wake      chan struct{} // holds one: there is something to do
 	done      chan struct{} // closed when the goroutine that writes has ended
 	abandoned chan struct{} // closed when Close waits no longer
+	idle      chan struct{} // holds one: no line waits
 	dropped   atomic.Uint64
 
 	mu      sync.Mutex // guards what follows
@@ -68,7 +69,7 @@ type line struct {
 // block for ever in there.
 func New(w io.Writer) *Queue {
 	q := &Queue{
-		w: w, wake: make(chan struct{}, 1), done: make(chan struct{}), abandoned: make(chan struct{}),
+		w: w, wake: make(chan struct{}, 1), done: make(chan struct{}), abandoned: make(chan struct{}), idle: make(chan struct{}, 1),
 		report: func(lines uint64, _ error) []byte { return fmt.Appendf(nil, "%d log lines were dropped\n", lines) },
 	}
 	go q.run()
@@ -199,6 +200,32 @@ func (q *Queue) written(l line) {
 	defer q.mu.Unlock()
 	q.lines--
 	q.bytes -= len(l.text)
+	if q.lines == 0 {
+		select {
+		case q.idle <- struct{}{}:
+		default: // it has been told
+		}
+	}
+}
+
+// Flush waits until no line waits, and tells whether that is so. It is for one goroutine
+// at a time.
+func (q *Queue) Flush(timeout time.Duration) bool {
+	limit := time.NewTimer(timeout)
+	defer limit.Stop()
+	for {
+		q.mu.Lock()
+		lines := q.lines
+		q.mu.Unlock()
+		if lines == 0 {
+			return true
+		}
+		select {
+		case <-q.idle:
+		case <-limit.C:
+			return false
+		}
+	}
 }
 
 // write writes a line, and before it how many were dropped since the last one that

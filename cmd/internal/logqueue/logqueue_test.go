@@ -368,3 +368,44 @@ func TestNeverAnError(t *testing.T) {
 		t.Errorf("%d dropped", q.Dropped())
 	}
 }
+
+// TestFlush: it waits for what is being written, and not for a reader that stands still.
+func TestFlush(t *testing.T) {
+	t.Parallel()
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	q := New(writerFunc(func(p []byte) (int, error) {
+		begun <- struct{}{}
+		<-goOn
+		return len(p), nil
+	}))
+	if !q.Flush(time.Minute) {
+		t.Error("nothing waits")
+	}
+	for range 2 {
+		if _, err := q.Write([]byte("line\n")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	<-begun
+	if q.Flush(10 * time.Millisecond) {
+		t.Error("a line is under way")
+	}
+	flushed := make(chan bool)
+	go func() { flushed <- q.Flush(time.Minute) }()
+	goOn <- struct{}{}
+	<-begun
+	select {
+	case <-flushed:
+		t.Error("one more is under way")
+	default:
+	}
+	goOn <- struct{}{}
+	if !<-flushed {
+		t.Error("it has been written")
+	}
+	q.Close(time.Minute)
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
