@@ -652,7 +652,7 @@ func TestOutput(t *testing.T) {
 	s.redis.Signal(t, syscall.SIGSTOP)
 	begun := time.Now()
 	var commands []*process
-	for _, args := range [][]string{{"services"}, {"instances", "web"}, {"lb"}, {"ready", "web", "127.0.0.1:9009"}} {
+	for _, args := range [][]string{{"services"}, {"instances", "web"}, {"lb"}, {"ready", "web", "127.0.0.1:9009", "--absent"}} {
 		commands = append(commands, s.spawn(t, args...))
 	}
 	haproxytest.Poll(t, "the first exchange has timed out", func() error {

@@ -39,9 +39,9 @@ func TestEvents(t *testing.T) {
 			return nil
 		})
 	}
-	done("drain", "web", "10.0.0.1:80", "--reason", "\x1b[31mred\n")
-	done("maint", "api", "10.0.0.2:80")
-	done("weight", "web", "10.0.0.1:80", "20")
+	done("drain", "web", "10.0.0.1:80", "--absent", "--reason", "\x1b[31mred\n")
+	done("maint", "api", "10.0.0.2:80", "--absent")
+	done("weight", "web", "10.0.0.1:80", "20", "--absent")
 	came(`"what":"weight"`)
 	var events []registrar.Event
 	for dec := json.NewDecoder(strings.NewReader(done("events", "-o", "json"))); dec.More(); {
@@ -86,7 +86,7 @@ func TestEvents(t *testing.T) {
 	came("cannot read the events; trying again")
 	s.redis.Launch(t) // with nothing
 	for n := range 3 {
-		done("maint", "web", fmt.Sprintf("10.0.1.%d:80", n))
+		done("maint", "web", fmt.Sprintf("10.0.1.%d:80", n), "--absent")
 		came(fmt.Sprintf("10.0.1.%d:80", n))
 	}
 	if code := follow.signal(t, syscall.SIGINT); code != 0 {

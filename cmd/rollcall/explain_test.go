@@ -120,7 +120,7 @@ func TestExplain(t *testing.T) {
 	if doc.Instance != nil || doc.Gone == nil || doc.Gone.Owner == "" || doc.Gone.Reason != registrar.Left {
 		t.Errorf("%+v", doc)
 	}
-	if _, stderr, code := s.rollcall(t, "maint", "web", "10.0.0.2:80"); code != 0 {
+	if _, stderr, code := s.rollcall(t, "maint", "web", "10.0.0.2:80", "--absent"); code != 0 {
 		t.Fatal(stderr)
 	}
 	explain(0, "10.0.0.2:80", "not registered", "maint, until ready", "no note of the last 10 min")

@@ -45,7 +45,7 @@ func TestServe(t *testing.T) {
 	m := &monitored{process: page.process, url: "http://" + served.FindStringSubmatch(page.out.String())[1]}
 	m.ready(t, "ok")
 	for _, auth := range []string{"Bearer guess", "Bearer " + pageToken} {
-		if _, answer, err := page.do(http.MethodPost, "/v1/services/web/instances/127.0.0.1:1/maint", `{"reason":"x"}`, "Authorization", auth); err != nil {
+		if _, answer, err := page.do(http.MethodPost, "/v1/services/web/instances/127.0.0.1:1/maint?absent=true", `{"reason":"x"}`, "Authorization", auth); err != nil {
 			t.Error(answer, err)
 		}
 	}

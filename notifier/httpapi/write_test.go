@@ -161,7 +161,7 @@ func TestGuesses(t *testing.T) {
 	w := start(t, func(c *httpapi.Config) { c.Token = func() (string, error) { return token, nil } })
 	try := func(guess string) int {
 		t.Helper()
-		r, err := w.fetch("POST", "/v1/services/web/instances/10.0.0.1:8080/ready", "{}", "Authorization", "Bearer "+guess, "Content-Type", jsonType)
+		r, err := w.fetch("POST", "/v1/services/web/instances/10.0.0.1:8080/ready?absent=true", "{}", "Authorization", "Bearer "+guess, "Content-Type", jsonType)
 		if err != nil {
 			t.Fatal(err)
 		}
