@@ -505,11 +505,13 @@ func cutShort(ctx context.Context, d time.Duration, sooner <-chan struct{}, grac
 
 // insist calls say, with Timeout each time, until it succeeds, is refused for good, or
 // ctx ends. Between two primaries Redis answers in many ways that are none of these:
-// not at all, READONLY, MOVED, CLUSTERDOWN. It returns what say returned last.
+// not at all, READONLY, MOVED, CLUSTERDOWN. It returns what say returned last, but for a
+// call that ctx cut short after another.
 func insist[T any](ctx context.Context, say func(context.Context) (T, error)) (T, error) {
 	wait := time.NewTimer(0)
 	defer wait.Stop()
 	<-wait.C
+	var last error
 	for failures := 1; ; failures++ {
 		tctx, done := WithTimeout(ctx)
 		v, err := say(tctx)
@@ -517,10 +519,13 @@ func insist[T any](ctx context.Context, say func(context.Context) (T, error)) (T
 		if err == nil || refusedForGood(err) {
 			return v, err
 		}
+		if last == nil || ctx.Err() == nil {
+			last = err
+		}
 		wait.Reset(Backoff(failures, lastSay))
 		select {
 		case <-ctx.Done():
-			return v, err
+			return v, last
 		case <-wait.C:
 		}
 	}

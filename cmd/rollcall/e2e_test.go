@@ -385,10 +385,10 @@ func TestWaiting(t *testing.T) {
 	if err := lb.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	if _, stderr, code := s.rollcall(t, "maint", "web", b.Addr().String(), "--force", "--wait", "--timeout", "1s"); code != exitWait || !strings.Contains(stderr, "1 of 1 live balancers") {
+	if _, stderr, code := s.rollcall(t, "maint", "web", b.Addr().String(), "--force", "--wait", "--timeout", "3s"); code != exitWait || !strings.Contains(stderr, "1 of 1 live balancers") {
 		t.Errorf("maint --wait: exit %d, %s", code, stderr)
 	}
-	if _, stderr, code := s.rollcall(t, "wait", "web", "--for", "ready=9", "--timeout", "500ms"); code != exitWait || !strings.Contains(stderr, "of 9 instances") {
+	if _, stderr, code := s.rollcall(t, "wait", "web", "--for", "ready=9", "--timeout", "3s"); code != exitWait || !strings.Contains(stderr, "of 9 instances") {
 		t.Errorf("wait: exit %d, %s", code, stderr)
 	}
 	if err := other.cmd.Process.Signal(syscall.SIGTERM); err != nil {

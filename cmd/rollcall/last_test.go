@@ -127,7 +127,7 @@ func TestLastInstance(t *testing.T) {
 	// A drain is written, and waits.
 	says(0, true, "; it waits: ", "drain", "web", addr)
 	s.waits(t, store, a)
-	says(exitWait, true, "the drain waits: too few other servers are up to drain it, says "+ids[0]+" of be", "drain", "web", addr, "--reason", "disk", "--wait", "--timeout", "1s")
+	says(exitWait, true, "the drain waits: too few other servers are up to drain it, says "+ids[0]+" of be", "drain", "web", addr, "--reason", "disk", "--wait", "--timeout", "2s")
 	out, _, code := s.rollcall(t, "drain", "web", addr, "--reason", "disk", "-o", "json")
 	var o outcome
 	if err := json.Unmarshal([]byte(out), &o); err != nil || code != 0 || !strings.HasPrefix(o.Waits, "too few") {
@@ -233,7 +233,7 @@ func TestLastInstanceOfOneBalancer(t *testing.T) {
 		t.Errorf("drain: exit %d, %s%s", code, out, stderr)
 	}
 	s.waits(t, store, a)
-	if _, stderr, code := s.rollcall(t, "drain", "web", addr, "--reason", "x", "--wait", "--timeout", "1s"); code != exitWait || !strings.Contains(stderr, "1 of 2 live balancers have not applied it: ") || !strings.Contains(stderr, "; the drain waits: too few") || !strings.Contains(stderr, " of be_two") {
+	if _, stderr, code := s.rollcall(t, "drain", "web", addr, "--reason", "x", "--wait", "--timeout", "2s"); code != exitWait || !strings.Contains(stderr, "1 of 2 live balancers have not applied it: ") || !strings.Contains(stderr, "; the drain waits: too few") || !strings.Contains(stderr, " of be_two") {
 		t.Errorf("drain --wait: exit %d, %s", code, stderr)
 	}
 	answered(t, url, own)
