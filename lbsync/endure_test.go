@@ -677,7 +677,7 @@ func (p *program) kill() {
 // program starts the real lbsync on the gate's socket.
 func (w *world) program(t *testing.T, binary string, g *gate) *program {
 	t.Helper()
-	args := []string{"lbsync", "--socket", g.socket, "--backend", "web=be", "--allow", "127.0.0.0/8", "--drain-timeout", "2s"}
+	args := []string{"lbsync", "--socket", g.socket, "--backend", "web=be", "--allow", "127.0.0.0/8", "--drain-timeout", "2s", "--state-dir", filepath.Dir(g.socket)}
 	if w.opts != "" {
 		args = append(args, "--server-options", w.opts)
 	}
