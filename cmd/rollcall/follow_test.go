@@ -23,7 +23,7 @@ func (s *system) withHosts(t *testing.T, name string) (_ *system, point func(add
 		t.Skip("a mount of its own needs root")
 	}
 	if _, err := exec.LookPath("unshare"); err != nil {
-		t.Skipf("unshare is missing: %v; apt-get install util-linux", err)
+		t.Fatalf("unshare is missing: %v; apt-get install util-linux", err)
 	}
 	dir := t.TempDir()
 	hosts, script := filepath.Join(dir, "hosts"), filepath.Join(dir, "rollcall")
