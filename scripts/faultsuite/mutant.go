@@ -31,7 +31,7 @@ var (
 	noProof      = edit{"reaper/proof.go", "\tneed := p.ttl.Milliseconds()\n\tfor _, s", "\tneed := p.ttl.Milliseconds()\n\tif p.ok {\n\t\treturn p.now - need, true\n\t}\n\tfor _, s"}
 	noClock      = edit{"reaper/proof.go", "case o.pulse.Now < p.now || now.lo-p.anchor.hi > p.period/2 || p.anchor.lo-now.hi > p.period/2:", "case false:"}
 	noSoft       = edit{"reaper/proof.go", "\tp.open, p.ok = false, false\n", ""}
-	noSuspects   = edit{"reaper/protection.go", "many(all.Suspects, all.Members) && many(all.Suspects-most.Suspects, all.Members-most.Members)", "many(all.Stale, all.Members)"}
+	noSuspects   = edit{"reaper/protection.go", "\t\tall.Suspects += c.Suspects\n", "\t\tall.Suspects += c.Stale\n"}
 	noClause     = edit{"reaper/protection.go", "c.Suspects >= serviceSuspect && c.Suspects*2 >= c.Members ||", "c.Stale >= serviceSuspect && c.Stale*2 >= c.Members ||"}
 	noWitness    = edit{"lbsync/want.go", "vouched := s.Checked && s.Up && s.Passed", "vouched := false"}
 	noHold       = edit{"lbsync/want.go", "hold: rd.ttl + 2*rd.interval, why:", "why:"}
@@ -62,6 +62,7 @@ var (
 	noFloor      = edit{"lbsync/backend.go", "if !stay && up && serving <= max(b.cfg.MinServers, floor()) {", "if false {"}
 	noDoubt      = edit{"notifier/view.go", "case e.Gone != nil && v.doubted[e.Addr] == *e.Gone:", "case false:"}
 	noMemory     = edit{"lbsync/lbsync.go", "s.watcher.Remember(svc, l.Token)", "_, _ = svc, l"}
+	noSurpassed  = edit{"notifier/view.go", "case e.Present && surpassed(e.Instance, had):", "case false:"}
 	noAgeCheck   = edit{"lbsync/want.go", "out && rd.doubted && ", "out && false && "}
 	noWatchdog   = edit{"notifier/watcher.go", "if quiet >= silence {", "if quiet >= time.Hour {"}
 	noOwnerLeave = edit{"registrar/lua/leave.lua", "if token_of(addr) ~= token then return {'NOTOWNER', 0} end", ""}
@@ -113,7 +114,7 @@ var mutants = []mutant{
 	{name: "floor", fault: "last-cut", guard: "the last server stays", edits: []edit{noFloor}},
 	{name: "doubt", fault: "old-note", guard: "notes that an interruption brought are not believed", edits: []edit{noDoubt}},
 	{name: "memory", fault: "old-note-start", guard: "lbsync's token on disk", edits: []edit{noMemory}},
-	{name: "revival", fault: "old-list", guard: "after an interruption who is older than TTL is not added", edits: []edit{noAgeCheck}},
+	{name: "revival", fault: "old-list", guard: "after an interruption who is older than TTL is not added (and what was said of it stands)", edits: []edit{noAgeCheck, noSurpassed}},
 	{name: "revival-start", fault: "old-list-start", guard: "after an interruption who is older than TTL is not added", edits: []edit{noAgeCheck}},
 	{name: "log", fault: "log-unread", late: true, guard: "the log's queue", edits: []edit{noQueue}},
 	{name: "watchdog", fault: "half-open-late", late: true, guard: "the subscription must answer", edits: []edit{noWatchdog}},
