@@ -320,7 +320,7 @@ func (b *backend) Step(ctx context.Context) (next time.Duration, err error) {
 			return 0, err
 		}
 	}
-	done, err := b.converge(ctx, addrs, dirty)
+	done, err := b.converge(ctx, b.settled(addrs), dirty)
 	if err != nil {
 		return 0, err
 	}
@@ -520,6 +520,20 @@ func (b *backend) due(ctx context.Context, now time.Time, dirty map[netip.AddrPo
 		return nil, err
 	}
 	return addrs, b.enter(peeks(look), got)
+}
+
+// settled returns addrs without those that changed since the step began: what it read of
+// them may be older than what a human did just before. The next step looks at them.
+func (b *backend) settled(addrs []netip.AddrPort) []netip.AddrPort {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.dirty) == 0 {
+		return addrs
+	}
+	return slices.DeleteFunc(slices.Clone(addrs), func(a netip.AddrPort) bool {
+		_, changed := b.dirty[a]
+		return changed
+	})
 }
 
 func peeks(servers []Server) []Op {

@@ -772,6 +772,63 @@ func TestOthersServersAreLeftAlone(t *testing.T) {
 	}
 }
 
+// stopping stops in its next read of the backend be, when it has been read.
+type stopping struct {
+	lbsync.Balancer
+	next atomic.Pointer[stop]
+}
+
+type stop struct{ stopped, resume chan struct{} }
+
+func (s *stopping) Read(ctx context.Context, backend string) (lbsync.State, error) {
+	st, err := s.Balancer.Read(ctx, backend)
+	if backend == "be" {
+		if n := s.next.Swap(nil); n != nil {
+			close(n.stopped)
+			<-n.resume
+		}
+	}
+	return st, err
+}
+
+// What a human did while the backend was read is seen before a change that came in the
+// meantime is written.
+func TestChangeDuringRead(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(mode.name, func(t *testing.T) {
+			w := newWorld(t, mode.backend, mode.options)
+			// The other backend tells when the change has been heard.
+			w.cfg.Backends = append(w.cfg.Backends, lbsync.BackendConfig{Service: "web", Backend: "other", Mode: lbsync.Auto})
+			bal := &stopping{Balancer: w.client(t)}
+			w.run(t, bal)
+			a := haproxytest.NewInstance(t)
+			w.beat(t, a.Addr(), 100)
+			all := ready(100, a)
+			w.want(t, "be", all)
+			w.want(t, "other", all)
+			name := ""
+			for _, l := range strings.Split(w.ha.Command(t, "show servers state be"), "\n") {
+				if f := strings.Fields(l); len(f) > 18 && f[4] == a.Addr().Addr().String() {
+					name = f[3]
+				}
+			}
+			look := &stop{make(chan struct{}), make(chan struct{})}
+			goOn := sync.OnceFunc(func() { close(look.resume) })
+			defer goOn()
+			bal.next.Store(look)
+			<-look.stopped
+			w.ha.Command(t, "set server be/"+name+" state maint")
+			w.beat(t, a.Addr(), 90)
+			w.want(t, "other", ready(90, a))
+			goOn()
+			w.passMarker(t)
+			if got := w.servers(t, "be")[a.Addr().String()]; got != "maint 100" {
+				t.Errorf("be has %q; want maint 100: a human's server is left alone, weight and all", got)
+			}
+		})
+	}
+}
+
 func TestMoreInstancesThanSlots(t *testing.T) {
 	w := newWorld(t, haproxytest.Backend{Name: "be", Slots: 3}, "")
 	w.cfg.Backends[0].Mode = lbsync.Slots
