@@ -117,7 +117,7 @@ func TestBeat(t *testing.T) {
 		{"back after expired", func(tb testing.TB, s *Store) { held(tb, s); expire(tb, s, a) }, 1, mine, "NEW"},
 		{"back after operator", func(tb testing.TB, s *Store) {
 			held(tb, s)
-			_, err := s.Deregister(tb.Context(), web, a, true)
+			_, err := s.Deregister(tb.Context(), web, a, true, "")
 			must(tb, err)
 		}, 1, mine, "NEW"},
 		{"taken out by hand, metadata left behind", func(tb testing.TB, s *Store) {

@@ -59,6 +59,8 @@ type BeaterConfig struct {
 	// meanwhile. An empty token says that the register has it no more. Run calls it
 	// and waits for it.
 	Keep func(token string, since time.Time)
+	// Own is the metadata's: overrides are of this registration, not of its address.
+	Own bool
 	// Agent, if not empty, is the mark of the agent that registers the instance, of
 	// at most MaxName bytes. What the same agent registered at this address before is
 	// taken over at once; every other registration there must have missed its beats.
@@ -168,7 +170,7 @@ func NewBeater(cfg BeaterConfig, store *Store, log zerolog.Logger) (*Beater, err
 // nobody.
 func (b *Beater) register(token string, since time.Time) error {
 	b.token, b.since = token, since
-	m := Meta{ID: token, Weight: b.cfg.Weight, Zone: b.cfg.Zone, Tags: b.cfg.Tags, Registered: since.UnixMilli(), Agent: b.cfg.Agent}
+	m := Meta{ID: token, Weight: b.cfg.Weight, Zone: b.cfg.Zone, Tags: b.cfg.Tags, Registered: since.UnixMilli(), Agent: b.cfg.Agent, Own: b.cfg.Own}
 	meta, err := json.Marshal(m)
 	if err != nil {
 		return fmt.Errorf("metadata: %w", err)

@@ -38,7 +38,7 @@ var changes = []scriptCall{
 		return err
 	}},
 	{"deregister", func(tb testing.TB, s *Store) error {
-		_, err := s.Deregister(tb.Context(), web, host(1), true)
+		_, err := s.Deregister(tb.Context(), web, host(1), true, "")
 		return err
 	}},
 	{"admin", func(tb testing.TB, s *Store) error {

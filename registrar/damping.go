@@ -197,17 +197,17 @@ const othersLimit = 50
 // drain or maint, and has a weight. What HAProxy's checks say of it is not asked.
 func (s *Store) OthersServe(ctx context.Context, svc Service, addr netip.AddrPort) (bool, error) {
 	k := s.keys.Of(svc)
-	keys := []string{k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Config()}
+	keys := []string{k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Bound(svc), k.Config()}
 	r, err := s.others.RunRO(ctx, s.rdb, keys, s.now, addr.String(), othersLimit, MaxMeta).Slice()
 	if err != nil {
 		return false, fmt.Errorf("read who else serves %s: %w", svc, err)
 	}
-	if len(r)%4 != 1 {
+	if len(r)%5 != 1 {
 		return false, fmt.Errorf("read who else serves %s: answer of %d parts", svc, len(r))
 	}
 	found := Snapshot{Now: integer(r[0])}
-	for m := range slices.Chunk(r[1:], 4) {
-		found.add(text(m[0]), row{score: text(m[1]), meta: text(m[2]), admin: text(m[3]), hasScore: true})
+	for m := range slices.Chunk(r[1:], 5) {
+		found.add(text(m[0]), row{score: text(m[1]), meta: text(m[2]), admin: text(m[3]), bound: text(m[4]), hasScore: true})
 	}
 	return slices.ContainsFunc(found.Entries, func(e Entry) bool {
 		return e.Present && e.Instance.State() == AdminNone && e.Instance.Weight() > 0

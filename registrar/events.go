@@ -54,8 +54,8 @@ type Event struct {
 	Addr    string  `json:"addr"`    // as it is stored; empty with a hold
 	What    string  `json:"what"`
 	Version int64   `json:"version"` // of the service, after the change; 0 with a hold
-	// By is the token of the instance, or the reaper's id with a hold; empty with
-	// an operator's word.
+	// By is the token of the instance, or the reaper's id with a hold, or who an operator
+	// said to be; empty if nobody said.
 	By  string `json:"by"`
 	Why string `json:"why"` // for people, at most 256 bytes; empty where there is no more to say
 }

@@ -41,7 +41,7 @@ func TestEventsOfEachChange(t *testing.T) {
 		_, err := s.Beat(ctx, web, Beat{Addr: a, Token: token, Meta: meta})
 		must(t, err)
 	}
-	word := func(w Word) { t.Helper(); say(t, s, a, w) }
+	word := func(w Word) { t.Helper(); w.By = "alice"; say(t, s, a, w) }
 	twenty := 20
 	beat("t1", `{"id":"t1","weight":7}`)
 	s.setClock(t0 + 1)
@@ -53,7 +53,7 @@ func TestEventsOfEachChange(t *testing.T) {
 	beat("t2", `{"id":"t2","weight":{}}`) // nobody knows whose it is
 	word(Word{Verb: "drain", Reason: "disk"})
 	word(Word{Verb: "drain", Reason: "disk"})                                                    // it stood already
-	_, err := s.change(ctx, s.admin, web, a.String(), "maint", "", strings.Repeat("é", 200), "") // more than SetAdmin takes
+	_, err := s.changeWith(ctx, s.admin, web, s.keys.overrides(web), a.String(), "maint", "", strings.Repeat("é", 200), "", "", "", 0, "") // more than SetAdmin takes
 	must(t, err)
 	word(Word{Verb: "ready"})
 	word(Word{Verb: "weight", Weight: &twenty})
@@ -65,7 +65,7 @@ func TestEventsOfEachChange(t *testing.T) {
 	join(t, s, b, "t4")
 	expire(t, s, b)
 	join(t, s, b, "t5")
-	_, err = s.Deregister(ctx, web, b, true)
+	_, err = s.Deregister(ctx, web, b, true, "bob")
 	must(t, err)
 	must(t, s.Canary(ctx))
 	want := []string{
@@ -75,17 +75,17 @@ func TestEventsOfEachChange(t *testing.T) {
 		"draining web 10.1.0.2:8080 4 t1",
 		"changed web 10.1.0.2:8080 5 t1",
 		"takeover web 10.1.0.2:8080 6 t2",
-		"drained web 10.1.0.2:8080 7  disk",
+		"drained web 10.1.0.2:8080 7 alice disk",
 		"maint web 10.1.0.2:8080 8  " + strings.Repeat("é", 128),
-		"ready web 10.1.0.2:8080 9",
-		"weight web 10.1.0.2:8080 10  20",
-		"weight web 10.1.0.2:8080 11  own",
+		"ready web 10.1.0.2:8080 9 alice",
+		"weight web 10.1.0.2:8080 10 alice 20",
+		"weight web 10.1.0.2:8080 11 alice own",
 		"unhealthy web 10.1.0.2:8080 12 t2",
 		"left web 10.1.0.3:8080 13 t3 it was not there",
 		"joined web 10.1.0.3:8080 14 t4",
 		"expired web 10.1.0.3:8080 15 t4 silent for 15001 ms",
 		"joined web 10.1.0.3:8080 16 t5",
-		"deregistered web 10.1.0.3:8080 17 t5 silent for 0 ms",
+		"deregistered web 10.1.0.3:8080 17 bob silent for 0 ms",
 	}
 	events := allEvents(t, s)
 	if got := said(events); !slices.Equal(got, want) {
@@ -228,7 +228,7 @@ func TestEventsCap(t *testing.T) {
 	pipe := s.rdb.Pipeline()
 	must(t, s.admin.Load(t.Context(), s.rdb).Err())
 	for i := range 11_000 {
-		s.admin.EvalSha(t.Context(), pipe, s.keys.change(web), s.keys.Changes(), string(web), "", "e", host(1).String(), "weight", i%200, "", "")
+		s.admin.EvalSha(t.Context(), pipe, s.keys.change(web, s.keys.overrides(web)...), s.keys.Changes(), string(web), "", "e", host(1).String(), "weight", i%200, "", "", "", "", 0, "")
 	}
 	_, err := pipe.Exec(t.Context())
 	must(t, err)

@@ -337,7 +337,7 @@ func (p *player) stepOf(rt *rapid.T, kind string, svc Service) {
 	case "deregister":
 		force := drawBool.Draw(rt, "force")
 		want := p.deregister(svc, a, force, epoch)
-		p.change(rt, p.store.deregister, kind, svc, nil, epoch, want, a.String(), flag(force))
+		p.change(rt, p.store.deregister, kind, svc, nil, epoch, want, a.String(), flag(force), operator)
 	case "admin":
 		verb, weight, reason, text := drawVerb.Draw(rt, "verb"), -1, drawReason.Draw(rt, "reason"), ""
 		if n := drawSmall.Draw(rt, "weight"); n < 5 {
@@ -348,7 +348,7 @@ func (p *player) stepOf(rt *rapid.T, kind string, svc Service) {
 			of = strconv.FormatInt(p.services[svc].version+int64(off), 10)
 		}
 		want := p.admin(svc, a, verb, weight, reason, of, epoch)
-		p.change(rt, p.store.admin, kind, svc, nil, epoch, want, a.String(), verb, text, reason, of)
+		p.change(rt, p.store.admin, kind, svc, p.store.keys.overrides(svc), epoch, want, a.String(), verb, text, reason, of, "", operator, 0, string(ScopeAddress))
 	}
 	p.audit(rt, svc, before, version, logged, func() bool { return word != p.services[svc].word(a) })
 }

@@ -181,6 +181,7 @@ type Meta struct {
 	Draining   bool              `json:"draining,omitempty"` // leaving: no new requests, please
 	Registered int64             `json:"registered"`         // unix ms, by the instance's own clock; for display
 	Agent      string            `json:"agent,omitempty"`    // the mark of the agent that registers it; at most MaxName bytes
+	Own        bool              `json:"own,omitempty"`      // the address is the instance's alone, as a container's: who comes there next is another
 }
 
 // The most bytes of what people write into the register.
@@ -209,6 +210,9 @@ func checkText(what, s string, most int) error {
 	}
 	return nil
 }
+
+// checkBy refuses what is no name of who says something.
+func checkBy(s string) error { return checkText("by", s, MaxText) }
 
 // checkLength finds a text of which read.lua returned only the length.
 func checkLength(s string) error {
@@ -252,7 +256,33 @@ type Admin struct {
 	State  AdminState `json:"state,omitempty"`
 	Weight *int       `json:"weight,omitempty"` // in the place of the instance's own
 	Reason string     `json:"reason,omitempty"`
-	At     int64      `json:"at,omitempty"` // unix ms by Redis' clock
+	At     int64      `json:"at,omitempty"` // of the last change, unix ms by Redis' clock
+	By     string     `json:"by,omitempty"` // who changed it last, as the client said
+	// Until and WeightUntil are when a reaper ends the state and the weight, unix ms by
+	// Redis' clock; 0 = somebody must. Until one does they are in force.
+	Until       int64 `json:"until,omitempty"`
+	WeightUntil int64 `json:"weight_until,omitempty"`
+	// ID is the registration that it is of, if it is not of whoever has the address.
+	ID string `json:"id,omitempty"`
+}
+
+// over returns what is in force for the registration id where a is said of its address
+// and bound of one registration.
+func (a Admin) over(bound Admin, id string) Admin {
+	if bound.ID == "" || bound.ID != id {
+		return a
+	}
+	if bound.State != AdminNone {
+		a.State, a.Reason, a.Until = bound.State, bound.Reason, bound.Until
+	}
+	if bound.Weight != nil {
+		a.Weight, a.WeightUntil = bound.Weight, bound.WeightUntil
+	}
+	if bound.At >= a.At {
+		a.At, a.By = bound.At, bound.By
+	}
+	a.ID = bound.ID
+	return a
 }
 
 func parseAdmin(s string) (Admin, error) {

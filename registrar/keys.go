@@ -56,7 +56,8 @@ func (k Keys) Events() string { return k.shared("events") }
 
 func (k Keys) Instances(s Service) string { return k.of(s, "instances") } // ZSET: addr, score = last heartbeat, unix ms
 func (k Keys) Meta(s Service) string      { return k.of(s, "meta") }      // HASH: addr → JSON of Meta
-func (k Keys) Admin(s Service) string     { return k.of(s, "admin") }     // HASH: addr → JSON of Admin
+func (k Keys) Admin(s Service) string     { return k.of(s, "admin") }     // HASH: addr → JSON of Admin, for whoever is there
+func (k Keys) Bound(s Service) string     { return k.of(s, "bound") }     // HASH: addr → JSON of Admin, for one registration, its id
 func (k Keys) Gone(s Service) string      { return k.of(s, "gone") }      // HASH: addr → "<reason> <ms> <token>"
 func (k Keys) GoneAt(s Service) string    { return k.of(s, "gone-at") }   // ZSET: addr, score = unix ms
 func (k Keys) Changed(s Service) string   { return k.of(s, "changed") }   // ZSET: addr, score = service version
@@ -67,6 +68,10 @@ func (k Keys) Applied(s Service) string   { return k.of(s, "applied") }   // HAS
 // servers, unix ms; version → the service version that this is not older than; counts →
 // JSON, backend → Standing. It expires.
 func (k Keys) Seen(s Service, balancer string) string { return k.of(s, "seen:"+balancer) }
+
+// OverrideDue is a ZSET: "a <addr>" for an override in Admin, "r <addr>" for one in Bound,
+// score = when a reaper is to look at it, unix ms.
+func (k Keys) OverrideDue(s Service) string { return k.of(s, "override-due") }
 
 func (k Keys) ServiceVersion(s Service) string {
 	return k.of(s, "version") // STRING, never deleted
@@ -160,9 +165,9 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 	}
 	for _, s := range []Service{svc, canary} {
 		switch key {
-		case k.Instances(s), k.GoneAt(s), k.Changed(s):
+		case k.Instances(s), k.GoneAt(s), k.Changed(s), k.OverrideDue(s):
 			return svc, "zset"
-		case k.Meta(s), k.Admin(s), k.Gone(s), k.Applied(s):
+		case k.Meta(s), k.Admin(s), k.Bound(s), k.Gone(s), k.Applied(s):
 			return svc, "hash"
 		case k.ServiceVersion(s):
 			return svc, "string"
@@ -176,8 +181,11 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 
 // read are the keys of read.lua.
 func (k Keys) read(s Service) []string {
-	return []string{k.Epoch(), k.Config(), k.Instances(s), k.Meta(s), k.Admin(s), k.Gone(s), k.Changed(s), k.ServiceVersion(s)}
+	return []string{k.Epoch(), k.Config(), k.Instances(s), k.Meta(s), k.Admin(s), k.Gone(s), k.Changed(s), k.ServiceVersion(s), k.Bound(s)}
 }
+
+// overrides are the keys of admin.lua and overrides.lua beside those of change.
+func (k Keys) overrides(s Service) []string { return []string{k.Bound(s), k.OverrideDue(s)} }
 
 // change lists the keys of every script that changes one service, in the order
 // that lua/lib.lua names them: with a script's own before the last.

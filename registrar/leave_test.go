@@ -32,7 +32,7 @@ func TestLeave(t *testing.T) {
 		{"after expired", func(tb testing.TB, s *Store) { held(tb, s); expire(tb, s, a) }, "t1", Left, "OK"},
 		{"after an operator", func(tb testing.TB, s *Store) {
 			held(tb, s)
-			_, err := s.Deregister(tb.Context(), web, a, true)
+			_, err := s.Deregister(tb.Context(), web, a, true, "")
 			must(tb, err)
 		}, "t1", Left, "OK"},
 		{"after another expired", func(tb testing.TB, s *Store) { held(tb, s); expire(tb, s, a) }, "t2", Left, other},
@@ -143,7 +143,7 @@ func TestDeregister(t *testing.T) {
 			}
 			var version int64
 			var err error
-			e := observe(t, s, func() { version, err = s.Deregister(ctx, web, a, c.force) })
+			e := observe(t, s, func() { version, err = s.Deregister(ctx, web, a, c.force, "") })
 			if c.want != nil {
 				if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
 					t.Errorf("got %v, want %v, %s", err, c.want, c.text)

@@ -47,6 +47,9 @@ type instanceModel struct {
 	beat        int64
 }
 
+// operator is who says all words of the model.
+const operator = "alice@host"
+
 // wordModel is an operator's word; weight is -1 where there is none.
 type wordModel struct {
 	state  AdminState
@@ -128,17 +131,17 @@ func (m *model) event(svc Service, addr netip.AddrPort, what, id, why string) {
 // note says how addr went, and drops what is older than 10 min.
 func (m *model) note(svc Service, addr netip.AddrPort, why Reason, token string) {
 	s := m.services[svc]
-	what, text := string(why), ""
+	what, by, text := string(why), token, ""
 	switch i := s.here[addr]; {
 	case i == nil:
 		text = "it was not there"
 	case why == Operator:
-		what = "deregistered"
+		what, by = "deregistered", operator
 		fallthrough
 	case why == Expired:
 		text = fmt.Sprintf("silent for %d ms", m.now-i.beat)
 	}
-	m.event(svc, addr, what, token, text)
+	m.event(svc, addr, what, by, text)
 	delete(s.here, addr)
 	s.gone[addr] = Gone{why, m.now, token}
 	s.noted[addr], s.changed[addr] = m.now, s.version
@@ -237,7 +240,7 @@ func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int,
 		here = 1
 	}
 	if of != "" && of != strconv.FormatInt(s.version, 10) {
-		return []any{"STALE", s.version, here}
+		return []any{"STALE", s.version, here, ""}
 	}
 	was := s.word(addr)
 	w := was
@@ -250,7 +253,7 @@ func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int,
 		w.state, w.reason = AdminState(verb), reason
 	}
 	if w == was {
-		return []any{"SAME", s.version, here}
+		return []any{"SAME", s.version, here, string(ScopeAddress)}
 	}
 	v := m.bump(svc, epoch)
 	s.words[addr], s.changed[addr] = w, v
@@ -263,12 +266,12 @@ func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int,
 	case verb == "weight":
 		why = strconv.Itoa(weight)
 	}
-	m.event(svc, addr, what, "", why)
+	m.event(svc, addr, what, operator, why)
 	if _, ok := s.noted[addr]; here == 0 && !ok {
 		s.noted[addr] = m.now
 	}
 	m.prune(svc)
-	return []any{"OK", v, here}
+	return []any{"OK", v, here, string(ScopeAddress)}
 }
 
 func (m *model) pulse(id, token, epoch string) []any {

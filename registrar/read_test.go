@@ -382,7 +382,7 @@ func TestReadersAgree(t *testing.T) {
 				t.Fatalf("step %d: %v", step, err)
 			}
 		case p < 76:
-			switch _, err := s.Deregister(ctx, web, a, r.IntN(2) == 0); {
+			switch _, err := s.Deregister(ctx, web, a, r.IntN(2) == 0, ""); {
 			case err == nil:
 				delete(model, a.String())
 			case !errors.Is(err, ErrAbsent) && !errors.Is(err, ErrBeats):

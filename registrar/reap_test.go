@@ -410,7 +410,7 @@ func TestPrune(t *testing.T) {
 		{"admin", func(tb testing.TB, s *Store) { say(tb, s, host(notes+2), Word{Verb: "drain"}) }},
 		{"deregister", func(tb testing.TB, s *Store) {
 			do(tb, s, "ZADD", s.keys.Instances(web), 1, host(notes+2).String())
-			_, err := s.Deregister(tb.Context(), web, host(notes+2), true)
+			_, err := s.Deregister(tb.Context(), web, host(notes+2), true, "")
 			must(tb, err)
 		}},
 	} {

@@ -269,15 +269,15 @@ type AddrEntry struct {
 func (s *Store) Entry(ctx context.Context, svc Service, addr netip.AddrPort) (AddrEntry, error) {
 	k := s.keys.Of(svc)
 	keys := []string{
-		k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Changed(svc), k.ServiceVersion(svc), k.Epoch(), k.Config(),
+		k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Changed(svc), k.ServiceVersion(svc), k.Epoch(), k.Config(), k.Bound(svc),
 	}
 	what := fmt.Sprintf("read %s %s", svc, addr)
 	r, err := s.entry.RunRO(ctx, s.rdb, keys, addr.String(), s.now).Slice()
 	if err != nil {
 		return AddrEntry{}, fmt.Errorf("%s: %w", what, err)
 	}
-	if len(r) != 11 {
-		return AddrEntry{}, fmt.Errorf("%s: answer of %d parts, want 11", what, len(r))
+	if len(r) != 12 {
+		return AddrEntry{}, fmt.Errorf("%s: answer of %d parts, want 12", what, len(r))
 	}
 	a := AddrEntry{
 		Now: integer(r[0]), Token: Token{text(r[1]), text(r[2]), integer(r[3])}, TTL: millis(integer(r[4])), Interval: millis(integer(r[5])),
@@ -285,7 +285,7 @@ func (s *Store) Entry(ctx context.Context, svc Service, addr netip.AddrPort) (Ad
 	if a.Token.ReplID == "" || a.Now <= 0 || a.TTL <= 0 || a.Interval <= 0 {
 		return AddrEntry{}, fmt.Errorf("%s: %w", what, errors.New("answer without replication id, time, TTL or interval"))
 	}
-	x := row{meta: text(r[7]), admin: text(r[8])}
+	x := row{meta: text(r[7]), admin: text(r[8]), bound: text(r[11])}
 	x.score, x.hasScore = number(r[6])
 	x.gone, x.hasGone = r[9].(string)
 	snap := Snapshot{Now: a.Now}
@@ -299,7 +299,9 @@ func (s *Store) Entry(ctx context.Context, svc Service, addr netip.AddrPort) (Ad
 			a.Changed = int64(v)
 		}
 	}
-	if a.Admin, err = parseAdmin(x.admin); err != nil && a.Garbage == "" {
+	if a.Present && a.Garbage == "" {
+		a.Admin = a.Instance.Admin
+	} else if a.Admin, err = parseAdmin(x.admin); err != nil && a.Garbage == "" {
 		a.Garbage = err.Error()
 	}
 	return a, nil

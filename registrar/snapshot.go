@@ -17,8 +17,8 @@ const futureTolerance = 1000 // ms
 // row is one address as it is stored, unparsed; the has… fields tell "" from
 // nothing.
 type row struct {
-	score, meta, admin, gone string
-	hasScore, hasGone        bool
+	score, meta, admin, gone, bound string
+	hasScore, hasGone               bool
 }
 
 // headParts is how many parts of an answer of read.lua come before the services.
@@ -50,10 +50,10 @@ func parseSnapshot(svc Service, answer []any, i int) (Snapshot, error) {
 	if integer(r[0]) == toScan {
 		return s, ErrLarge
 	}
-	if len(r) < 6 {
+	if len(r) < 7 {
 		return Snapshot{}, fmt.Errorf("answer of %d parts of a service", len(r))
 	}
-	lists := make([][]any, 0, 5)
+	lists := make([][]any, 0, 6)
 	for _, v := range r[2:] {
 		l, ok := v.([]any)
 		if !ok {
@@ -100,8 +100,8 @@ func (s *Snapshot) cut() {
 }
 
 func (s *Snapshot) fillFull(lists [][]any) error {
-	if len(lists) != 4 {
-		return fmt.Errorf("answer of %d lists, want 4", len(lists))
+	if len(lists) != 5 {
+		return fmt.Errorf("answer of %d lists, want 5", len(lists))
 	}
 	rows := make(map[string]*row, len(lists[0])/2)
 	order := make([]string, 0, len(lists[0])/2)
@@ -113,7 +113,7 @@ func (s *Snapshot) fillFull(lists [][]any) error {
 			addr, value := text(l[j]), text(l[j+1])
 			x := rows[addr]
 			if x == nil {
-				if i == 1 || i == 2 { // metadata or a word of nobody
+				if i != 0 && i != 3 { // metadata or an override of nobody
 					continue
 				}
 				x = &row{}
@@ -129,6 +129,8 @@ func (s *Snapshot) fillFull(lists [][]any) error {
 				x.admin = value
 			case 3:
 				x.gone, x.hasGone = value, true
+			case 4:
+				x.bound = value
 			}
 		}
 	}
@@ -140,8 +142,8 @@ func (s *Snapshot) fillFull(lists [][]any) error {
 }
 
 func (s *Snapshot) fillDelta(lists [][]any) error {
-	if len(lists) != 5 {
-		return fmt.Errorf("answer of %d lists, want 5", len(lists))
+	if len(lists) != 6 {
+		return fmt.Errorf("answer of %d lists, want 6", len(lists))
 	}
 	addrs := lists[0]
 	for _, l := range lists {
@@ -155,6 +157,7 @@ func (s *Snapshot) fillDelta(lists [][]any) error {
 		x.score, x.hasScore = number(lists[1][i])
 		x.meta, x.admin = text(lists[2][i]), text(lists[3][i])
 		x.gone, x.hasGone = lists[4][i].(string)
+		x.bound = text(lists[5][i])
 		s.add(text(addrs[i]), x)
 	}
 	return nil
@@ -208,5 +211,9 @@ func (s *Snapshot) instance(addr netip.AddrPort, x row) (Instance, error) {
 	if err != nil {
 		return Instance{}, err
 	}
-	return Instance{Addr: addr, Beat: int64(score), Meta: meta, Admin: admin}, nil
+	bound, err := parseAdmin(x.bound)
+	if err != nil {
+		return Instance{}, err
+	}
+	return Instance{Addr: addr, Beat: int64(score), Meta: meta, Admin: admin.over(bound, meta.ID)}, nil
 }

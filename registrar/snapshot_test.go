@@ -67,7 +67,7 @@ func TestFutureTolerance(t *testing.T) {
 // TestScoreForms reads a score as text and as RESP3's numbers.
 func TestScoreForms(t *testing.T) {
 	for _, score := range []any{"1500000000000", "1.5e+12", 1.5e12, int64(1_500_000_000_000)} {
-		s, err := parseSnapshot(web, answer(0, []any{"10.0.0.1:80"}, []any{score}, []any{nil}, []any{nil}, []any{nil}), 0)
+		s, err := parseSnapshot(web, answer(0, []any{"10.0.0.1:80"}, []any{score}, []any{nil}, []any{nil}, []any{nil}, []any{nil}), 0)
 		must(t, err)
 		if e := s.Entries[0]; !e.Present || e.Instance.Beat != 1_500_000_000_000 {
 			t.Errorf("%T %v: %+v", score, score, e)
@@ -79,7 +79,7 @@ func TestScoreForms(t *testing.T) {
 // entry, and that notes do.
 func TestFullLeavesOutStrangers(t *testing.T) {
 	s, err := parseSnapshot(web, answer(1, []any{"10.0.0.1:80", "1"},
-		[]any{"10.0.0.2:80", "{}"}, []any{"10.0.0.3:80", "{}"}, []any{"10.0.0.4:80", "left 1 t"}), 0)
+		[]any{"10.0.0.2:80", "{}"}, []any{"10.0.0.3:80", "{}"}, []any{"10.0.0.4:80", "left 1 t"}, []any{"10.0.0.5:80", "{}"}), 0)
 	must(t, err)
 	if len(s.Entries) != 2 || !s.Entries[0].Present || s.Entries[1].Gone == nil {
 		t.Errorf("got %+v", s.Entries)
@@ -103,11 +103,11 @@ func FuzzParseSnapshot(f *testing.F) {
 		metas, meta1 := list(meta != "", meta)
 		admins, admin1 := list(admin != "", admin)
 		gones, gone1 := list(noted, gone)
-		full, err := parseSnapshot(web, answer(1, scores, metas, admins, gones), 0)
+		full, err := parseSnapshot(web, answer(1, scores, metas, admins, gones, admins), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		delta, err := parseSnapshot(web, answer(0, []any{member}, score1, meta1, admin1, gone1), 0)
+		delta, err := parseSnapshot(web, answer(0, []any{member}, score1, meta1, admin1, gone1, admin1), 0)
 		if err != nil {
 			t.Fatal(err)
 		}

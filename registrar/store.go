@@ -6,6 +6,7 @@ import (
 	"embed"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -214,9 +215,14 @@ func (s *Store) OfSubscription(err error) error {
 // change runs a script that changes one service, and announces the change later
 // if it must.
 func (s *Store) change(ctx context.Context, sc *redis.Script, svc Service, args ...any) ([]any, error) {
+	return s.changeWith(ctx, sc, svc, nil, args...)
+}
+
+// changeWith is change, of a script with keys of its own.
+func (s *Store) changeWith(ctx context.Context, sc *redis.Script, svc Service, own []string, args ...any) ([]any, error) {
 	mark := rand.Text()
 	argv := append([]any{s.keys.Changes(), string(svc), s.now, mark}, args...)
-	r, err := sc.Run(ctx, s.rdb, s.keys.Of(svc).change(svc), argv...).Slice()
+	r, err := sc.Run(ctx, s.rdb, s.keys.Of(svc).change(svc, own...), argv...).Slice()
 	if err != nil {
 		return nil, err
 	}
@@ -412,10 +418,13 @@ func (s *Store) Leave(ctx context.Context, svc Service, addr netip.AddrPort, tok
 
 // Deregister takes an instance out on an operator's word and returns the
 // service's version after that; ErrAbsent if there is none, ErrBeats if its
-// last beat is younger than two intervals and force is not set.
-func (s *Store) Deregister(ctx context.Context, svc Service, addr netip.AddrPort, force bool) (int64, error) {
+// last beat is younger than two intervals and force is not set. by is a Word's By.
+func (s *Store) Deregister(ctx context.Context, svc Service, addr netip.AddrPort, force bool, by string) (int64, error) {
 	what := fmt.Sprintf("deregister %s %s", svc, addr)
-	r, err := s.change(ctx, s.deregister, svc, addr.String(), flag(force))
+	if err := checkBy(by); err != nil {
+		return 0, fmt.Errorf("%s: %w", what, err)
+	}
+	r, err := s.change(ctx, s.deregister, svc, addr.String(), flag(force), by)
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", what, err)
 	}
@@ -440,7 +449,27 @@ type Word struct {
 	Reason string // with drain and maint; at most MaxText bytes
 	Force  bool   // also of the last that serves
 	Known  bool   // only of an address that somebody has, or that a word stands for
+	By     string // who says it, for people; at most MaxText bytes, empty = nobody knows
+	// For is how long it holds: a reaper ends it then. 0 = until somebody says ready, or
+	// that the weight is the instance's own again. At most MaxFor.
+	For   time.Duration
+	Scope Scope
 }
+
+// Scope is whom an operator's word is about.
+type Scope string
+
+// The scopes.
+const (
+	// ScopeDefault is ScopeRegistration where the metadata says that the address is the
+	// instance's own, and else ScopeAddress. What ends an override ends both.
+	ScopeDefault      Scope = ""
+	ScopeAddress      Scope = "address"      // whoever has it, now and later
+	ScopeRegistration Scope = "registration" // that is there now; it ends with it
+)
+
+// MaxFor is the longest time for which an override can be said to hold.
+const MaxFor = 366 * 24 * time.Hour
 
 // SetAdmin writes an operator's word. It returns the service's version after
 // that and whether the instance is there; the word holds either way, unless it is to be
@@ -457,6 +486,12 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 	if len(w.Reason) > MaxText {
 		return 0, false, fmt.Errorf("%s: reason of %d bytes, at most %d", what, len(w.Reason), MaxText)
 	}
+	if err := checkBy(w.By); err != nil {
+		return 0, false, fmt.Errorf("%s: %w", what, err)
+	}
+	if w.For != 0 && (w.For < time.Second || w.For > MaxFor) {
+		return 0, false, fmt.Errorf("%s: for %v: want %v to %v", what, w.For, time.Second, MaxFor)
+	}
 	weight := ""
 	if w.Weight != nil {
 		if err := CheckWeight(*w.Weight); err != nil {
@@ -472,11 +507,11 @@ func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, 
 		if tries == 1 {
 			weighed = ""
 		}
-		r, err := s.change(ctx, s.admin, svc, addr.String(), w.Verb, weight, w.Reason, weighed, flag(w.Known))
+		r, err := s.changeWith(ctx, s.admin, svc, s.keys.Of(svc).overrides(svc), addr.String(), w.Verb, weight, w.Reason, weighed, flag(w.Known), w.By, w.For.Milliseconds(), string(w.Scope))
 		if err != nil {
 			return 0, false, fmt.Errorf("%s: %w", what, err)
 		}
-		status, err := word(r, 3)
+		status, err := word(r, 4)
 		if err != nil {
 			return 0, false, fmt.Errorf("%s: %w", what, err)
 		}
@@ -741,16 +776,16 @@ func (s *Store) Reap(ctx context.Context, svc Service, w Sweep) (Reaped, error) 
 // those that are no garbage: whichever of them goes, the other one stays.
 func (s *Store) readable(ctx context.Context, svc Service) (addrs []any, err error) {
 	k := s.keys
-	r, err := s.latest.RunRO(ctx, s.rdb, []string{k.Instances(svc), k.Meta(svc), k.Admin(svc)}, latestLimit, MaxMeta).Slice()
+	r, err := s.latest.RunRO(ctx, s.rdb, []string{k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Bound(svc)}, latestLimit, MaxMeta).Slice()
 	if err != nil {
 		return nil, ofService(err)
 	}
-	if len(r)%4 != 1 {
+	if len(r)%5 != 1 {
 		return nil, fmt.Errorf("answer of %d parts", len(r))
 	}
 	found := Snapshot{Now: integer(r[0])}
-	for m := range slices.Chunk(r[1:], 4) {
-		found.add(text(m[0]), row{score: text(m[1]), meta: text(m[2]), admin: text(m[3]), hasScore: true})
+	for m := range slices.Chunk(r[1:], 5) {
+		found.add(text(m[0]), row{score: text(m[1]), meta: text(m[2]), admin: text(m[3]), bound: text(m[4]), hasScore: true})
 	}
 	for _, e := range found.Entries {
 		if e.Present && len(addrs) < 2 {
@@ -982,7 +1017,28 @@ func (s *Store) readLarge(ctx context.Context, svc Service, since Token) (Snapsh
 func (s *Store) scanService(ctx context.Context, svc Service) (map[string]*row, error) {
 	k := s.keys.Of(svc)
 	rows := map[string]*row{}
-	for i, key := range []string{k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc)} {
+	for i, key := range []string{k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Bound(svc)} {
+		set := func(x *row, value string) {
+			switch i {
+			case 0:
+				x.score, x.hasScore = value, true
+			case 1:
+				x.meta = value
+			case 2:
+				x.admin = value
+			case 3:
+				x.gone, x.hasGone = value, true
+			case 4:
+				x.bound = value
+			}
+		}
+		if i == 2 || i == 4 { // overrides, also of those who are not there, in any number
+			if ok, err := s.ofMembers(ctx, key, rows, set); err != nil {
+				return nil, fmt.Errorf("%s: %w", key, err)
+			} else if ok {
+				continue
+			}
+		}
 		for cursor := uint64(0); ; {
 			scan := s.rdb.HScan
 			if i == 0 {
@@ -996,22 +1052,13 @@ func (s *Store) scanService(ctx context.Context, svc Service) (map[string]*row, 
 				member, value := shortened(part[j]), shortened(part[j+1])
 				x := rows[member]
 				if x == nil {
-					if i == 1 || i == 2 { // metadata or a word of nobody
+					if i != 0 && i != 3 { // metadata or an override of nobody
 						continue
 					}
 					x = &row{}
 					rows[member] = x
 				}
-				switch i {
-				case 0:
-					x.score, x.hasScore = value, true
-				case 1:
-					x.meta = value
-				case 2:
-					x.admin = value
-				case 3:
-					x.gone, x.hasGone = value, true
-				}
+				set(x, value)
 			}
 			if len(rows) > 2*ReadLimit {
 				return nil, fmt.Errorf("%s has grown beyond %d entries", key, ReadLimit)
@@ -1022,6 +1069,27 @@ func (s *Store) scanService(ctx context.Context, svc Service) (map[string]*row, 
 		}
 	}
 	return rows, nil
+}
+
+// ofMembers reads what the HASH has of the members, if it has more than they are twice:
+// else it had better be read whole, and it returns false.
+func (s *Store) ofMembers(ctx context.Context, key string, rows map[string]*row, set func(*row, string)) (bool, error) {
+	n, err := s.rdb.HLen(ctx, key).Result()
+	if err != nil || n <= 2*int64(len(rows)) {
+		return false, err
+	}
+	for members := range slices.Chunk(slices.Collect(maps.Keys(rows)), scanCount) {
+		values, err := s.rdb.HMGet(ctx, key, members...).Result()
+		if err != nil {
+			return false, err
+		}
+		for i, v := range values {
+			if v, ok := v.(string); ok {
+				set(rows[members[i]], shortened(v))
+			}
+		}
+	}
+	return true, nil
 }
 
 // shortened is a text as read.lua returns it.

@@ -97,7 +97,7 @@ func deregisterCommand() *cli.Command {
 				tries := 0
 				version, err := registrar.Try(c.Context, func(ctx context.Context) (int64, error) {
 					tries++
-					version, err := s.store.Deregister(ctx, svc, addr, c.Bool("force"))
+					version, err := s.store.Deregister(ctx, svc, addr, c.Bool("force"), "")
 					if tries > 1 && errors.Is(err, registrar.ErrAbsent) { // the try without an answer took it out
 						v, err := s.store.Versions(ctx, []registrar.Service{svc})
 						return v.Of[svc], err

@@ -60,8 +60,12 @@ func binary(tb testing.TB) string {
 func TestMain(m *testing.M) {
 	// These tests wait for servers far more than they compute.
 	flag.Parse()
-	if err := flag.Set("test.parallel", "4"); err != nil {
-		panic(err)
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		if err := flag.Set("test.parallel", "4"); err != nil {
+			panic(err)
+		}
 	}
 	// A program built with -race sleeps for 1 s before it ends with 0.
 	if err := os.Setenv("GORACE", strings.TrimSpace(os.Getenv("GORACE")+" atexit_sleep_ms=0")); err != nil {

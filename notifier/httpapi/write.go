@@ -62,7 +62,7 @@ func (s *Server) postWord(w http.ResponseWriter, r *http.Request) {
 
 func (s *Server) deleteInstance(w http.ResponseWriter, r *http.Request) {
 	s.write(w, r, "deregister", func(ctx context.Context, svc registrar.Service, addr netip.AddrPort, o order) (done, error) {
-		version, err := s.store.Deregister(ctx, svc, addr, o.force)
+		version, err := s.store.Deregister(ctx, svc, addr, o.force, "")
 		return done{Version: version}, err
 	})
 }

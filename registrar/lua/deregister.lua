@@ -3,7 +3,7 @@
 -- its next beat would bring it back.
 --
 -- KEYS  1 to 12 as in lib.lua
--- ARGV  1 to 4 as in lib.lua   5 addr   6 '1' = force
+-- ARGV  1 to 4 as in lib.lua   5 addr   6 '1' = force   7 by whom
 -- Returns {status, service version, age of the last beat in ms}, and what announce of lib.lua may add
 --   OK      it is out
 --   ABSENT  there is no such instance; nothing written
@@ -25,6 +25,6 @@ if not force and now - score <= 2 * interval then return {'BEATS', 0, math.max(n
 
 local g, v = bump()
 if not g then return v end
-take_out(addr, 'operator', now, v)
+take_out(addr, 'operator', now, v, nil, ARGV[7])
 prune(now)
 return announce(g, v, {'OK', v, now - score})

@@ -15,9 +15,10 @@ local function clock()
 end
 
 -- A script that fails half way is not rolled back, so wrong types are found
--- before the first write: of all keys, or of those whose numbers are given.
+-- before the first write: of all keys, or of those whose numbers are given. 13 and 14
+-- are admin.lua's and overrides.lua's own.
 local function mistyped(which)
-  local want = {'zset', 'hash', 'hash', 'hash', 'zset', 'zset', 'string', 'set', 'string', 'string', 'hash'}
+  local want = {'zset', 'hash', 'hash', 'hash', 'zset', 'zset', 'string', 'set', 'string', 'string', 'hash', 'string', 'hash', 'zset'}
   for _, i in ipairs(which or {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}) do
     local t, w = redis.call('TYPE', KEYS[i]).ok, want[i]
     if t ~= w and t ~= 'none' then
@@ -94,11 +95,11 @@ end
 -- Notes that addr is gone and drops old notes: at most 100, older than 10 min.
 -- With a note goes the address's place in `changed`; `pruned` remembers the
 -- highest version that went that way.
-local function note_gone(addr, reason, token, now, v, why)
+local function note_gone(addr, reason, token, now, v, why, by)
   redis.call('HSET', KEYS[4], addr, string.format('%s %.0f %s', reason, now, token))
   redis.call('ZADD', KEYS[5], now, addr)
   redis.call('ZADD', KEYS[6], v, addr)
-  event(now, ARGV[2], addr, reason == 'operator' and 'deregistered' or reason, v, token, why)
+  event(now, ARGV[2], addr, reason == 'operator' and 'deregistered' or reason, v, by or token, why)
 end
 
 local function prune(now)
@@ -118,14 +119,14 @@ local function prune(now)
   if pruned > 0 and #old > 0 then redis.call('ZADD', KEYS[6], pruned, 'pruned') end
 end
 
--- Takes addr out; more, if not nil, is added to the reason in the log. The caller has
--- bumped and announces.
-local function take_out(addr, reason, now, v, more)
+-- Takes addr out; more, if not nil, is added to the reason in the log, and by is who did
+-- it if the instance itself did not. The caller has bumped and announces.
+local function take_out(addr, reason, now, v, more, by)
   local token, why = token_of(addr), ''
   if reason == 'expired' or reason == 'operator' then
     why = string.format('silent for %.0f ms', now - redis.call('ZSCORE', KEYS[1], addr)) .. (more or '')
   end
   redis.call('ZREM', KEYS[1], addr)
   redis.call('HDEL', KEYS[2], addr)
-  note_gone(addr, reason, token, now, v, why)
+  note_gone(addr, reason, token, now, v, why, by)
 end

@@ -4,15 +4,15 @@
 -- bumped the version without the index.
 --
 -- KEYS  1 epoch STRING   2 config HASH, and for each service
---       instances ZSET, meta HASH, admin HASH, gone HASH, changed ZSET, service version STRING
+--       instances ZSET, meta HASH, admin HASH, gone HASH, changed ZSET, service version STRING, bound HASH
 -- ARGV  1 most addresses of a service before all of it is read   2 most entries of one key
 --       3 most bytes of one text: of a longer one only its length is returned, after a '#'
 --       4 most entries of one key that are read in one call
 --       and for each service: replid, epoch, version, '' = read all
 -- Returns {now ms, replid, epoch, ttl ms, interval ms, most instances that are served,
 --   service…}, of each service
---   {1, version, {addr, score, …}, {addr, meta, …}, {addr, admin, …}, {addr, gone, …}}: all of it
---   {0, version, {addr…}, {score…}, {meta…}, {admin…}, {gone…}}: what changed, false where there is none
+--   {1, version, {addr, score, …}, {addr, meta, …}, {addr, admin, …}, {addr, gone, …}, {addr, bound, …}}: all of it
+--   {0, version, {addr…}, {score…}, {meta…}, {admin…}, {gone…}, {bound…}}: what changed, false where there is none
 --   {3, version}: all of it, which is more than is read in one call: scan it
 --   {2}: one of several that is to be read whole, or that cannot be read: read it alone
 -- or an error, of one service alone
@@ -33,7 +33,7 @@ local ttl, interval = times(cfg[1], cfg[2])
 local served = math.max(math.min(tonumber(string.match(cfg[3] or '', '^%d+$')) or 20000, 100000), 20000)
 local out = {now, replid, epoch, ttl, interval, served}
 local most, entries, longest, page = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local services = (#KEYS - 2) / 6
+local services = (#KEYS - 2) / 7
 
 -- Whoever can write to Redis can write any amount; a reader must not have to hold it.
 local function short(list)
@@ -41,6 +41,21 @@ local function short(list)
     if v and #v > longest then list[i] = '#' .. #v end
   end
   return list
+end
+
+-- What a HASH holds of the members, as HGETALL returns it: overrides of those who are not
+-- there are nobody's, and may be any number.
+local function of_members(key, members, here)
+  if redis.call('HLEN', key) <= 2 * here then return redis.call('HGETALL', key) end
+  local out = {}
+  for from = 1, #members, 2000 do
+    local part = {}
+    for i = from, math.min(from + 1998, #members - 1), 2 do part[#part + 1] = members[i] end
+    for i, v in ipairs(redis.call('HMGET', key, unpack(part))) do
+      if v then out[#out + 1], out[#out + 2] = part[i], v end
+    end
+  end
+  return out
 end
 
 -- k and a are how many KEYS and ARGV lie before the service's own.
@@ -58,17 +73,18 @@ local function read(k, a)
     for _, addr in ipairs(changed) do
       if addr == 'pruned' then whole = false end
     end
-    if whole and #changed == 0 then return {0, v, {}, {}, {}, {}, {}} end
+    if whole and #changed == 0 then return {0, v, {}, {}, {}, {}, {}, {}} end
     if whole then
       local r = {0, v, false, redis.call('ZMSCORE', KEYS[k + 1], unpack(changed))}
       for i = 2, 4 do r[3 + i] = short(redis.call('HMGET', KEYS[k + i], unpack(changed))) end
+      r[8] = short(redis.call('HMGET', KEYS[k + 7], unpack(changed)))
       r[3] = short(changed)
       return r
     end
   end
   if services > 1 then return {2} end
   local large = false
-  for i = 1, 4 do
+  for _, i in ipairs({1, 2, 4}) do
     local n = i == 1 and here or redis.call('HLEN', KEYS[k + i])
     -- The dead that a protection holds are beside those who are served.
     local limit = i == 1 and math.min(2 * served, entries) or entries
@@ -79,7 +95,8 @@ local function read(k, a)
   end
   if large then return {3, v} end
   local r = {1, v, short(redis.call('ZRANGE', KEYS[k + 1], 0, -1, 'WITHSCORES'))}
-  for i = 2, 4 do r[2 + i] = short(redis.call('HGETALL', KEYS[k + i])) end
+  for i = 2, 4, 2 do r[2 + i] = short(redis.call('HGETALL', KEYS[k + i])) end
+  r[5], r[7] = short(of_members(KEYS[k + 3], r[3], here)), short(of_members(KEYS[k + 7], r[3], here))
   return r
 end
 
@@ -90,7 +107,7 @@ if services == 1 then
   return out
 end
 for s = 0, services - 1 do
-  local ok, r = pcall(read, 2 + 6 * s, 4 + 3 * s)
+  local ok, r = pcall(read, 2 + 7 * s, 4 + 3 * s)
   out[7 + s] = ok and r or {2}
 end
 return out
