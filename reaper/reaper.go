@@ -66,6 +66,9 @@ type Store interface {
 	Cluster() bool
 	Announce(ctx context.Context, u registrar.Unsaid) error
 	Report(ctx context.Context, id string, st *registrar.ReaperStatus) error
+	AdoptOverrides(ctx context.Context, now int64, svcs ...registrar.Service) error
+	DueOverrides(ctx context.Context, now int64, most int) (map[registrar.Service][]string, error)
+	EndOverrides(ctx context.Context, svc registrar.Service, id string, due []string) (ended []registrar.Ended, unsaid registrar.Unsaid, err error)
 	Look(ctx context.Context) (moves int64, err error)
 	Moves() int64
 }
@@ -143,7 +146,8 @@ type Reaper struct {
 	seen       map[registrar.Service]bool // services that had members in the last survey
 	census     int                        // services with instances, as this reaper has told; -1 = not yet
 	follows    bool                       // the registry's times from the start, whatever cfg says
-	moves      int64                      // of the registry, before the last accepted pulse
+	overrides  overrides
+	moves      int64 // of the registry, before the last accepted pulse
 
 	mu     sync.Mutex
 	status registrar.ReaperStatus // guarded by mu

@@ -76,6 +76,9 @@ func (r *Reaper) sweep(ctx context.Context, cutoff int64, armed, force bool) (Re
 			report.oldest = min(report.oldest, c.Oldest)
 		}
 	}
+	if err := r.endOverrides(ctx, counts); err != nil {
+		broken = append(broken, err)
+	}
 	if !armed {
 		return report, errors.Join(broken...)
 	}

@@ -127,7 +127,7 @@ func (s *Store) enlist(ctx context.Context, svc Service) {
 	// Else no reaper has ever run; and what somebody mistyped is not copied, since the
 	// copy would outlive it.
 	if CheckTimes(stored(cfg[0]), stored(cfg[1])) == nil {
-		if _, err := s.Of(svc).setTimes(ctx, cfg[0], cfg[1], false, ""); err != nil {
+		if _, err := s.Of(svc).setTimes(ctx, cfg[0], cfg[1], false, "", ""); err != nil {
 			return
 		}
 	}

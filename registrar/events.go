@@ -42,8 +42,9 @@ const (
 	EventReady        = "ready"
 	EventWeight       = "weight"
 	EventDeregistered = "deregistered"
-	EventProtected    = "protected" // the first reaper holds it
-	EventReleased     = "released"  // no reaper holds it any more
+	EventEnded        = "override-ended" // by a reaper: its time is over, or nobody has had its address for long
+	EventProtected    = "protected"      // the first reaper holds it
+	EventReleased     = "released"       // no reaper holds it any more
 )
 
 // Event is one entry of the log.

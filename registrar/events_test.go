@@ -52,7 +52,7 @@ func TestEventsOfEachChange(t *testing.T) {
 	beat("t1", `no JSON`)
 	beat("t2", `{"id":"t2","weight":{}}`) // nobody knows whose it is
 	word(Word{Verb: "drain", Reason: "disk"})
-	word(Word{Verb: "drain", Reason: "disk"})                                                    // it stood already
+	word(Word{Verb: "drain", Reason: "disk"})                                                                                              // it stood already
 	_, err := s.changeWith(ctx, s.admin, web, s.keys.overrides(web), a.String(), "maint", "", strings.Repeat("é", 200), "", "", "", 0, "") // more than SetAdmin takes
 	must(t, err)
 	word(Word{Verb: "ready"})

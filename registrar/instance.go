@@ -262,6 +262,9 @@ type Admin struct {
 	// Redis' clock; 0 = somebody must. Until one does they are in force.
 	Until       int64 `json:"until,omitempty"`
 	WeightUntil int64 `json:"weight_until,omitempty"`
+	// Away is since when nobody has had the address, or has been that registration, as
+	// reapers know; 0 if somebody has, or if none has looked yet. Unix ms by Redis' clock.
+	Away int64 `json:"away,omitempty"`
 	// ID is the registration that it is of, if it is not of whoever has the address.
 	ID string `json:"id,omitempty"`
 }

@@ -5,6 +5,11 @@ import (
 	"strings"
 )
 
+// Protocol is the number of what is in the keys and what the scripts expect of each
+// other. Reapers write it to the config, and never a lower one: whoever changes the
+// meaning of what others write looks there whether all can know it.
+const Protocol = 1
+
 // DefaultNamespace begins every key unless the operator says otherwise.
 const DefaultNamespace = "rollcall"
 
@@ -43,7 +48,7 @@ func (k Keys) Of(s Service) Keys {
 func (k Keys) Services() string  { return k.shared("services") }  // SET of service names
 func (k Keys) Version() string   { return k.shared("version") }   // STRING, the global version
 func (k Keys) Epoch() string     { return k.shared("epoch") }     // STRING, random id, set once
-func (k Keys) Config() string    { return k.shared("config") }    // HASH: ttl_ms, interval_ms, slow_ms, slow_at; max_instances, max_services, 20000 if not there; services, that have instances
+func (k Keys) Config() string    { return k.shared("config") }    // HASH: ttl_ms, interval_ms, slow_ms, slow_at; protocol; max_instances, max_services, 20000 if not there; services, that have instances
 func (k Keys) Changes() string   { return k.ns + ":changes" }     // channel: "<global> <service> <service version>"
 func (k Keys) Balancers() string { return k.shared("balancers") } // ZSET: balancer id, score = last seen, unix ms
 
@@ -53,6 +58,10 @@ func (k Keys) Owners() string { return k.shared("balancer-owners") }
 
 // Events is a STREAM, the log of changes: at, service, addr, what, version, id, why.
 func (k Keys) Events() string { return k.shared("events") }
+
+// OverrideDue is a ZSET: "<service> a <addr>" for an override in Admin, "<service> r
+// <addr>" for one in Bound, score = when a reaper is to look at it, unix ms.
+func (k Keys) OverrideDue() string { return k.shared("override-due") }
 
 func (k Keys) Instances(s Service) string { return k.of(s, "instances") } // ZSET: addr, score = last heartbeat, unix ms
 func (k Keys) Meta(s Service) string      { return k.of(s, "meta") }      // HASH: addr → JSON of Meta
@@ -68,10 +77,6 @@ func (k Keys) Applied(s Service) string   { return k.of(s, "applied") }   // HAS
 // servers, unix ms; version → the service version that this is not older than; counts →
 // JSON, backend → Standing. It expires.
 func (k Keys) Seen(s Service, balancer string) string { return k.of(s, "seen:"+balancer) }
-
-// OverrideDue is a ZSET: "a <addr>" for an override in Admin, "r <addr>" for one in Bound,
-// score = when a reaper is to look at it, unix ms.
-func (k Keys) OverrideDue(s Service) string { return k.of(s, "override-due") }
 
 func (k Keys) ServiceVersion(s Service) string {
 	return k.of(s, "version") // STRING, never deleted
@@ -152,7 +157,7 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 		return "", "string"
 	case k.Config(), k.Reapers(), k.Owners():
 		return "", "hash"
-	case k.Balancers():
+	case k.Balancers(), k.OverrideDue():
 		return "", "zset"
 	case k.Events():
 		return "", "stream"
@@ -165,7 +170,7 @@ func (k Keys) kind(key string) (svc Service, typ string) {
 	}
 	for _, s := range []Service{svc, canary} {
 		switch key {
-		case k.Instances(s), k.GoneAt(s), k.Changed(s), k.OverrideDue(s):
+		case k.Instances(s), k.GoneAt(s), k.Changed(s):
 			return svc, "zset"
 		case k.Meta(s), k.Admin(s), k.Bound(s), k.Gone(s), k.Applied(s):
 			return svc, "hash"
@@ -185,7 +190,7 @@ func (k Keys) read(s Service) []string {
 }
 
 // overrides are the keys of admin.lua and overrides.lua beside those of change.
-func (k Keys) overrides(s Service) []string { return []string{k.Bound(s), k.OverrideDue(s)} }
+func (k Keys) overrides(s Service) []string { return []string{k.Bound(s), k.OverrideDue()} }
 
 // change lists the keys of every script that changes one service, in the order
 // that lua/lib.lua names them: with a script's own before the last.

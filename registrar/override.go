@@ -3,9 +3,15 @@ package registrar
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
 )
 
 // Override is what operators have said of one address of a service, whether or not
@@ -106,4 +112,82 @@ func anys(texts []string) []any {
 		out[i] = t
 	}
 	return out
+}
+
+const (
+	// OrphanFor is how long nobody must have had an address, or a registration must have
+	// been away, before a reaper ends its override.
+	OrphanFor = 7 * 24 * time.Hour
+	// overrideLook is the longest time between two looks at an override. The notes of who
+	// went stay for twice as long, so who came and went between two looks is seen.
+	overrideLook = 5 * time.Minute
+	// overrideCall bounds one call of overrides.lua.
+	overrideCall = 100
+)
+
+// Ended is an override that a reaper has ended, and why, for people.
+type Ended struct {
+	Addr, Why string
+}
+
+// DueOverrides returns at most so many overrides that are to be looked at at now, unix
+// ms by Redis' clock: what EndOverrides takes, by service.
+func (s *Store) DueOverrides(ctx context.Context, now int64, most int) (map[Service][]string, error) {
+	key := s.keys.OverrideDue()
+	members, err := s.rdb.ZRangeByScore(ctx, key, &redis.ZRangeBy{Min: "-inf", Max: strconv.FormatInt(now, 10), Count: int64(most)}).Result()
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", key, ofService(err))
+	}
+	due := map[Service][]string{}
+	for _, m := range members {
+		name, of, _ := strings.Cut(m, " ")
+		svc, err := ParseService(name)
+		if _, _, ok := strings.Cut(of, " "); err != nil || !ok || s.keys.scope != "" && svc != s.keys.scope {
+			if err := s.rdb.ZRem(ctx, key, m).Err(); err != nil {
+				return nil, fmt.Errorf("take what is no override off %s: %w", key, err)
+			}
+			continue
+		}
+		due[svc] = append(due[svc], of)
+	}
+	return due, nil
+}
+
+// EndOverrides looks at overrides of svc that DueOverrides returned. It ends those whose
+// time is over, and those of an address that nobody has had for OrphanFor, as a change,
+// with an event by the reaper id, and returns them. The caller announces what is unsaid.
+func (s *Store) EndOverrides(ctx context.Context, svc Service, id string, due []string) (ended []Ended, unsaid Unsaid, err error) {
+	for part := range slices.Chunk(due, overrideCall) {
+		mark := rand.Text()
+		argv := []any{s.keys.Changes(), string(svc), s.now, mark, id, OrphanFor.Milliseconds(), overrideLook.Milliseconds()}
+		r, err := s.overrides.Run(ctx, s.rdb, s.keys.change(svc, s.keys.overrides(svc)...), append(argv, anys(part)...)...).Slice()
+		if err != nil {
+			return ended, unsaid, fmt.Errorf("end overrides of %s: %w", svc, ofService(err))
+		}
+		r, u := withheld(r, svc, mark)
+		if !u.At.IsZero() {
+			unsaid = u
+		}
+		if len(r) < 2 {
+			return ended, unsaid, fmt.Errorf("end overrides of %s: answer of %d parts", svc, len(r))
+		}
+		for i := 2; i+1 < len(r); i += 2 {
+			ended = append(ended, Ended{Addr: text(r[i+1]), Why: text(r[i])})
+		}
+	}
+	return ended, unsaid, nil
+}
+
+// AdoptOverrides has the overrides of svcs that somebody wrote by hand looked at too,
+// from now on, unix ms by Redis' clock. Those that are known stay as they are. Of a Cluster
+// svcs is one service.
+func (s *Store) AdoptOverrides(ctx context.Context, now int64, svcs ...Service) error {
+	keys, argv := []string{s.keys.OverrideDue()}, []any{now}
+	for _, svc := range svcs {
+		keys, argv = append(keys, s.keys.Admin(svc), s.keys.Bound(svc)), append(argv, string(svc))
+	}
+	if err := s.adopt.Run(ctx, s.rdb, keys, argv...).Err(); err != nil {
+		return fmt.Errorf("adopt the overrides of %d services: %w", len(svcs), ofService(err))
+	}
+	return nil
 }

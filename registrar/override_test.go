@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -187,4 +188,183 @@ func TestOverrides(t *testing.T) {
 	if a := inForceOf(t, s, 3); a.State != AdminNone {
 		t.Errorf("another registration has %s", text1(a))
 	}
+}
+
+// endDue ends what is due now, as a reaper does, and returns it by address.
+func endDue(tb testing.TB, s *Store, now int64) []string {
+	tb.Helper()
+	s.setClock(now)
+	due, err := s.DueOverrides(tb.Context(), now, 1000)
+	must(tb, err)
+	var all []string
+	for svc, of := range due {
+		ended, _, err := s.EndOverrides(tb.Context(), svc, "r1", of)
+		must(tb, err)
+		for _, e := range ended {
+			all = append(all, fmt.Sprintf("%s %s: %s", svc, e.Addr, e.Why))
+		}
+	}
+	slices.Sort(all)
+	return all
+}
+
+// TestOverrideEnds has overrides end when their time is over: each by itself, as a
+// change, with an event by the reaper.
+func TestOverrideEnds(t *testing.T) {
+	s, _ := newStore(t)
+	s.setClock(t0)
+	join(t, s, host(1), "t1")
+	seven, minute := 7, int64(60_000)
+	say(t, s, host(1), Word{Verb: "drain", For: time.Minute, By: "alice"})
+	say(t, s, host(1), Word{Verb: "weight", Weight: &seven, For: 2 * time.Minute})
+	say(t, s, host(1), Word{Verb: "maint", Scope: ScopeRegistration, For: time.Minute})
+	if got := endDue(t, s, t0+minute-1); got != nil {
+		t.Errorf("before its time %v ended", got)
+	}
+	if a := inForceOf(t, s, 1); a.State != AdminMaint {
+		t.Errorf("in force is %s", text1(a))
+	}
+	before := readFrom(t, s, nil).Token
+	got := endDue(t, s, t0+minute)
+	want := []string{"web 10.1.0.2:8080: drain, its time is over", "web 10.1.0.2:8080: maint, its time is over"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	delta := readFrom(t, s, &before)
+	if delta.Full || delta.Token.Version != before.Version+1 || len(delta.Entries) != 1 {
+		t.Errorf("the change reads as %+v", delta)
+	}
+	if a := inForceOf(t, s, 1); a.State != AdminNone || a.Weight == nil || *a.Weight != 7 || a.WeightUntil == 0 {
+		t.Errorf("in force is %s", text1(a))
+	}
+	if got := endDue(t, s, t0+2*minute); len(got) != 1 || !strings.Contains(got[0], "weight 7") {
+		t.Errorf("got %q", got)
+	}
+	for _, key := range []string{s.keys.Admin(web), s.keys.Bound(web), s.keys.OverrideDue()} {
+		if n := s.rdb.Exists(t.Context(), key).Val(); n != 0 {
+			t.Errorf("%s is still there", key)
+		}
+	}
+	events := allEvents(t, s)
+	if e := events[len(events)-1]; e.What != EventEnded || e.By != "r1" || e.Version == 0 || e.Addr != host(1).String() {
+		t.Errorf("the last event is %+v", e)
+	}
+	must(t, checkRead(s, t))
+}
+
+// checkRead tells whether a whole read of web holds no garbage.
+func checkRead(s *Store, tb testing.TB) error {
+	for _, e := range readFrom(tb, s, nil).Entries {
+		if e.Garbage != "" {
+			return errors.New(e.Garbage)
+		}
+	}
+	return nil
+}
+
+// TestOrphansEnd has a week pass in steps of a look. Overrides of an address that nobody
+// has had end, and of a registration that is away; not where somebody has been there in
+// between, however short, nor after a time in which no reaper looked.
+func TestOrphansEnd(t *testing.T) {
+	srv := redistest.Start(t)
+	drain := Word{Verb: "drain", By: "alice"}
+	of := func(s Scope) Word { w := drain; w.Scope = s; return w }
+	look := overrideLook.Milliseconds()
+	week := OrphanFor.Milliseconds()
+	for _, tt := range []struct {
+		name  string
+		scope Scope
+		here  bool
+		at    func(*testing.T, *Store, int64) // at each look, after so many ms
+		ends  bool
+	}{
+		{"of nobody", ScopeAddress, false, nil, true},
+		{"of somebody", ScopeAddress, true, nil, false},
+		{"of a registration that is there", ScopeRegistration, true, nil, false},
+		{"of one that has gone", ScopeRegistration, true, func(t *testing.T, s *Store, ms int64) {
+			if ms == look {
+				leave(t, s, host(1), "t1")
+			}
+		}, true},
+		{"of one whose address another has", ScopeRegistration, true, func(t *testing.T, s *Store, ms int64) {
+			if ms == look {
+				leave(t, s, host(1), "t1")
+				join(t, s, host(1), "t2")
+			}
+		}, true},
+		{"who comes for a moment in between", ScopeAddress, false, func(t *testing.T, s *Store, ms int64) {
+			if ms == week/2/look*look {
+				s.setClock(t0 + ms - look/2)
+				join(t, s, host(1), "t1")
+				leave(t, s, host(1), "t1")
+			}
+		}, false},
+		{"nobody looks for an hour", ScopeAddress, false, func(t *testing.T, s *Store, ms int64) {
+			if ms == week/2/look*look {
+				do(t, s, "ZADD", s.keys.OverrideDue(), t0+ms-3600_000, "web a "+host(1).String())
+			}
+		}, false},
+		{"written by hand", ScopeAddress, false, func(t *testing.T, s *Store, ms int64) {
+			if ms == 0 {
+				do(t, s, "DEL", s.keys.Admin(web), s.keys.OverrideDue())
+				do(t, s, "HSET", s.keys.Admin(web), host(1).String(), `{"state":"drain"}`)
+				must(t, s.AdoptOverrides(t.Context(), t0, web))
+			}
+		}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := fresh(t, srv)
+			s.setClock(t0)
+			if tt.here {
+				join(t, s, host(1), "t1")
+			}
+			say(t, s, host(1), of(tt.scope))
+			var ended []string
+			for ms := int64(0); ms <= week+5*look; ms += look {
+				if tt.at != nil {
+					tt.at(t, s, ms)
+				}
+				if ended = append(ended, endDue(t, s, t0+ms)...); len(ended) > 0 && ms < week {
+					t.Fatalf("ended after %v: %q", time.Duration(ms)*time.Millisecond, ended)
+				}
+			}
+			if (len(ended) > 0) != tt.ends {
+				t.Errorf("a week later %q had ended", ended)
+			}
+		})
+	}
+}
+
+// TestManyOrphans bounds what overrides of addresses that nobody has cost a reader:
+// those of 15,000 made a whole read hold Redis for 25 to 35 ms.
+func TestManyOrphans(t *testing.T) {
+	s, _ := newStore(t)
+	s.setClock(t0)
+	for n := 1; n <= 20; n++ {
+		join(t, s, host(n), fmt.Sprint("t", n))
+	}
+	say(t, s, host(3), Word{Verb: "drain"})
+	pipe := s.rdb.Pipeline()
+	for _, key := range []string{s.keys.Admin(web), s.keys.Bound(web)} {
+		for i := range 15_000 {
+			pipe.HSet(t.Context(), key, fmt.Sprintf("10.9.%d.%d:80", i>>8, i&255), `{"state":"drain","reason":"the disk of this host is broken","at":1700000000000,"id":"x"}`)
+		}
+	}
+	_, err := pipe.Exec(t.Context())
+	must(t, err)
+	do(t, s, "CONFIG", "RESETSTAT")
+	const times = 20
+	for range times {
+		snap := readFrom(t, s, nil)
+		if !snap.Full || len(snap.Entries) != 20 || inForceOf(t, s, 3).State != AdminDrain {
+			t.Fatalf("read %d entries", len(snap.Entries))
+		}
+	}
+	stats := text(do(t, s, "INFO", "commandstats"))
+	_, rest, found := strings.Cut(stats, "cmdstat_evalsha_ro:")
+	var calls, usec int64
+	if _, err := fmt.Sscanf(rest, "calls=%d,usec=%d", &calls, &usec); !found || err != nil {
+		t.Fatalf("no time of the scripts in %q", stats)
+	}
+	t.Logf("a read of 20 instances and 30,000 overrides of nobody: %d us of Redis", usec/calls)
 }

@@ -116,7 +116,7 @@ type Store struct {
 	// set by tests of the package only.
 	now string
 
-	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere, others, lease, ledger, unlist, follows, followers *redis.Script
+	beat, still, roll, leave, deregister, admin, reap, latest, pulse, survey, read, versions, config, ack, retire, applied, report, seen, entry, announce, elsewhere, others, lease, ledger, unlist, overrides, adopt, follows, followers *redis.Script
 }
 
 // NewStore returns the store of namespace ns. It does no I/O. The caller
@@ -133,7 +133,7 @@ func NewStore(rdb redis.UniversalClient, ns string) (*Store, error) {
 		read: script("read"), versions: script("versions"), config: script("config"),
 		ack: script("ack"), retire: script("retire"), applied: script("applied"), report: script("report"),
 		seen: script("seen"), follows: script("follow"), followers: script("followers"), entry: script("entry"), announce: script("announce"), elsewhere: script("elsewhere"), others: script("others"),
-		lease: script("lease"), ledger: script("ledger"), unlist: script("unlist"),
+		lease: script("lease"), ledger: script("ledger"), unlist: script("unlist"), overrides: script("overrides"), adopt: script("adopt"),
 	}
 	s.listing = &listing{timeout: listTimeout, every: listEvery, at: map[Service]time.Time{}}
 	_, s.keys.cluster = rdb.(*redis.ClusterClient)
@@ -812,7 +812,7 @@ func (s *Store) Config(ctx context.Context, ttl, interval time.Duration, overwri
 	if err := CheckTimes(ttl.Truncate(time.Millisecond), interval.Truncate(time.Millisecond)); err != nil {
 		return Times{}, fmt.Errorf("write %s: %w", s.keys.Config(), err)
 	}
-	r, err := s.setTimes(ctx, ttl.Milliseconds(), interval.Milliseconds(), overwrite, "")
+	r, err := s.setTimes(ctx, ttl.Milliseconds(), interval.Milliseconds(), overwrite, "", Protocol)
 	if err != nil {
 		return Times{}, fmt.Errorf("write %s: %w", s.keys.Config(), err)
 	}
@@ -825,20 +825,20 @@ func (s *Store) Config(ctx context.Context, ttl, interval time.Duration, overwri
 // Learned notes that everybody has had the time to hear of t, which Config
 // returned; it does nothing if the times have changed since.
 func (s *Store) Learned(ctx context.Context, t Times) error {
-	if _, err := s.setTimes(ctx, t.TTL.Milliseconds(), t.Interval.Milliseconds(), false, t.SlowAt); err != nil {
+	if _, err := s.setTimes(ctx, t.TTL.Milliseconds(), t.Interval.Milliseconds(), false, t.SlowAt, Protocol); err != nil {
 		return fmt.Errorf("write %s: %w", s.keys.Config(), err)
 	}
 	return nil
 }
 
 // setTimes calls config.lua. The times are ms, as numbers or as Redis has them;
-// learned is the SlowAt that is proven, or empty.
-func (s *Store) setTimes(ctx context.Context, ttl, interval any, overwrite bool, learned string) ([]any, error) {
+// learned is the SlowAt that is proven, or empty, and protocol a reaper's, or empty.
+func (s *Store) setTimes(ctx context.Context, ttl, interval any, overwrite bool, learned string, protocol any) ([]any, error) {
 	keys := []string{s.keys.Config()}
 	if !s.keys.cluster || s.keys.scope != "" { // the list of a whole Cluster has another slot
 		keys = append(keys, s.keys.Services())
 	}
-	return s.config.Run(ctx, s.rdb, keys, ttl, interval, flag(overwrite), s.now, learned).Slice()
+	return s.config.Run(ctx, s.rdb, keys, ttl, interval, flag(overwrite), s.now, learned, protocol).Slice()
 }
 
 // Clock returns Redis' time in unix ms and the registry's TTL.

@@ -91,16 +91,16 @@ if not g then return v end
 local function keep(key, mark, o, written)
   if not (o.state or o.weight) then
     redis.call('HDEL', key, addr)
-    redis.call('ZREM', KEYS[14], mark .. addr)
+    redis.call('ZREM', KEYS[14], ARGV[2] .. mark .. addr)
     return
   end
   if written then o.at, o.by = now, by ~= '' and by or nil end
   redis.call('HSET', key, addr, cjson.encode(o))
-  redis.call('ZADD', KEYS[14], math.min(o['until'] or now + 300000, o.weight_until or now + 300000), mark .. addr)
+  redis.call('ZADD', KEYS[14], math.min(o['until'] or now + 300000, o.weight_until or now + 300000, now + 300000), ARGV[2] .. mark .. addr)
 end
 if scope == 'registration' then bound.id = id end
-keep(KEYS[3], 'a ', own, scope == 'address')
-keep(KEYS[13], 'r ', bound, scope == 'registration')
+keep(KEYS[3], ' a ', own, scope == 'address')
+keep(KEYS[13], ' r ', bound, scope == 'registration')
 redis.call('ZADD', KEYS[6], v, addr)
 -- An absent address has no other note that would ever drop its place in
 -- `changed`.

@@ -7,7 +7,7 @@
 --
 -- KEYS  1 config HASH   2 services SET, unless it is in another slot
 -- ARGV  1 ttl, ms   2 interval, ms   3 '1' = overwrite   4 now, unix ms, '' = the server's TIME
---       5 the slow_at that is proven, or ''
+--       5 the slow_at that is proven, or ''   6 the protocol that a reaper speaks, '' = no reaper
 -- Returns {ttl ms, interval ms, slow ms, slow at}, as they are in force after the call
 
 -- times
@@ -40,6 +40,10 @@ if not old[1] or not old[2] or write == 'HSET' and (old[1] ~= ARGV[1] or old[2] 
   redis.call(write, KEYS[1], 'interval_ms', ARGV[2])
 elseif ARGV[5] ~= '' and ARGV[5] == old[4] then
   redis.call('HSET', KEYS[1], 'slow_ms', '0')
+end
+local speaks = tonumber(ARGV[6])
+if speaks and (tonumber(string.match(redis.call('HGET', KEYS[1], 'protocol') or '', '^%d+$')) or 0) < speaks then
+  redis.call('HSET', KEYS[1], 'protocol', ARGV[6])
 end
 local cfg = redis.call('HMGET', KEYS[1], 'ttl_ms', 'interval_ms', 'slow_ms', 'slow_at')
 ttl, interval = times(cfg[1], cfg[2])
