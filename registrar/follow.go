@@ -57,6 +57,8 @@ type Follower struct {
 	wake    chan struct{} // of capacity 1: a connection was used, or some are to be closed
 	active  atomic.Bool   // there is something to look for
 	next    atomic.Int64  // the next look, not before; since began
+	// attentive says that the Sentinels are asked also while nothing is in use.
+	attentive atomic.Bool
 
 	mu       sync.Mutex
 	names    map[string]*destination
@@ -100,15 +102,28 @@ func (f *Follower) Run(ctx context.Context) {
 		if f.due() {
 			_, _ = f.look(ctx, false) // it is said to who asks
 			f.learn(ctx)
+		} else if f.attentive.Load() {
+			f.learn(ctx)
 		}
 		wait := time.Hour
 		f.mu.Lock()
+		if f.attentive.Load() && len(f.sets) > 0 {
+			wait = Shorten(learnEvery)
+		}
 		if len(f.former) > 0 {
-			wait = max(time.Until(f.closeAt), time.Millisecond)
+			wait = min(wait, max(time.Until(f.closeAt), time.Millisecond))
 		}
 		f.mu.Unlock()
 		timer.Reset(wait)
 	}
+}
+
+// Attend has the Sentinels asked for the primary all the time, three times a second, and
+// not only while connections are in use: for the few processes that others wait for. It
+// may be called at any time.
+func (f *Follower) Attend() {
+	f.attentive.Store(true)
+	f.signal()
 }
 
 // end closes what Run has opened.
@@ -192,6 +207,9 @@ func (f *Follower) look(ctx context.Context, must bool) (int64, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	pause := Shorten(lookEvery)
+	if len(f.sets) > 0 {
+		pause = Shorten(learnEvery)
+	}
 	if f.failures++; err == nil {
 		f.failures = 0
 	} else {
@@ -365,6 +383,7 @@ type followed struct {
 	net.Conn
 	of     *Follower
 	place  *destination // nil: by no name
+	set    *sentinels   // nil: it goes to no data node that Sentinels named
 	at     netip.Addr
 	former atomic.Bool
 }
@@ -379,9 +398,14 @@ func (c *followed) Write(b []byte) (int, error) {
 
 // Close implements net.Conn.
 func (c *followed) Close() error {
-	if c.place != nil {
+	if c.set != nil {
+		c.set.closed(c)
+	}
+	if c.place != nil || c.former.Load() {
 		c.of.mu.Lock()
-		delete(c.place.conns, c)
+		if c.place != nil {
+			delete(c.place.conns, c)
+		}
 		c.of.former = slices.DeleteFunc(c.of.former, func(o *followed) bool { return o == c })
 		c.of.mu.Unlock()
 	}

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -21,6 +22,14 @@ const (
 	// forgotFor one that watches the primary no more.
 	avoidFor  = time.Minute
 	forgotFor = time.Hour
+	// learnEvery is the least time between two rounds of asking.
+	learnEvery = 300 * time.Millisecond
+	// switchFor is how long the Sentinels have to agree on a new primary: one that is asked
+	// for it may still name the one before.
+	switchFor = 5 * time.Second
+	// switchEnds is when the connections to the former primary are closed. What it accepts
+	// now is lost.
+	switchEnds = 100 * time.Millisecond
 )
 
 // sentinels are those that watch one primary: the ones that the URL names, and those
@@ -29,6 +38,12 @@ const (
 // no primary ever after. So they are asked for the others while connections are in
 // use, and one that was learnt stands in for one that cannot be dialled, or that watches
 // the primary no more.
+//
+// A fail-over by command has two primaries for a second or more: Sentinels name the new
+// one, and the one before accepts writes until it is told. go-redis hears of it from one
+// Sentinel, and the one that leads the fail-over says so last. So that all processes move
+// at the same time, the primary's address is asked for too: all Sentinels answer that
+// alike.
 type sentinels struct {
 	primary string
 	seeds   []string // of the URL; names are resolved at each dial
@@ -42,6 +57,10 @@ type sentinels struct {
 	known []string             // that live, as the one asked last said; it is the first
 	all   map[string]bool      // that ever were known
 	avoid map[string]time.Time // that were of no use, until then
+	data  map[*followed]string // open connections to data nodes, by the address that was dialled
+	epoch int64                // of the configuration that named the primary
+	named string               // the primary's address, of that epoch
+	until time.Time            // connections elsewhere are given up until then
 }
 
 // watched returns the Sentinels of a primary, one set for each in a process.
@@ -53,7 +72,7 @@ func (f *Follower) watched(primary string, seeds []string, connect, greet dialer
 			return s
 		}
 	}
-	s := &sentinels{primary: primary, seeds: slices.Clone(seeds), connect: connect, greet: greet, all: map[string]bool{}, avoid: map[string]time.Time{}}
+	s := &sentinels{primary: primary, seeds: slices.Clone(seeds), connect: connect, greet: greet, all: map[string]bool{}, avoid: map[string]time.Time{}, data: map[*followed]string{}}
 	for _, addr := range seeds {
 		s.all[addr] = true
 	}
@@ -71,7 +90,63 @@ func (f *Follower) learn(ctx context.Context) {
 		if err := s.learn(ctx); err != nil && ctx.Err() == nil {
 			f.log.Debug().Err(err).Str("primary", s.primary).Msg("no Sentinel says which others there are")
 		}
+		f.leave(s.elsewhere())
 	}
+}
+
+// leave gives up connections to a former primary.
+func (f *Follower) leave(conns []*followed) {
+	if len(conns) == 0 {
+		return
+	}
+	for _, c := range conns {
+		c.former.Store(true)
+	}
+	f.mu.Lock()
+	f.former = append(f.former, conns...)
+	f.closeAt = time.Now().Add(switchEnds)
+	f.mu.Unlock()
+	f.signal()
+}
+
+// elsewhere returns the open connections to data nodes that are not the primary, after
+// another one was named.
+func (s *sentinels) elsewhere() (conns []*followed) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Now().After(s.until) {
+		return nil
+	}
+	for c, addr := range s.data {
+		if addr != s.named && !c.former.Load() {
+			conns = append(conns, c)
+		}
+	}
+	return conns
+}
+
+// track notes a new connection to a data node.
+func (s *sentinels) track(conn net.Conn, addr string) {
+	var c *followed
+	switch conn := conn.(type) {
+	case *followed:
+		c = conn
+	case secured:
+		c = conn.raw
+	default:
+		return
+	}
+	c.set = s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.data[c] = addr
+}
+
+// closed forgets a connection.
+func (s *sentinels) closed(c *followed) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.data, c)
 }
 
 // learn asks the Sentinel that it asked last, or another one if that does not answer.
@@ -127,6 +202,15 @@ func (s *sentinels) ask(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("ask the Sentinel %s for the others: %w", s.at, err)
 	}
+	master, err := s.asked.Master(ctx, s.primary).Result()
+	if err != nil && !errors.As(err, &refused) { // a user may have no right to that; then go-redis tells
+		return fmt.Errorf("ask the Sentinel %s for the primary: %w", s.at, err)
+	}
+	// In a fail-over the one that leads it has the new address here only.
+	now, err := s.asked.GetMasterAddrByName(ctx, s.primary).Result()
+	if err != nil {
+		return fmt.Errorf("ask the Sentinel %s for the primary's address: %w", s.at, err)
+	}
 	known := []string{s.at}
 	for _, o := range others {
 		if o["ip"] != "" && o["port"] != "" && !strings.Contains(o["flags"], "_down") {
@@ -138,6 +222,15 @@ func (s *sentinels) ask(ctx context.Context) error {
 	s.known = known
 	for _, addr := range known {
 		s.all[addr] = true
+	}
+	// A Sentinel that is cut off may name an old primary, of an older epoch.
+	if epoch, err := strconv.ParseInt(master["config-epoch"], 10, 64); err == nil && len(now) == 2 && epoch > s.epoch {
+		if s.epoch > 0 || s.named != "" {
+			s.until = time.Now().Add(switchFor)
+		}
+		s.epoch, s.named = epoch, net.JoinHostPort(now[0], now[1])
+	} else if err == nil && len(now) == 2 && s.named == "" {
+		s.named = net.JoinHostPort(now[0], now[1])
 	}
 	return nil
 }
@@ -165,7 +258,11 @@ func (s *sentinels) dial(ctx context.Context, network, addr string) (net.Conn, e
 	sentinel, avoided := s.all[addr], time.Now().Before(s.avoid[addr])
 	s.mu.Unlock()
 	if !sentinel {
-		return s.connect(ctx, network, addr)
+		conn, err := s.connect(ctx, network, addr)
+		if err == nil {
+			s.track(conn, addr)
+		}
+		return conn, err
 	}
 	var first error
 	of := append([]string{addr}, s.candidates(addr)...)

@@ -64,6 +64,7 @@ func lbsyncCommand() *cli.Command {
 				return err
 			}
 			defer s.close()
+			s.follower.Attend() // who leaves waits for this process
 			if err := readConfig(c.StringSlice("config"), cfg.Backends, s.log); err != nil {
 				return err
 			}
