@@ -312,6 +312,9 @@ func (b *Beater) Beat(ctx context.Context) (next time.Duration, err error) {
 		if (reply.Status != BeatOK || !b.accepted) && b.news.May() {
 			b.log.Info().Str("status", string(reply.Status)).Int64("version", reply.Version).Dur("interval", b.interval).Msg("registered")
 		}
+		if reply.Overridden {
+			b.overridden(ctx)
+		}
 		if failures > 0 || b.loser || b.full || !b.accepted {
 			b.tell("registered")
 		}
@@ -587,6 +590,34 @@ func (b *Beater) sayDraining(ctx context.Context) (version int64, err error) {
 	// one did, to another primary or without hearing the answer.
 	e, err := b.store.Entry(ctx, b.cfg.Service, b.cfg.Addr)
 	return e.Token.Version, err
+}
+
+// overridden says what operators have said of the address, which this registration comes
+// to. That it cannot be read changes nothing.
+func (b *Beater) overridden(ctx context.Context) {
+	tctx, cancel := WithTimeout(ctx)
+	defer cancel()
+	e, err := b.store.Entry(tctx, b.cfg.Service, b.cfg.Addr)
+	if err != nil {
+		b.log.Warn().Err(err).Msg("an operator's override of this address is in force; it cannot be read")
+		return
+	}
+	l := b.log.Warn().Str("state", string(e.Admin.State)).Str("reason", e.Admin.Reason).Str("by", e.Admin.By)
+	if e.Admin.Weight != nil {
+		l = l.Int("weight", *e.Admin.Weight)
+	}
+	if e.Admin.At > 0 {
+		l = l.Time("since", time.UnixMilli(e.Admin.At))
+	}
+	end := "ready"
+	if e.Admin.State == AdminNone {
+		end = "weight"
+	}
+	cmd := fmt.Sprintf("rollcall %s %s %s", end, b.cfg.Service, b.cfg.Addr)
+	if end == "weight" {
+		cmd += " own"
+	}
+	l.Str("end_it", cmd).Msg("an operator's override of this address is in force")
 }
 
 // found notes what an accepted heartbeat says of the register.

@@ -26,7 +26,7 @@ func TestRightsCoverScripts(t *testing.T) {
 	}
 	roles := map[string][]string{
 		"beat": {RoleSidecar}, "still": {RoleSidecar}, "roll": {RoleSidecar}, "leave": {RoleSidecar}, "announce": {RoleSidecar, RoleReaper, RoleAdmin}, "deregister": {RoleAdmin}, "admin": {RoleAdmin},
-		"reap": {RoleReaper}, "latest": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "report": {RoleReaper}, "ack": {RoleSync}, "retire": {RoleSync}, "seen": {RoleSync}, "follow": {RoleSync}, "followers": nil,
+		"reap": {RoleReaper}, "overrides": {RoleReaper}, "adopt": {RoleReaper}, "latest": {RoleReaper}, "pulse": {RoleReaper}, "survey": {RoleReaper}, "config": {RoleReaper}, "report": {RoleReaper}, "ack": {RoleSync}, "retire": {RoleSync}, "seen": {RoleSync}, "follow": {RoleSync}, "followers": nil,
 		"others": {RoleSidecar}, "elsewhere": {RoleReaper, RoleSync}, "lease": {RoleAgent}, "ledger": {RoleAgent}, "read": nil, "versions": nil, "applied": nil, "entry": nil, "history": nil, "unlist": {RoleReaper}, "counter": nil, "times": nil, "lib": {RoleSidecar, RoleReaper, RoleAdmin}, "event": {RoleSidecar, RoleReaper, RoleAdmin},
 	}
 	err = fs.WalkDir(sources, ".", func(path string, d fs.DirEntry, err error) error {

@@ -201,7 +201,14 @@ func (m *model) beat(svc Service, addr netip.AddrPort, c client, agent string, i
 	s.changed[addr] = v
 	delete(s.gone, addr)
 	delete(s.noted, addr)
-	return answer(status, v)
+	if status == "CHANGED" {
+		return answer(status, v)
+	}
+	overridden := int64(0)
+	if s.word(addr) != (wordModel{weight: -1}) {
+		overridden = 1
+	}
+	return append(answer(status, v), overridden)
 }
 
 func (m *model) leave(svc Service, addr netip.AddrPort, token string, why Reason, epoch string) []any {

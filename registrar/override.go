@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -61,6 +62,47 @@ func (s *Store) Overrides(ctx context.Context, svc Service) (all []Override, err
 	})
 	// What is written while it is read may be there twice.
 	return slices.CompactFunc(all, func(a, b Override) bool { return a.Addr == b.Addr && a.Scope == b.Scope }), nil
+}
+
+// Overridden returns the services that have overrides, also such as nobody has registered
+// as, by the index that reapers use; of a Cluster, those on the list of services.
+func (s *Store) Overridden(ctx context.Context) ([]Service, error) {
+	if s.keys.cluster && s.keys.scope == "" {
+		svcs, _, err := s.Services(ctx)
+		return svcs, err
+	}
+	found := map[Service]bool{}
+	key := s.keys.OverrideDue()
+	for cursor := uint64(0); ; {
+		part, next, err := s.rdb.ZScan(ctx, key, cursor, "", scanCount).Result()
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", key, err)
+		}
+		for i := 0; i < len(part); i += 2 {
+			name, _, _ := strings.Cut(part[i], " ")
+			if svc, err := ParseService(name); err == nil {
+				found[svc] = true
+			}
+		}
+		if cursor = next; cursor == 0 {
+			return slices.Sorted(maps.Keys(found)), nil
+		}
+	}
+}
+
+// overdueAfter is how much later than it should be a reaper may look at an override:
+// several sweeps.
+const overdueAfter = time.Minute
+
+// Overdue tells how many overrides no reaper has looked at in time. What was said for
+// some time does not end then.
+func (s *Store) Overdue(ctx context.Context, now int64) (int64, error) {
+	key := s.keys.OverrideDue()
+	n, err := s.rdb.ZCount(ctx, key, "-inf", strconv.FormatInt(now-overdueAfter.Milliseconds(), 10)).Result()
+	if err != nil {
+		return 0, fmt.Errorf("read %s: %w", key, err)
+	}
+	return n, nil
 }
 
 // present parses pairs of an address and what is stored, and looks who is there.

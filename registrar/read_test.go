@@ -448,6 +448,13 @@ func TestReadFlood(t *testing.T) {
 			before, err := s.Read(t.Context(), web, nil)
 			must(t, err)
 			flood(t, s, key, limit+1, limit+1)
+			if key == ":{web}:admin" { // overrides of nobody cost nothing, in any number
+				snap, err := s.Read(t.Context(), web, nil)
+				if err != nil || len(snap.Entries) != 2 {
+					t.Errorf("%d entries, %v", len(snap.Entries), err)
+				}
+				return
+			}
 			want := fmt.Sprintf("%s%s has %d entries", s.keys.ns, key, limit+1)
 			if _, err := s.Read(t.Context(), web, nil); err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("got %v, want %q", err, want)

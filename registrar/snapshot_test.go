@@ -16,7 +16,7 @@ func answer(full int64, lists ...any) []any {
 
 func TestParseSnapshotRefuses(t *testing.T) {
 	none := []any{}
-	full := func() []any { return answer(1, none, none, none, none) }
+	full := func() []any { return answer(1, none, none, none, none, none) }
 	set := func(i int, v any) []any { r := full(); r[i] = v; return r }
 	list := func(i int, v any) []any { r := full(); r[headParts].([]any)[2+i] = v; return r }
 	if _, err := parseSnapshot(web, full(), 0); err != nil {
@@ -30,7 +30,7 @@ func TestParseSnapshotRefuses(t *testing.T) {
 		{"too short", full()[:headParts]},
 		{"no limit", set(5, int64(0))},
 		{"no service", set(headParts, nil)},
-		{"too short a service", answer(1, none, none, none)},
+		{"too short a service", answer(1, none, none, none, none)},
 		{"no replication id", set(1, "")},
 		{"no time", set(0, int64(0))},
 		{"no TTL", set(3, int64(0))},
@@ -38,10 +38,10 @@ func TestParseSnapshotRefuses(t *testing.T) {
 		{"no interval", set(4, int64(0))},
 		{"no list", list(0, "x")},
 		{"nil list", list(3, nil)},
-		{"full with five lists", answer(1, none, none, none, none, none)},
-		{"delta with four lists", answer(0, none, none, none, none)},
-		{"half a pair", answer(1, []any{"10.0.0.1:80"}, none, none, none)},
-		{"lists of unequal length", answer(0, []any{"10.0.0.1:80"}, none, none, none, none)},
+		{"full with six lists", answer(1, none, none, none, none, none, none)},
+		{"delta with five lists", answer(0, none, none, none, none, none)},
+		{"half a pair", answer(1, []any{"10.0.0.1:80"}, none, none, none, none)},
+		{"lists of unequal length", answer(0, []any{"10.0.0.1:80"}, none, none, none, none, none)},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if s, err := parseSnapshot(web, c.r, 0); err == nil || !reflect.DeepEqual(s, Snapshot{}) {
@@ -53,7 +53,7 @@ func TestParseSnapshotRefuses(t *testing.T) {
 
 func TestFutureTolerance(t *testing.T) {
 	for score, ok := range map[int64]bool{t0: true, t0 + futureTolerance: true, t0 + futureTolerance + 1: false} {
-		s, err := parseSnapshot(web, answer(1, []any{"10.0.0.1:80", fmt.Sprint(score)}, []any{}, []any{}, []any{}), 0)
+		s, err := parseSnapshot(web, answer(1, []any{"10.0.0.1:80", fmt.Sprint(score)}, []any{}, []any{}, []any{}, []any{}), 0)
 		must(t, err)
 		if s.Entries[0].Present != ok || s.Entries[0].Garbage == "" != ok {
 			t.Errorf("%d ms ahead: %+v, want believed %v", score-t0, s.Entries[0], ok)

@@ -310,6 +310,7 @@ type BeatReply struct {
 	TTL, Interval time.Duration
 	Held          int64
 	Silent        time.Duration
+	Overridden    bool // it came, to an address of which operators have said something
 }
 
 // Beat records a heartbeat of svc. It returns ErrLeft, ErrNotOwner, ErrInterval
@@ -341,11 +342,15 @@ func (s *Store) decide(ctx context.Context, svc Service, b Beat) (BeatReply, err
 	if err != nil {
 		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
 	}
+	overridden := len(r) == 6
+	if overridden {
+		overridden, r = integer(r[5]) == 1, r[:5]
+	}
 	status, err := word(r, 5)
 	if err != nil {
 		return BeatReply{}, fmt.Errorf("%s: %w", what, err)
 	}
-	reply := BeatReply{Status: BeatStatus(status), Version: versionOf(r[2]), TTL: millis(integer(r[3])), Interval: millis(integer(r[4]))}
+	reply := BeatReply{Overridden: overridden, Status: BeatStatus(status), Version: versionOf(r[2]), TTL: millis(integer(r[3])), Interval: millis(integer(r[4]))}
 	if reply.TTL <= 0 || reply.Interval <= 0 {
 		return BeatReply{}, fmt.Errorf("%s: unknown answer %s", what, quoted(r))
 	}

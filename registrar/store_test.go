@@ -420,7 +420,7 @@ func TestConfig(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			s := fresh(t, srv)
 			if c.stored != nil {
-				do(t, s, append([]any{"HSET", s.keys.Config()}, c.stored...)...)
+				do(t, s, append([]any{"HSET", s.keys.Config(), "protocol", Protocol}, c.stored...)...)
 			}
 			before := dump(t, s)
 			got, err := s.Config(t.Context(), c.ttl, c.interval, c.overwrite)
@@ -436,6 +436,21 @@ func TestConfig(t *testing.T) {
 
 // TestConfigSlow has instances when the times come: of shorter ones somebody may
 // not have heard, who beats as slowly as the old ones allow.
+// TestProtocol: reapers write the protocol's number, and never a lower one.
+func TestProtocol(t *testing.T) {
+	s, _ := newStore(t)
+	for _, c := range []struct{ stored, want any }{{nil, "1"}, {"x", "1"}, {"0", "1"}, {"1", "1"}, {"7", "7"}} {
+		if do(t, s, "DEL", s.keys.Config()); c.stored != nil {
+			do(t, s, "HSET", s.keys.Config(), "protocol", c.stored)
+		}
+		_, err := s.Config(t.Context(), 15*time.Second, 5*time.Second, false)
+		must(t, err)
+		if got := do(t, s, "HGET", s.keys.Config(), "protocol"); got != c.want {
+			t.Errorf("of %v it is %v, want %v", c.stored, got, c.want)
+		}
+	}
+}
+
 func TestConfigSlow(t *testing.T) {
 	srv := redistest.Start(t)
 	for _, c := range []struct {

@@ -9,7 +9,7 @@ const program = "rollcall"
 func commands() []*cli.Command {
 	return []*cli.Command{
 		registerCommand(), dockerCommand(), deregisterCommand(), reapCommand(), lbsyncCommand(),
-		servicesCommand(), instancesCommand(), watchCommand(), lbCommand(), waitCommand(), statusCommand(), explainCommand(), eventsCommand(), doctorCommand(), serveCommand(),
+		servicesCommand(), instancesCommand(), overridesCommand(), watchCommand(), lbCommand(), waitCommand(), statusCommand(), explainCommand(), eventsCommand(), doctorCommand(), serveCommand(),
 		adminCommand("drain", "send no new requests to an instance, until ready"),
 		adminCommand("maint", "send no requests at all to an instance, until ready"),
 		adminCommand("ready", "end drain or maint"),

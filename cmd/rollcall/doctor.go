@@ -560,6 +560,7 @@ func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
 	d.instances(ctx, inv, reg)
 	d.limits(inv, reg)
 	d.flaps(ctx, inv.Services)
+	d.overrides(ctx)
 	d.reapers(ctx, inv, reg)
 	d.balancers(ctx, inv.Services)
 }

@@ -15,6 +15,7 @@ var examples = map[string][]string{
 	},
 	"services":  {"rollcall services"},
 	"instances": {"rollcall instances web", "rollcall instances web -o json"},
+	"overrides": {"rollcall overrides", "rollcall overrides web -o json"},
 	"watch":     {"rollcall watch", "rollcall watch web"},
 	"lb":        {"rollcall lb web"},
 	"wait":      {"rollcall wait web --for ready=3", "rollcall wait web --for converged --timeout 5s"},

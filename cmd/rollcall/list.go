@@ -165,7 +165,7 @@ func count(ctx context.Context, store *registrar.Store, svcs []registrar.Service
 // instanceRow is one line of `instances`.
 type instanceRow struct {
 	Addr   string               `json:"addr"`
-	State  string               `json:"state"` // ready, drain, maint or garbage
+	State  string               `json:"state"` // ready, drain, maint or garbage; away: nobody has the address, and an override stands
 	Weight int                  `json:"weight"`
 	AgeMS  int64                `json:"age_ms"` // of the last heartbeat
 	Zone   string               `json:"zone,omitempty"`
@@ -173,6 +173,8 @@ type instanceRow struct {
 	ID     string               `json:"id,omitempty"`
 	Reason string               `json:"reason,omitempty"` // of the state
 	Word   registrar.AdminState `json:"word,omitempty"`   // an operator's
+	By     string               `json:"by,omitempty"`     // which operator's
+	Until  int64                `json:"until,omitempty"`  // of Word, unix ms by Redis' clock; 0 = until ready
 	// Serving is how many of Balancers, the live ones that are to serve it, send it
 	// requests; NotServed is why the others do not, and who is not to serve it.
 	Serving   int                   `json:"serving"`
@@ -207,13 +209,21 @@ func instancesCommand() *cli.Command {
 				return s.unknown(c.Context, svc)
 			}
 			rows := instances(v)
+			overrides, err := registrar.Try(c.Context, func(ctx context.Context) ([]registrar.Override, error) { return s.store.Overrides(ctx, svc) })
+			if err != nil {
+				return err
+			}
+			rows, more := withAway(rows, overrides)
 			cells := make([][]string, len(rows))
 			for i, r := range rows {
 				age := time.Duration(r.AgeMS) * time.Millisecond
 				cells[i] = []string{r.Addr, r.State, fmt.Sprintf("%d/%d", r.Serving, r.Balancers), strconv.Itoa(r.Weight), age.String(), dash(r.Zone), dash(tags(r.Tags)), dash(r.Reason), dash(r.whyNot())}
-				if r.State == "garbage" {
+				if r.State == "garbage" || r.State == stateAway {
 					cells[i][2], cells[i][3], cells[i][4] = "-", "-", "-"
 				}
+			}
+			if more > 0 {
+				s.log.Warn().Int("more", more).Msgf("there are more overrides of addresses that nobody has; see rollcall overrides %s", svc)
 			}
 			return s.table(rows, "ADDR STATE SERVING WEIGHT BEAT ZONE TAGS REASON NOT-SERVED", cells)
 		},
@@ -222,6 +232,9 @@ func instancesCommand() *cli.Command {
 
 // whyNot says in words why not all serve it.
 func (r instanceRow) whyNot() string {
+	if r.State == stateAway {
+		return r.away()
+	}
 	var parts []string
 	if r.Silent {
 		parts = append(parts, "silent")
@@ -248,7 +261,7 @@ func instances(v registrar.Served) []instanceRow {
 		i, by := e.Instance, v.By(e.Addr)
 		rows = append(rows, instanceRow{
 			Addr: i.Addr.String(), State: stateWord(i), Weight: i.Weight(), AgeMS: max(0, snap.Now-i.Beat),
-			Zone: i.Meta.Zone, Tags: i.Meta.Tags, ID: i.Meta.ID, Reason: i.Admin.Reason, Word: i.Admin.State,
+			Zone: i.Meta.Zone, Tags: i.Meta.Tags, ID: i.Meta.ID, Reason: i.Admin.Reason, Word: i.Admin.State, By: i.Admin.By, Until: i.Admin.Until,
 			Serving: by.Serving, Balancers: by.Of, NotServed: by.Not, Silent: v.Silent(i) > 0,
 		})
 	}

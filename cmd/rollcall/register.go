@@ -48,6 +48,7 @@ func registerCommand() *cli.Command {
 			&cli.StringFlag{Name: "ready-file", EnvVars: env("ready-file"), Usage: "registered while the file `PATH` exists"},
 			&cli.StringFlag{Name: "beat-file", EnvVars: env("beat-file"), Usage: "registered while the app touches the file `PATH`"},
 			&cli.DurationFlag{Name: "beat-file-age", Value: 10 * time.Second, EnvVars: env("beat-file-age"), Usage: "how long a touch of --beat-file counts"},
+			&cli.BoolFlag{Name: "ephemeral", EnvVars: env("ephemeral"), Usage: "the address is this instance's alone, as a container's own: what operators say of it (drain, maint, weight) is not of who comes there next"},
 			idFileFlag(),
 		)...),
 		Action: func(c *cli.Context) error {
@@ -206,7 +207,7 @@ func beaterConfig(c *cli.Context, addr netip.AddrPort) (registrar.BeaterConfig, 
 	}
 	return registrar.BeaterConfig{
 		Service: svc, Addr: addr, Weight: c.Int("weight"), Zone: c.String("zone"), Tags: tags, Interval: interval,
-		DrainWait: c.Duration("drain-wait"), LeaveWait: c.Duration("leave-wait"),
+		DrainWait: c.Duration("drain-wait"), LeaveWait: c.Duration("leave-wait"), Own: c.Bool("ephemeral"),
 	}, nil
 }
 

@@ -130,6 +130,9 @@ func (s *session) status(ctx context.Context) (*statusDoc, error) {
 	}
 	doc := newStatus(o)
 	doc.count(rows)
+	if err := doc.overdue(ctx, s.store); err != nil {
+		return nil, err
+	}
 	if err := doc.types(ctx, s.store, rows); err != nil {
 		return nil, err
 	}
@@ -167,13 +170,16 @@ func (s *session) clusterStatus(ctx context.Context) (*statusDoc, error) {
 	}
 	slices.Sort(svcs)
 	rows, views := make([][]serviceRow, len(svcs)), make([]registrar.Overview, len(svcs))
-	unread, wrong := make([]string, len(svcs)), make([][]string, len(svcs))
+	unread, wrong, overdue := make([]string, len(svcs)), make([][]string, len(svcs)), make([]int64, len(svcs))
 	err = s.each(svcs, func(i int, of *registrar.Store) (err error) {
 		if views[i], err = of.Overview(ctx); err == nil {
 			rows[i], err = count(ctx, of, svcs[i:i+1])
 		}
 		if err == nil {
 			wrong[i], err = of.Mistyped(ctx, svcs[i:i+1])
+		}
+		if err == nil {
+			overdue[i], err = of.Overdue(ctx, views[i].Now)
 		}
 		if err != nil {
 			unread[i] = string(svcs[i])
@@ -219,6 +225,11 @@ func (s *session) clusterStatus(ctx context.Context) (*statusDoc, error) {
 		doc.Problems = append(doc.Problems, "no reaper is armed, so nobody is taken out, of "+few(idle))
 	}
 	doc.mistyped(slices.Concat(wrong...))
+	late := int64(0)
+	for _, n := range overdue {
+		late += n
+	}
+	doc.overdueCount(late)
 	if unread = slices.DeleteFunc(unread, func(s string) bool { return s == "" }); len(unread) > 0 {
 		first, _, _ := strings.Cut(err.Error(), "\n")
 		doc.Problems = append(doc.Problems, fmt.Sprintf("nothing is known of %s: %s", few(unread), first))
@@ -298,6 +309,19 @@ func (d *statusDoc) count(rows []serviceRow) {
 		if r.Version < 0 {
 			d.Problems = append(d.Problems, fmt.Sprintf("the version of %s is no number from 0 to 2^53-1", r.Service))
 		}
+	}
+}
+
+// overdue notes overrides that no reaper looks at: those of some time do not end.
+func (d *statusDoc) overdue(ctx context.Context, store *registrar.Store) error {
+	n, err := store.Overdue(ctx, d.Now)
+	d.overdueCount(n)
+	return err
+}
+
+func (d *statusDoc) overdueCount(n int64) {
+	if n > 0 {
+		d.Problems = append(d.Problems, fmt.Sprintf("no reaper looks at operators' overrides, so those of some time (--for) do not end: %d are overdue", n))
 	}
 }
 

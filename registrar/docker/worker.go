@@ -261,7 +261,7 @@ func (w *worker) registration(want want) (*registration, error) {
 	r.beater, err = registrar.NewBeater(registrar.BeaterConfig{
 		Service: want.service, Addr: want.addr, Weight: want.weight, Zone: a.cfg.Zone, Tags: want.tags,
 		DrainWait: a.cfg.DrainWait, LeaveWait: a.cfg.LeaveWait, Hurry: r.hurry, Roll: a.roll,
-		Token: want.token(w.facts), Since: w.facts.started, Agent: a.mark,
+		Token: want.token(w.facts), Since: w.facts.started, Agent: a.mark, Own: a.place.internal && !w.facts.hostNetwork,
 		Beaten: w.accepted(r, func(err error) {
 			r.beaten(err)
 			if a.cfg.Beaten != nil {

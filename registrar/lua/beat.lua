@@ -8,7 +8,8 @@
 --       5 addr   6 token   7 metadata, JSON with the token as id
 --       8 '' = none, else the mark of an agent: it takes over at once what the same agent
 --       registered, as the metadata's `agent` says   9 interval, ms, 0 = the registry's
--- Returns {status, now ms, service version, ttl ms, interval ms}, and what announce of lib.lua may add
+-- Returns {status, now ms, service version, ttl ms, interval ms}; after NEW and TAKEN 1 if
+-- operators have an override of the address, else 0; and what announce of lib.lua may add
 --   OK        the score moved (service version 0: not read)
 --   NEW       it arrived             CHANGED   its metadata changed
 --   TAKEN     it took the address over from another token, which has missed its beats
@@ -95,4 +96,6 @@ elseif status == 'CHANGED' then
   if before.weight ~= after.weight and type(after.weight) == 'number' then why = 'weight ' .. tostring(after.weight) end
 end
 event(now, ARGV[2], addr, what, v, token, why)
-return announce(g, v, {status, now, v, ttl, interval})
+local reply = {status, now, v, ttl, interval}
+if status ~= 'CHANGED' then reply[6] = redis.call('HGET', KEYS[3], addr) and 1 or 0 end
+return announce(g, v, reply)
