@@ -264,55 +264,71 @@ const (
 // when that ends; a read that fails is tried again until then. each, if not
 // nil, is called before every look and ends the wait with its error.
 func (s *Store) WaitApplied(ctx context.Context, svc Service, version int64, each func() error) (live int, err error) {
-	wait := time.NewTimer(0)
-	defer wait.Stop()
 	var first *Token
-	var last error
-	failures := 0
-	for pause := ackPoll; ; pause = min(2*pause, lastAckPoll) {
-		select {
-		case <-ctx.Done():
-			return live, cmp.Or(last, ctx.Err())
-		case <-wait.C:
-		}
+	err = lookUntil(ctx, func(ctx context.Context) (done bool, missing, failed error) {
 		if each != nil {
 			if err := each(); err != nil {
-				return live, err
+				return true, err, nil
 			}
 		}
 		tctx, cancel := WithTimeout(ctx)
 		acks, err := s.Acks(tctx, svc)
 		cancel()
-		next := Shorten(pause)
 		if err != nil {
-			failures++
-			next = Backoff(failures, lastAckPoll)
-		} else {
-			failures = 0
-			if first == nil {
-				first = &acks.Token
-			}
-			// A fail-over may have come before the first look: then the version that was
-			// given is not reached yet.
-			if first.Interrupted(acks.Token) || acks.Token.Version >= 0 && acks.Token.Version < version {
-				return live, fmt.Errorf("wait for version %d of %s: %w", version, svc, ErrOtherHistory)
-			}
-			var behind int
-			behind, live = acks.Behind(version)
-			unknown := version < 0 || acks.Token.Version < 0
-			if behind == 0 && !unknown {
-				return live, nil
-			}
-			err = fmt.Errorf("wait for version %d of %s: %d of %d live balancers have not applied it", version, svc, behind, live)
-			if unknown {
-				err = fmt.Errorf("wait for %s: %w", svc, s.uncounted(svc))
-			}
-			if ids := acks.doubles(); len(ids) > 0 {
-				err = fmt.Errorf("%w; two lbsyncs acknowledge as %s: give one of them another --id", err, strings.Join(ids, ", "))
-			}
+			return false, nil, err
 		}
-		if last == nil || ctx.Err() == nil { // else it is the read that was cut short
-			last = err
+		if first == nil {
+			first = &acks.Token
+		}
+		// A fail-over may have come before the first look: then the version that was
+		// given is not reached yet.
+		if first.Interrupted(acks.Token) || acks.Token.Version >= 0 && acks.Token.Version < version {
+			return true, fmt.Errorf("wait for version %d of %s: %w", version, svc, ErrOtherHistory), nil
+		}
+		var behind int
+		behind, live = acks.Behind(version)
+		unknown := version < 0 || acks.Token.Version < 0
+		if behind == 0 && !unknown {
+			return true, nil, nil
+		}
+		missing = fmt.Errorf("wait for version %d of %s: %d of %d live balancers have not applied it", version, svc, behind, live)
+		if unknown {
+			missing = fmt.Errorf("wait for %s: %w", svc, s.uncounted(svc))
+		}
+		if ids := acks.doubles(); len(ids) > 0 {
+			missing = fmt.Errorf("%w; two lbsyncs acknowledge as %s: give one of them another --id", missing, strings.Join(ids, ", "))
+		}
+		return false, missing, nil
+	})
+	return live, err
+}
+
+// lookUntil calls look until that is done, and returns what is missing then; nil if nothing
+// is. When ctx ends it returns what the last look that was not cut short by that has found
+// missing, or why it failed. It looks after ackPoll, then less and less often.
+func lookUntil(ctx context.Context, look func(context.Context) (done bool, missing, failed error)) error {
+	wait := time.NewTimer(0)
+	defer wait.Stop()
+	var last error
+	failures := 0
+	for pause := ackPoll; ; pause = min(2*pause, lastAckPoll) {
+		select {
+		case <-ctx.Done():
+			return cmp.Or(last, ctx.Err())
+		case <-wait.C:
+		}
+		done, missing, failed := look(ctx)
+		if done {
+			return missing
+		}
+		next := Shorten(pause)
+		if failures++; failed == nil {
+			failures = 0
+		} else {
+			next = Backoff(failures, lastAckPoll)
+		}
+		if last == nil || ctx.Err() == nil { // else it is the look that was cut short
+			last = cmp.Or(failed, missing)
 		}
 		wait.Reset(next)
 	}

@@ -256,45 +256,34 @@ func some(list []string) string {
 // returns ErrHopeless as Missing does, ErrOtherHistory if Redis' history is no longer
 // the one at the first look, and what is missing when ctx ends; a read that fails is
 // tried again until then.
-func (s *Store) WaitServed(ctx context.Context, svc Service, w Wanted) (Served, error) {
-	wait := time.NewTimer(0)
-	defer wait.Stop()
+func (s *Store) WaitServed(ctx context.Context, svc Service, w Wanted) (v Served, err error) {
 	var first *Token
-	var last error
-	failures := 0
-	for pause := ackPoll; ; pause = min(2*pause, lastAckPoll) {
-		select {
-		case <-ctx.Done():
-			return Served{}, fmt.Errorf("wait for %s: %w", svc, cmp.Or(last, ctx.Err()))
-		case <-wait.C:
-		}
+	ended := false
+	err = lookUntil(ctx, func(ctx context.Context) (done bool, missing, failed error) {
 		tctx, cancel := WithTimeout(ctx)
-		v, err := s.Served(tctx, svc)
-		cancel()
-		next := Shorten(pause)
-		if err != nil {
-			failures++
-			next = Backoff(failures, lastAckPoll)
-		} else {
-			failures = 0
-			if first == nil {
-				first = &v.Token
-			}
-			if w.Version == 0 {
-				w.Version = max(v.Token.Version, 0)
-			}
-			if first.Interrupted(v.Token) {
-				return v, fmt.Errorf("wait for version %d of %s: %w", w.Version, svc, ErrOtherHistory)
-			}
-			if min(w.Version, v.Token.Version, v.Acks.Token.Version) < 0 {
-				err = s.uncounted(svc)
-			} else if err = v.Missing(svc, w); err == nil || errors.Is(err, ErrHopeless) {
-				return v, err
-			}
+		defer cancel()
+		if v, err = s.Served(tctx, svc); err != nil {
+			return false, nil, err
 		}
-		if last == nil || ctx.Err() == nil { // else it is the read that was cut short
-			last = err
+		if first == nil {
+			first = &v.Token
 		}
-		wait.Reset(next)
+		if w.Version == 0 {
+			w.Version = max(v.Token.Version, 0)
+		}
+		switch {
+		case first.Interrupted(v.Token):
+			missing, ended = fmt.Errorf("wait for version %d of %s: %w", w.Version, svc, ErrOtherHistory), true
+		case min(w.Version, v.Token.Version, v.Acks.Token.Version) < 0:
+			missing = s.uncounted(svc)
+		default:
+			missing = v.Missing(svc, w)
+			ended = missing == nil || errors.Is(missing, ErrHopeless)
+		}
+		return ended, missing, nil
+	})
+	if !ended {
+		return Served{}, fmt.Errorf("wait for %s: %w", svc, err)
 	}
+	return v, err
 }
