@@ -19,9 +19,9 @@ import (
 	"rollcall/registrar/redistest"
 )
 
-// hour runs a Syncer on the backends of a real HAProxy for an hour by a simulated
-// clock, and play beside it until its context ends.
-func hour(t *testing.T, ha *haproxytest.HAProxy, url string, probe time.Duration, said *lockedLog, play func(context.Context), backends ...string) {
+// pass runs a Syncer on the backends of a real HAProxy for a time by a simulated clock,
+// and play beside it until its context ends.
+func pass(t *testing.T, span time.Duration, ha *haproxytest.HAProxy, url string, probe time.Duration, said *lockedLog, play func(context.Context), backends ...string) {
 	log := zerolog.New(said).Level(zerolog.InfoLevel)
 	synctest.Test(t, func(t *testing.T) {
 		rdb, err := registrar.Open(url, 3)
@@ -44,7 +44,7 @@ func hour(t *testing.T, ha *haproxytest.HAProxy, url string, probe time.Duration
 		if err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		ctx, cancel := context.WithTimeout(t.Context(), span)
 		defer cancel()
 		var playing sync.WaitGroup
 		playing.Go(func() { play(ctx) })
@@ -63,11 +63,11 @@ func hour(t *testing.T, ha *haproxytest.HAProxy, url string, probe time.Duration
 	})
 }
 
-// TestHourOfRestarts has HAProxy die, come back and be reloaded once a minute, for an hour by a
-// simulated clock, with backends that are filled anew each time: with added servers,
+// TestManyRestarts has HAProxy die, come back and be reloaded every 20 s, for 20 minutes by
+// a simulated clock, with backends that are filled anew each time: with added servers,
 // with more instances than slots, with a static balance algorithm. The first times
 // are said, and the log does not grow with the rest.
-func TestHourOfRestarts(t *testing.T) {
+func TestManyRestarts(t *testing.T) {
 	w := &world{redis: redistest.Start(t), token: map[netip.AddrPort]string{}}
 	w.ha = haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{
 		{Name: "added", Balance: "leastconn"},
@@ -106,10 +106,10 @@ func TestHourOfRestarts(t *testing.T) {
 	})
 	said := &lockedLog{}
 	restarts := 0
-	hour(t, w.ha, w.redis.URL(), 2*time.Second, said, func(ctx context.Context) {
+	pass(t, 20*time.Minute, w.ha, w.redis.URL(), 2*time.Second, said, func(ctx context.Context) {
 		for ctx.Err() == nil {
 			for _, step := range []func(testing.TB){w.ha.Kill, w.ha.Restart, w.ha.Reload} {
-				wait := time.NewTimer(20 * time.Second)
+				wait := time.NewTimer(7 * time.Second)
 				select {
 				case <-ctx.Done():
 					wait.Stop()
@@ -149,7 +149,7 @@ func TestHourWithoutRedis(t *testing.T) {
 	}
 	ha := haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 5}}})
 	said := &lockedLog{}
-	hour(t, ha, "redis://"+l.Addr().String()+"/0", time.Minute, said, func(context.Context) {}, "be")
+	pass(t, time.Hour, ha, "redis://"+l.Addr().String()+"/0", time.Minute, said, func(context.Context) {}, "be")
 	if n := strings.Count(said.String(), "\n"); n != 3 { // the balancer found, no answer, no subscription
 		t.Errorf("%d lines, want 3:\n%s", n, said)
 	}
