@@ -111,6 +111,18 @@ func TestScope(t *testing.T) {
 			}
 		})
 	}
+	t.Run("of one that has gone", func(t *testing.T) {
+		s := fresh(t, srv)
+		join(t, s, host(1), "t1")
+		say(t, s, host(1), of(drain, ScopeRegistration))
+		leave(t, s, host(1), "t1")
+		if _, _, err := s.SetAdmin(t.Context(), web, host(1), Word{Verb: "ready", Known: true}); err != nil {
+			t.Errorf("what is listed cannot be ended: %v", err)
+		}
+		if all, err := s.Overrides(t.Context(), web); err != nil || len(all) != 0 {
+			t.Errorf("left are %+v, %v", all, err)
+		}
+	})
 	t.Run("of nobody", func(t *testing.T) {
 		s := fresh(t, srv)
 		if _, _, err := s.SetAdmin(t.Context(), web, host(1), of(drain, ScopeRegistration)); !errors.Is(err, ErrAbsent) {

@@ -56,7 +56,7 @@ end
 local own, broken, there = stored(KEYS[3])
 local bound, torn, bounded = stored(KEYS[13])
 if bound.id ~= id or id == '' then bound, torn = {}, bounded end -- of one that was there before
-local absent = scope == 'registration' and id == '' or ARGV[10] == '1' and here == 0 and not there
+local absent = scope == 'registration' and id == '' or ARGV[10] == '1' and here == 0 and not there and not bounded
 if absent then return {'ABSENT', tonumber(version) or -1, 0, scope} end
 
 -- Sets or clears the state or the weight, and tells whether that is another one now.
