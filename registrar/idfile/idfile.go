@@ -1,6 +1,8 @@
 // Package idfile keeps a registration's id in a file, so that a sidecar that was
 // killed comes back as the same registration. The file is locked while its sidecar
-// lives: a second one of the same instance never uses the same id.
+// lives: a second one of the same instance never uses the same id. It also says which
+// process group the sidecar's app is, so that another sidecar can prove that both have
+// ended.
 package idfile
 
 import (
@@ -27,7 +29,7 @@ import (
 const (
 	// version is that of the file's form.
 	version = 1
-	// maxFile is the most bytes of a file; one has 300.
+	// maxFile is the most bytes of a file; one has 400.
 	maxFile = 4 << 10
 	// begins every file of ours, of any version. What begins otherwise is somebody
 	// else's, and is not written over.
@@ -83,6 +85,7 @@ type record struct {
 	Registry string            `json:"registry"`
 	Service  registrar.Service `json:"service"`
 	Addr     netip.AddrPort    `json:"addr"`
+	App
 }
 
 // Place is where an id is kept.
@@ -103,6 +106,8 @@ type File struct {
 	info  fs.FileInfo
 	token string // what it holds; empty: none
 	since time.Time
+	app   App  // that this sidecar is around
+	found App  // that the last sidecar was around
 	taken bool // it is another sidecar's, so it may be free later
 	quiet bool // that it cannot be written was said
 }
@@ -115,7 +120,13 @@ func Open(place Place, r Registration, log zerolog.Logger) *File {
 	if place.Path == "" {
 		return f
 	}
-	switch err := f.open(); {
+	err := f.open()
+	if err == nil && f.found != (App{}) {
+		// It is no longer this registration's, and its end no proof: killed before
+		// it has said which one its own app is, this sidecar must not look dead.
+		err = f.write()
+	}
+	switch {
 	case err == nil && f.token != "":
 		f.log.Info().Time("since", f.since).Msg("the last sidecar of this instance was killed; going on as its registration")
 	case err == nil:
@@ -150,6 +161,18 @@ func (f *File) Keep(token string, since time.Time) {
 		return
 	}
 	f.token, f.since = token, since
+	if err := f.write(); err != nil {
+		f.say(err)
+	}
+}
+
+// Around has the file say which process group the app of this registration is, from
+// the next Keep on or, if it keeps an id already, now.
+func (f *File) Around(group int) {
+	f.app = app(group)
+	if f.file == nil || f.token == "" {
+		return
+	}
 	if err := f.write(); err != nil {
 		f.say(err)
 	}
@@ -198,7 +221,7 @@ func (f *File) open() error {
 		}
 	}
 	for range tries {
-		if err := f.lock(); err != nil {
+		if err := f.lock(os.O_CREATE); err != nil {
 			return err
 		}
 		if f.at() {
@@ -210,9 +233,9 @@ func (f *File) open() error {
 	return fmt.Errorf("%s: removed again and again", f.place.Path)
 }
 
-func (f *File) lock() error {
+func (f *File) lock(create int) error {
 	// Neither a pipe nor a link, and nothing that blocks.
-	file, err := os.OpenFile(f.place.Path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
+	file, err := os.OpenFile(f.place.Path, os.O_RDWR|create|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
 	if err != nil {
 		return err
 	}
@@ -267,7 +290,7 @@ func (f *File) use(r record) error {
 	case r.Since <= 0 || r.Since > 1<<53:
 		return fmt.Errorf("%w: since %d", ErrForm, r.Since)
 	}
-	f.token, f.since = r.ID, time.UnixMilli(r.Since)
+	f.token, f.since, f.found = r.ID, time.UnixMilli(r.Since), r.App
 	return nil
 }
 
@@ -288,7 +311,7 @@ func (f *File) write() error {
 	var text []byte
 	if f.token != "" {
 		var err error
-		text, err = json.Marshal(record{version, f.token, f.since.UnixMilli(), f.of.Registry, f.of.Service, f.of.Addr})
+		text, err = json.Marshal(record{version, f.token, f.since.UnixMilli(), f.of.Registry, f.of.Service, f.of.Addr, f.app})
 		if err != nil {
 			return fmt.Errorf("%s: %w", f.place.Path, err)
 		}
@@ -309,19 +332,28 @@ func (f *File) write() error {
 	return nil
 }
 
-// Default is the place of r's file where the user has named none: in $RUNTIME_DIRECTORY,
-// which systemd makes for its services, else in rollcall in $XDG_RUNTIME_DIR, else in
-// /run/rollcall.
+// Default is the place of r's file where the user has named none, in Dir.
 func Default(r Registration) Place {
+	dir, made := Dir()
+	p := Place{Path: filepath.Join(dir, r.Name())}
+	if made {
+		p.Dir = dir
+	}
+	return p
+}
+
+// Dir is the directory of the files that the user has named no other path of:
+// $RUNTIME_DIRECTORY, which systemd makes for its services, else rollcall in
+// $XDG_RUNTIME_DIR, else /run/rollcall; made says that who needs the last two makes them.
+func Dir() (dir string, made bool) {
 	// systemd names several with colons between them.
-	dir, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":")
+	dir, _, _ = strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":")
 	if filepath.IsAbs(dir) {
-		return Place{Path: filepath.Join(dir, r.Name())}
+		return dir, false
 	}
 	base := os.Getenv("XDG_RUNTIME_DIR")
 	if !filepath.IsAbs(base) {
 		base = "/run"
 	}
-	dir = filepath.Join(base, "rollcall")
-	return Place{Path: filepath.Join(dir, r.Name()), Dir: dir}
+	return filepath.Join(base, "rollcall"), true
 }
