@@ -22,6 +22,7 @@ import (
 	"rollcall/lbsync/haproxy"
 	"rollcall/lbsync/identity"
 	"rollcall/registrar"
+	"rollcall/registrar/idfile"
 )
 
 // state is what a finding comes to.
@@ -124,6 +125,8 @@ func doctorCommand() *cli.Command {
 			d.name(c.Context, c.String("redis"))
 			if d.registry(c.Context, c.Duration("ttl"), c.Duration("heartbeat")); d.answers {
 				d.defaultUser(c)
+				dir, _ := idfile.Dir()
+				d.idFiles(c.Context, dir, idfile.Registry(c.String("redis"), c.String("namespace")))
 			}
 			d.address(c.Context, newLocator(c))
 			for i, client := range clients {

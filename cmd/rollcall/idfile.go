@@ -15,7 +15,8 @@ func idFileFlag() cli.Flag {
 
 // keepID has cfg be the registration that the last process of this instance was, if
 // that was killed, and keeps which one it is from now on. The caller closes the file.
-func keepID(c *cli.Context, cfg *registrar.BeaterConfig, log zerolog.Logger) *idfile.File {
+// others are what killed sidecars of other services have left in its directory.
+func keepID(c *cli.Context, cfg *registrar.BeaterConfig, store *registrar.Store, log zerolog.Logger) (_ *idfile.File, others *predecessors) {
 	r := idfile.Registration{Registry: idfile.Registry(c.String("redis"), c.String("namespace")), Service: cfg.Service, Addr: cfg.Addr}
 	place := idfile.Default(r)
 	if c.IsSet("id-file") {
@@ -24,5 +25,5 @@ func keepID(c *cli.Context, cfg *registrar.BeaterConfig, log zerolog.Logger) *id
 	f := idfile.Open(place, r, log)
 	cfg.Token, cfg.Since = f.Kept()
 	cfg.Keep = f.Keep
-	return f
+	return f, newPredecessors(r, place, store, log)
 }

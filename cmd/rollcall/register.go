@@ -89,17 +89,21 @@ func registerCommand() *cli.Command {
 			if err := keepPrivate(); err != nil {
 				s.log.Warn().Err(err).Msg("processes of this user can read this one's passwords")
 			}
-			kept := keepID(c, &cfg, s.log)
+			kept, others := keepID(c, &cfg, s.store, s.log)
 			defer kept.Close()
+			side.kept, side.others = kept, others
+			defer others.start(c.Context)()
 			cfg.Hurry, cfg.ForceStop, cfg.Tell = side.hurry, side.force, settled(side.notify.useful)
 			side.service, side.damper = cfg.Service, registrar.NewDamper(s.store, s.log)
-			cfg.Beaten = side.damper.Beaten
 			if mon != nil {
 				side.beats = mon.beats(cfg.Service, func() netip.AddrPort { return side.beater.addr() }, side.damper)
-				cfg.Beaten = func(err error) {
-					side.damper.Beaten(err)
+			}
+			cfg.Beaten = func(err error) {
+				side.damper.Beaten(err)
+				if side.beats != nil {
 					side.beats.beaten(err)
 				}
+				others.beaten(side.beater.addr(), err)
 			}
 			if side.beater, err = newMover(cfg, s.store, s.log); err != nil {
 				return usageError{err}

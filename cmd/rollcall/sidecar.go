@@ -16,6 +16,7 @@ import (
 	"rollcall/registrar"
 	"rollcall/registrar/child"
 	"rollcall/registrar/health"
+	"rollcall/registrar/idfile"
 )
 
 // trim makes the process small: one of it is beside every container. A sidecar
@@ -56,6 +57,8 @@ type sidecar struct {
 	notify      *systemd
 	beats       *beats // nil: nobody asks
 	children    *child.Reaper
+	kept        *idfile.File
+	others      *predecessors
 	log         zerolog.Logger
 
 	// Of run's goroutine alone.
@@ -99,6 +102,7 @@ func (s *sidecar) run(ctx context.Context) error {
 		}
 		defer s.tty.Take()
 		s.ended, s.halts = s.app.Done(), s.app.Stops()
+		s.kept.Around(s.app.PID()) // which leads its group
 		s.log.Info().Str("command", s.command[0]).Int("pid", s.app.PID()).Msg("app started")
 	}
 	// What follows ends when this goroutine says so.
@@ -166,6 +170,7 @@ func (s *sidecar) beat(ctx context.Context) {
 	left := make(chan error, 1)
 	first := !s.begun // its Run also sees to what a process that was killed has left
 	s.left, s.begun = left, true
+	s.others.registers()
 	go func() { // leave waits for it
 		var err error
 		if first || s.damper.Hold(ctx, s.service, s.beater.addr(), func(most time.Duration) {
