@@ -52,7 +52,7 @@ func TestHistories(t *testing.T) {
 	for _, a := range []string{
 		"beat OK", "beat NEW", "beat CHANGED", "beat TAKEN", "beat LEFT", "beat NOTOWNER", "beat INTERVAL",
 		"leave OK", "leave SAME", "leave NOTOWNER", "deregister OK", "deregister ABSENT", "deregister BEATS",
-		"admin OK", "admin SAME", "admin STALE", "reap OK", "reap FENCED", "reap LATE", "reap LAST", "reaped", "let go", "read delta", "read full", "restart old", "restart empty",
+		"admin OK", "admin SAME", "admin STALE", "admin ABSENT", "reap OK", "reap FENCED", "reap LATE", "reap LAST", "reaped", "let go", "read delta", "read full", "restart old", "restart empty",
 	} {
 		if whole && did.answers[a] < 10 {
 			t.Errorf("%d times %q, want 10 or more: the histories miss it", did.answers[a], a)
@@ -152,6 +152,7 @@ var (
 	drawAddr    = rapid.SampledFrom(modelAddrs)
 	drawSmall   = rapid.IntRange(0, 7)
 	drawBool    = rapid.Bool()
+	drawScope   = rapid.SampledFrom([]Scope{ScopeDefault, ScopeAddress, ScopeRegistration})
 	drawVerb    = rapid.SampledFrom([]string{"drain", "maint", "ready", "weight"})
 	drawReason  = rapid.SampledFrom([]string{"", "disk"})
 	drawWhy     = rapid.SampledFrom([]Reason{Left, Unhealthy})
@@ -282,7 +283,7 @@ func (p *player) stepOf(rt *rapid.T, kind string, svc Service) {
 	a := drawAddr.Draw(rt, "addr")
 	cs := p.clients[svc][a]
 	c := cs[max(0, drawSmall.Draw(rt, "client")-4)%len(cs)] // mostly the newest
-	word := p.services[svc].word(a)
+	word := p.services[svc].said(a)
 	switch kind {
 	case "register":
 		p.register(svc, a)
@@ -347,10 +348,11 @@ func (p *player) stepOf(rt *rapid.T, kind string, svc Service) {
 		if off := drawSmall.Draw(rt, "version"); off < 2 {
 			of = strconv.FormatInt(p.services[svc].version+int64(off), 10)
 		}
-		want := p.admin(svc, a, verb, weight, reason, of, epoch)
-		p.change(rt, p.store.admin, kind, svc, p.store.keys.overrides(svc), epoch, want, a.String(), verb, text, reason, of, "", operator, 0, string(ScopeAddress))
+		scope := drawScope.Draw(rt, "scope")
+		want := p.admin(svc, a, verb, weight, reason, of, scope, epoch)
+		p.change(rt, p.store.admin, kind, svc, p.store.keys.overrides(svc), epoch, want, a.String(), verb, text, reason, of, "", operator, 0, string(scope))
 	}
-	p.audit(rt, svc, before, version, logged, func() bool { return word != p.services[svc].word(a) })
+	p.audit(rt, svc, before, version, logged, func() bool { return word != p.services[svc].said(a) })
 }
 
 // audit holds the model itself to its promise: the version grows by one at
@@ -368,7 +370,7 @@ func (p *player) audit(rt *rapid.T, svc Service, before view, version int64, log
 		}
 	}
 	if changes == 0 && other != nil && other() {
-		changes = 1 // a word about somebody absent
+		changes = 1 // a word about somebody absent, or one that another covers
 	}
 	changed := changes > 0
 	if len(p.events)-logged != changes {

@@ -31,6 +31,7 @@ type serviceModel struct {
 	version int64
 	here    map[netip.AddrPort]*instanceModel
 	words   map[netip.AddrPort]wordModel
+	bound   map[netip.AddrPort]boundModel
 	gone    map[netip.AddrPort]Gone
 	// noted is when an absent address was last noted, changed the version of an
 	// address's last change, pruned the highest that was dropped with a note.
@@ -57,6 +58,40 @@ type wordModel struct {
 	reason string
 }
 
+// boundModel is an operator's word about one registration.
+type boundModel struct {
+	id string
+	wordModel
+}
+
+// of returns what was said of the registration that is at addr, and whether something is
+// stored there of another one.
+func (s *serviceModel) of(addr netip.AddrPort) (w wordModel, others bool) {
+	b, stored := s.bound[addr]
+	if i := s.here[addr]; stored && i != nil && i.token == b.id {
+		return b.wordModel, false
+	}
+	return wordModel{weight: -1}, stored
+}
+
+// said is all that operators have said of addr and of registrations there.
+func (s *serviceModel) said(addr netip.AddrPort) [2]any {
+	return [2]any{s.word(addr), s.bound[addr]}
+}
+
+// inForce is what counts of the registration at addr.
+func (s *serviceModel) inForce(addr netip.AddrPort) wordModel {
+	w, _ := s.of(addr)
+	own := s.word(addr)
+	if w.state == AdminNone {
+		w.state, w.reason = own.state, own.reason
+	}
+	if w.weight < 0 {
+		w.weight = own.weight
+	}
+	return w
+}
+
 func (s *serviceModel) word(addr netip.AddrPort) wordModel {
 	if w, ok := s.words[addr]; ok {
 		return w
@@ -68,7 +103,7 @@ func newModel(svcs ...Service) *model {
 	m := &model{now: t0, ttl: ttlMS, interval: intervalMS, services: map[Service]*serviceModel{}, pulses: map[string]string{}}
 	for _, svc := range svcs {
 		m.services[svc] = &serviceModel{
-			here: map[netip.AddrPort]*instanceModel{}, words: map[netip.AddrPort]wordModel{}, gone: map[netip.AddrPort]Gone{},
+			here: map[netip.AddrPort]*instanceModel{}, words: map[netip.AddrPort]wordModel{}, bound: map[netip.AddrPort]boundModel{}, gone: map[netip.AddrPort]Gone{},
 			noted: map[netip.AddrPort]int64{}, changed: map[netip.AddrPort]int64{},
 		}
 	}
@@ -82,6 +117,7 @@ func (m *model) clone() *model {
 	c.events = slices.Clone(m.events)
 	for svc, s := range m.services {
 		d := *s
+		d.bound = maps.Clone(s.bound)
 		d.words, d.gone, d.noted, d.changed = maps.Clone(s.words), maps.Clone(s.gone), maps.Clone(s.noted), maps.Clone(s.changed)
 		d.here = map[netip.AddrPort]*instanceModel{}
 		for a, i := range s.here {
@@ -240,7 +276,7 @@ func (m *model) deregister(svc Service, addr netip.AddrPort, force bool, epoch s
 	return []any{"OK", v, m.now - i.beat}
 }
 
-func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int, reason, of, epoch string) []any {
+func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int, reason, of string, scope Scope, epoch string) []any {
 	s := m.services[svc]
 	here := int64(0)
 	if s.here[addr] != nil {
@@ -249,36 +285,64 @@ func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int,
 	if of != "" && of != strconv.FormatInt(s.version, 10) {
 		return []any{"STALE", s.version, here, ""}
 	}
-	was := s.word(addr)
-	w := was
-	switch verb {
-	case "weight":
-		w.weight = weight
-	case "ready":
-		w.state, w.reason = AdminNone, ""
-	default:
-		w.state, w.reason = AdminState(verb), reason
+	if scope == ScopeRegistration && here == 0 {
+		return []any{"ABSENT", s.version, int64(0), string(scope)}
 	}
-	if w == was {
-		return []any{"SAME", s.version, here, string(ScopeAddress)}
+	scope = cmp.Or(scope, ScopeAddress)
+	own := s.word(addr)
+	bound, others := s.of(addr)
+	put := func(w *wordModel, says bool) (changed bool) {
+		was := *w
+		switch {
+		case verb == "weight" && says:
+			w.weight = weight
+		case verb == "weight":
+			w.weight = -1
+		case verb == "ready" || !says:
+			w.state, w.reason = AdminNone, ""
+		default:
+			w.state, w.reason = AdminState(verb), reason
+		}
+		return *w != was
+	}
+	changed := others
+	if scope == ScopeRegistration {
+		changed = put(&bound, true) || changed
+	} else {
+		changed = put(&own, true) || changed
+		changed = put(&bound, false) || changed
+	}
+	if !changed {
+		return []any{"SAME", s.version, here, string(scope)}
 	}
 	v := m.bump(svc, epoch)
-	s.words[addr], s.changed[addr] = w, v
-	what, why := verb, w.reason
+	s.words[addr], s.changed[addr] = own, v
+	if delete(s.bound, addr); bound != (wordModel{weight: -1}) {
+		s.bound[addr] = boundModel{s.here[addr].token, bound}
+	}
+	what, why := verb, ""
 	switch {
 	case verb == "drain":
-		what = "drained"
+		what, why = "drained", reason
+	case verb == "maint":
+		why = reason
 	case verb == "weight" && weight < 0:
 		why = "own"
 	case verb == "weight":
 		why = strconv.Itoa(weight)
+	}
+	if scope == ScopeRegistration && verb != "ready" && !(verb == "weight" && weight < 0) {
+		if why != "" {
+			why += ", "
+		}
+		why += "of this registration"
 	}
 	m.event(svc, addr, what, operator, why)
 	if _, ok := s.noted[addr]; here == 0 && !ok {
 		s.noted[addr] = m.now
 	}
 	m.prune(svc)
-	return []any{"OK", v, here, string(ScopeAddress)}
+	return []any{"OK", v, here, string(scope)}
 }
 
 func (m *model) pulse(id, token, epoch string) []any {
@@ -353,7 +417,7 @@ func (s *serviceModel) view() view {
 		v[addr] = seen{gone: g}
 	}
 	for addr, i := range s.here {
-		v[addr] = seen{here: true, token: i.token, weight: i.weight, draining: i.draining, word: s.word(addr)}
+		v[addr] = seen{here: true, token: i.token, weight: i.weight, draining: i.draining, word: s.inForce(addr)}
 	}
 	return v
 }
