@@ -29,15 +29,30 @@ type overrides struct {
 	at      time.Duration // of what is due; on the reaper's clock
 	adoptAt time.Duration // of the list that is looked through for what is not known
 	adopt   []registrar.Service
+	refused bool // that this reaper's user may not was said
 }
 
 // endOverrides ends the overrides whose time is over, and those of addresses that nobody
 // has had for long. That takes nobody out, so it needs no proof that beats were possible.
+// A user without the right to that reaps all the same, and it is said once.
 func (r *Reaper) endOverrides(ctx context.Context, counts []registrar.Count) error {
-	now := r.elapsed()
-	if now < r.overrides.at {
+	if r.elapsed() < r.overrides.at {
 		return nil
 	}
+	err := r.lookAtOverrides(ctx, counts)
+	if !registrar.Forbidden(err) {
+		r.overrides.refused = false
+		return err
+	}
+	if !r.overrides.refused {
+		r.log.Warn().Err(err).Msg("operators' overrides do not end by this reaper")
+	}
+	r.overrides.refused = true
+	return nil
+}
+
+func (r *Reaper) lookAtOverrides(ctx context.Context, counts []registrar.Count) error {
+	now := r.elapsed()
 	r.overrides.at = now + registrar.Shorten(overridesEvery)
 	if now >= r.overrides.adoptAt && len(r.overrides.adopt) == 0 {
 		r.overrides.adoptAt = now + registrar.Shorten(adoptEvery)

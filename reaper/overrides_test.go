@@ -59,3 +59,27 @@ func TestEndsOverrides(t *testing.T) {
 		t.Errorf("nobody looks at the one that was written by hand: %v", err)
 	}
 }
+
+// TestOverridesRefused: a reaper whose user has no right to overrides, as by the rights of
+// a release before they ended by themselves, says so once and reaps.
+func TestOverridesRefused(t *testing.T) {
+	g := newRegistry(t)
+	ctx := t.Context()
+	if err := g.rdb.Do(ctx, "ACL", "SETUSER", "default", "resetkeys", "~rollcall:{*", "~rollcall:[^o]*", "~"+g.keys.Services()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	log := &logBuffer{}
+	r := newReaper(t, Config{}, g.store, zerolog.New(log))
+	arm(t, r)
+	cutoff, _ := r.proof.cutoff()
+	for range 3 {
+		r.overrides.at = 0
+		g.put(t, "web", "10.0.0.1:80", cutoff-1)
+		if report := mustSweep(t, r); len(report.Removed) != 1 {
+			t.Fatalf("%+v", report)
+		}
+	}
+	if n := len(log.lines("operators' overrides do not end by this reaper")); n != 1 {
+		t.Errorf("said %d times:\n%s", n, strings.Join(log.lines(""), "\n"))
+	}
+}
