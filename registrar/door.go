@@ -254,6 +254,10 @@ func (w *watched) NetConn() net.Conn { return w.Conn }
 // mostHead is more than the answer to HELLO has before its mode.
 const mostHead = 1 << 10
 
+// firstOfRedis are the bytes with which an answer of Redis begins, in RESP2 and 3
+// (redis.io/docs/latest/develop/reference/protocol-spec).
+var firstOfRedis = []byte("+-:$*_#,(!=%~>|")
+
 // HELLO's answer in RESP2 and 3, Redis 6 to 8.
 var helloMode = regexp.MustCompile(`\$4\r\nmode\r\n\$\d+\r\n([a-z]+)\r\n`)
 
@@ -273,6 +277,14 @@ func (w *watched) Read(b []byte) (int, error) {
 		w.wrong = w.mode(string(m[1]))
 	case bytes.HasPrefix(w.head, []byte("-DENIED ")): // and it ends the connection: nothing else would be seen
 		w.over, w.wrong = true, wrongDoor(w.Conn.RemoteAddr().String()+" takes connections from its own host only (protected mode): give it a password, or set protected-mode no")
+	case len(w.head) > 0 && !bytes.ContainsRune(firstOfRedis, rune(w.head[0])):
+		w.over = true
+		if w.silent != nil { // it may be an alert of TLS
+			w.wrong = w.silent()
+		}
+		if w.wrong == nil {
+			w.wrong = wrongDoor(fmt.Sprintf("%s is no Redis: it says %q; let the URL name the port of redis-server", w.Conn.RemoteAddr(), w.head[:min(len(w.head), 16)]))
+		}
 	case err != nil && len(w.head) == 0 && w.silent != nil && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)):
 		w.over = true
 		w.wrong = w.silent()

@@ -180,6 +180,7 @@ func (v Served) Missing(svc Service, w Wanted) error {
 	}
 	registered, ready := 0, 0
 	var refused, without []string
+	var example netip.AddrPort // of without
 	for _, e := range v.Entries {
 		if !e.Present {
 			continue
@@ -191,6 +192,7 @@ func (v Served) Missing(svc Service, w Wanted) error {
 		}
 		if silent := v.Silent(e.Instance); wanted && silent > 0 && w.Ready >= 0 {
 			without = append(without, fmt.Sprintf("%s, silent for %v", e.Addr, silent.Round(time.Second)))
+			example = first(example, e.Addr)
 			continue
 		}
 		switch {
@@ -205,19 +207,24 @@ func (v Served) Missing(svc Service, w Wanted) error {
 			disturbed := n.Reason == NoteRefused || n.Reason == NoteUnplaced || n.Reason == NoteUndone
 			if w.Ready < 0 && disturbed || w.Ready >= 0 && wanted {
 				without = append(without, fmt.Sprintf("%s at %s", e.Addr, n))
+				example = first(example, e.Addr)
 				break
 			}
 		}
 	}
+	more := "see lbsync --allow" // an instance that no balancer is to serve is in none of their networks
+	if example.IsValid() {
+		more = fmt.Sprintf("rollcall explain %s %s says more", svc, example)
+	}
 	switch {
 	case w.Ready < 0 && len(refused) > 0:
-		return fmt.Errorf("%w: every balancer refuses %s", ErrHopeless, some(refused))
+		return fmt.Errorf("%w: every balancer refuses %s; see lbsync --allow", ErrHopeless, some(refused))
 	case w.Ready < 0 && len(without) > 0:
-		return fmt.Errorf("not served: %s", some(without))
+		return fmt.Errorf("not served: %s; %s", some(without), more)
 	case ready < w.Ready && registered >= w.Ready && registered-len(refused) < w.Ready:
-		return fmt.Errorf("%d of %d instances serve; %w: every balancer refuses %s", ready, w.Ready, ErrHopeless, some(refused))
+		return fmt.Errorf("%d of %d instances serve; %w: every balancer refuses %s; see lbsync --allow", ready, w.Ready, ErrHopeless, some(refused))
 	case ready < w.Ready && len(refused)+len(without) > 0:
-		return fmt.Errorf("%d of %d instances serve; not %s", ready, w.Ready, some(append(without, refused...)))
+		return fmt.Errorf("%d of %d instances serve; not %s; %s", ready, w.Ready, some(append(without, refused...)), more)
 	case ready < w.Ready:
 		return fmt.Errorf("%d of %d instances serve; %d are registered to serve", ready, w.Ready, registered)
 	}
@@ -241,6 +248,14 @@ func (v Served) Missing(svc Service, w Wanted) error {
 		return fmt.Errorf("version %d: %d of %d live balancers have not applied it: %s", w.Version, len(behind), len(live), some(behind))
 	}
 	return nil
+}
+
+// first is a, or b if a is none.
+func first(a, b netip.AddrPort) netip.AddrPort {
+	if a.IsValid() {
+		return a
+	}
+	return b
 }
 
 // some names a few of many.

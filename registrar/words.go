@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"regexp"
 	"slices"
 	"strconv"
@@ -22,7 +23,7 @@ type words struct {
 	server   bool   // the URL names this very server, and not who knows the primary
 }
 
-// explained is a refusal with its cure. What a caller decides on is unchanged.
+// explained is a refusal, or a server that is away, with its cure. What a caller decides on is unchanged.
 type explained struct {
 	error
 	cure string
@@ -35,13 +36,31 @@ func (e explained) Unwrap() error { return e.error }
 func (w words) explain(args []any, err error) error {
 	var answer redis.Error
 	var before explained
-	if err == nil || errors.Is(err, redis.Nil) || !errors.As(err, &answer) || errors.As(err, &before) {
+	if err == nil || errors.Is(err, redis.Nil) || errors.As(err, &before) {
 		return err
 	}
-	if cure := w.cure(answer.Error(), args); cure != "" {
+	cure := w.away(err)
+	if errors.As(err, &answer) {
+		cure = w.cure(answer.Error(), args)
+	}
+	if cure != "" {
 		return explained{err, cure}
 	}
 	return err
+}
+
+// away is what to look at where no connection to a server was made; empty if err is
+// something else, or if others say where the server is (Sentinels, nodes of a Cluster).
+func (w words) away(err error) string {
+	var dial *net.OpError
+	if !w.server || !errors.As(err, &dial) || dial.Op != "dial" {
+		return ""
+	}
+	cure := "is redis-server running there?"
+	if name, ok := strings.CutSuffix(w.password, "_PASSWORD"); ok {
+		cure += fmt.Sprintf(" --%s or %s says where it is", strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(name, "ROLLCALL_"), "_", "-")), name)
+	}
+	return cure
 }
 
 var (
@@ -99,6 +118,8 @@ func (w words) cure(answer string, args []any) string {
 			commands = []string{m[1]}
 		}
 		return fmt.Sprintf("take the line rename-command %s out of redis.conf", strings.ToUpper(strings.Join(commands, " or ")))
+	case strings.HasPrefix(answer, "ERR DB index is out of range"):
+		return "the URL ends with the number of a database that this Redis does not have; 0 is always there, and redis.conf's `databases` says how many"
 	case strings.HasPrefix(answer, "READONLY ") && w.server:
 		return "it is a replica: let the URL name the primary, or its Sentinels (redis+sentinel://HOST:PORT,…/PRIMARY/DB)"
 	case strings.HasPrefix(answer, "WRONGTYPE ") && !slices.ContainsFunc(keys, func(k string) bool { return strings.Contains(answer, k) }):
