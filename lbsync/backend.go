@@ -2,6 +2,7 @@ package lbsync
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -100,6 +101,7 @@ type backend struct {
 	told       map[netip.AddrPort]order             // what servers with an agent have been told, and had then
 	lookAt     time.Time                            // whether HAProxy has undone a placement; zero: nothing to look for
 	fault      string                               // why the backend is not driven
+	single     bool                                 // it is for one step, whose caller says what is wrong
 	said       said
 	refill     refill // of this step, or of one before that failed
 	refilled   int    // commands of it
@@ -381,6 +383,10 @@ func (b *backend) readWhole(ctx context.Context) ([]netip.AddrPort, error) {
 	begun := time.Now()
 	defer func() { b.readTook = time.Since(begun) }()
 	st, err := b.balancer.Read(ctx, b.name)
+	if errors.Is(err, ErrNoBackend) {
+		// HAProxy has answered: its configuration lacks the backend until it is reloaded.
+		st, err = State{Process: b.process, Fault: err.Error() + "; correct --backend, or write the backend into haproxy.cfg"}, nil
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -473,9 +479,11 @@ func (b *backend) judge(st State) {
 		return
 	}
 	b.fault = fault
-	if fault != "" {
+	switch {
+	case b.single: // Once returns it
+	case fault != "":
 		b.log.Error().Str("why", fault).Msg("backend is not driven; its servers stay as they are")
-	} else {
+	default:
 		b.log.Info().Msg("backend is driven again")
 	}
 }

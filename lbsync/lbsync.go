@@ -294,16 +294,21 @@ func (s *Syncer) Once(ctx context.Context) error {
 			errs = append(errs, err)
 			continue
 		}
-		if !slices.ContainsFunc(snap.Entries, func(e registrar.Entry) bool { return e.Present }) {
-			s.log.Warn().Str("service", string(svc)).Bool("ever", snap.Token.Version > 0).Msg("nobody is registered as this service")
+		// Of a service that nobody has ever registered as the caller may know which one is meant.
+		if snap.Token.Version > 0 && !slices.ContainsFunc(snap.Entries, func(e registrar.Entry) bool { return e.Present }) {
+			s.log.Warn().Str("service", string(svc)).Msg("nobody is registered as this service")
 		}
 		for _, b := range bs {
+			b.single = true
 			b.change(notifier.Change{Snapshot: snap, Heard: time.Now()})
 			_, err := b.Step(ctx)
 			if s.look(ctx, &look{}) > 0 && err == nil { // a server is kept that another service may have replaced
 				_, err = b.Step(ctx)
 			}
-			errs = append(errs, err, b.unserved())
+			if err == nil { // else it is not known what HAProxy has
+				err = b.unserved()
+			}
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)

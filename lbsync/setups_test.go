@@ -167,6 +167,35 @@ func TestResolversAreRefused(t *testing.T) {
 	}
 }
 
+// TestNoBackend: a backend that haproxy.cfg does not have is not driven, which is said once
+// and of each instance, until a reload brings it.
+func TestNoBackend(t *testing.T) {
+	t.Parallel()
+	said := &lockedLog{}
+	w := newWorldOn(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "one", Slots: 2}, {Name: "other", Slots: 2}}}, "")
+	a := haproxytest.NewInstance(t)
+	w.beat(t, a.Addr(), 100)
+	const want = "no such backend; HAProxy has one, other; correct --backend, or write the backend into haproxy.cfg"
+	if err := w.once(t); err == nil || err.Error() != "backend be is not driven: "+want {
+		t.Errorf("once: %v", err)
+	}
+	w.log = zerolog.New(said).Level(zerolog.InfoLevel)
+	w.cfg.Full = 50 * time.Millisecond
+	bal := &counting{Balancer: w.client(t)}
+	w.run(t, bal)
+	if st := w.noted(t, a.Addr(), registrar.NoteRefused); st.Why != want {
+		t.Errorf("why: %+v", st)
+	}
+	w.looks(t, bal, 20)
+	if n := strings.Count(said.String(), "not driven"); n != 1 {
+		t.Errorf("said %d times: %s", n, said)
+	}
+	w.ha.Edit(t, "frontend fe_other\n", "backend be\n  server-template s 1-2 slot.invalid:1 disabled init-addr last,127.0.0.1\nfrontend fe_other\n")
+	w.ha.Reload(t)
+	w.want(t, "be", ready(100, a))
+	w.noted(t, a.Addr(), "")
+}
+
 // h2c is an instance that speaks HTTP/2 without TLS. /stream answers bit by bit, until
 // the client goes.
 func h2c(t *testing.T) netip.AddrPort {

@@ -267,6 +267,7 @@ func drive(c *cli.Context, cfg lbsync.Config, t *target, s *session, mon *monito
 		return usageError{err}
 	}
 	if c.Bool("once") {
+		s.nameUnknown(c.Context, services(cfg.Backends)...)
 		err = errors.Join(syncer.Once(c.Context), syncer.Acknowledge(c.Context, true), syncer.Publish(c.Context))
 	} else {
 		driving.Store(syncer)
@@ -305,6 +306,7 @@ func dryRun(c *cli.Context, cfg lbsync.Config, t *target, s *session) error {
 	if err != nil {
 		return usageError{err}
 	}
+	s.nameUnknown(c.Context, services(cfg.Backends)...)
 	if err := syncer.Once(c.Context); err != nil {
 		return err
 	}
@@ -420,6 +422,14 @@ func parseBackends(words []string) ([]lbsync.BackendConfig, error) {
 		backends = append(backends, lbsync.BackendConfig{Service: svc, Backend: backend})
 	}
 	return backends, nil
+}
+
+// services are those of backends.
+func services(backends []lbsync.BackendConfig) (svcs []registrar.Service) {
+	for _, b := range backends {
+		svcs = append(svcs, b.Service)
+	}
+	return svcs
 }
 
 // prefixes lets zerolog print networks.

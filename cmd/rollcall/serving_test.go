@@ -182,7 +182,7 @@ func TestUnknownService(t *testing.T) {
 	}
 	s.ha = haproxytest.Start(t, haproxytest.Options{Backends: []haproxytest.Backend{{Name: "be", Slots: 2}}})
 	for _, how := range []string{"--dry-run", "--once"} {
-		if _, stderr, code := s.rollcall(t, "lbsync", "--socket", s.ha.Socket, "--backend", "wbe=be", how); code != 0 || !strings.Contains(stderr, "nobody is registered as this service") {
+		if _, stderr, code := s.rollcall(t, "lbsync", "--socket", s.ha.Socket, "--backend", "wbe=be", how); code != 0 || !strings.Contains(stderr, "nobody has ever registered as wbe; did you mean web?") {
 			t.Errorf("%s: exit %d, %s", how, code, stderr)
 		}
 	}

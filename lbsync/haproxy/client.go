@@ -206,6 +206,9 @@ func (c *Client) Read(ctx context.Context, backend string) (lbsync.State, error)
 		return lbsync.State{}, fmt.Errorf("read backend %s: %w", backend, err)
 	}
 	servers, err := r.servers(backend)
+	if errors.Is(err, lbsync.ErrNoBackend) {
+		return lbsync.State{}, c.instead(ctx, lbsync.ErrNoBackend)
+	}
 	if err != nil {
 		return lbsync.State{}, fmt.Errorf("read backend %s: %w", backend, err)
 	}
@@ -218,6 +221,36 @@ func (c *Client) Read(ctx context.Context, backend string) (lbsync.State, error)
 	kept.mark(servers)
 	agent := slices.ContainsFunc(servers, func(s lbsync.Server) bool { return s.Ours() && s.Agent })
 	return lbsync.State{Process: r.process, Servers: servers, Fault: kept.fault, Fickle: agent}, nil
+}
+
+// instead adds to an error about a backend that HAProxy does not have which ones it has,
+// as far as it tells.
+func (c *Client) instead(ctx context.Context, err error) error {
+	r, rerr := c.exchange(ctx, []string{"show stat -1 2 -1"})
+	if rerr != nil || len(r.stats) != 1 {
+		return err
+	}
+	rows, rerr := table(strings.TrimPrefix(r.stats[0], "# "))
+	if rerr != nil {
+		return err
+	}
+	column, rerr := columns(rows[0])
+	if rerr != nil {
+		return err
+	}
+	const most = 5
+	var names []string
+	for i, row := range rows[1:] {
+		if i == most {
+			names = append(names, fmt.Sprintf("and %d more", len(rows)-1-most))
+			break
+		}
+		names = append(names, row[column[pxname]])
+	}
+	if len(names) == 0 {
+		return fmt.Errorf("%w; HAProxy has no backend at all", err)
+	}
+	return fmt.Errorf("%w; HAProxy has %s", err, strings.Join(names, ", "))
 }
 
 // Apply sends ops in order and reads back every server they name. If one op

@@ -3,6 +3,7 @@ package haproxy
 import (
 	"context"
 	"encoding/csv"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -102,6 +103,9 @@ func (c *Client) ExamineBackend(ctx context.Context, backend string) (BackendFac
 		return fail(err)
 	}
 	servers, err := r.servers(backend)
+	if errors.Is(err, lbsync.ErrNoBackend) {
+		return BackendFacts{}, c.instead(ctx, err)
+	}
 	if err != nil {
 		return fail(err)
 	}
