@@ -2,7 +2,12 @@
 
 package main
 
-import "github.com/urfave/cli/v2"
+import (
+	"context"
+	"io"
+
+	"github.com/urfave/cli/v2"
+)
 
 const program = "rollcall-sidecar"
 
@@ -10,3 +15,6 @@ const program = "rollcall-sidecar"
 // same code without what speaks to HAProxy and to Docker, whose packages take
 // memory as soon as they are linked (scripts/bench footprint).
 func commands() []*cli.Command { return []*cli.Command{registerCommand()} }
+
+// completing finds nothing: no shell asks this program, which people do not type.
+func completing(context.Context, []string, io.Writer) {}

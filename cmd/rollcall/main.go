@@ -35,8 +35,8 @@ var (
 	errTimedOut = errors.New("timed out")
 )
 
-// complete is the word that has the program print what may come next; the
-// library's own. After "--" it would be the app's.
+// complete is the word at the end of a line that has the program print what may come
+// next, and do nothing else. Nobody has a flag of that name.
 const complete = "--generate-bash-completion"
 
 // usageError is a mistake in what was typed: exit code 2.
@@ -62,11 +62,12 @@ func main() {
 // SIGINT or SIGTERM comes, and returns the exit code. A second signal kills, unless
 // it is the same as the first.
 func run(args []string, stdout, stderr io.Writer) int {
-	if args[len(args)-1] == complete && slices.Contains(args, "--") {
-		return 0 // the library would run the command, and with it the app
-	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	if n := len(args) - 1; n > 0 && args[n] == complete {
+		completing(ctx, args[1:n], stdout)
+		return 0
+	}
 	context.AfterFunc(ctx, func() { time.AfterFunc(sameStop, stop) })
 	app := newApp(&printed{w: stdout, stopped: ctx.Done()}, stderr)
 	err := app.RunContext(ctx, flagsFirst(app, commandFirst(app, plainWords(args))))
@@ -98,11 +99,10 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Writer:    stdout,
 		ErrWriter: stderr,
 		// Exit codes are given here, once, and not by the library.
-		ExitErrHandler:       func(*cli.Context, error) {},
-		HideHelpCommand:      true,
-		EnableBashCompletion: true,
-		Commands:             commands(),
-		OnUsageError:         onUsageError,
+		ExitErrHandler:  func(*cli.Context, error) {},
+		HideHelpCommand: true,
+		Commands:        commands(),
+		OnUsageError:    onUsageError,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
 				return unknownCommand(c.App, c.Args().First())
@@ -146,7 +146,7 @@ func commandFirst(app *cli.App, args []string) []string {
 // stops reading flags at the first argument. What follows "--" stays. The library
 // drops the "--" itself; register, which runs what follows it, gets a second one.
 func flagsFirst(app *cli.App, args []string) []string {
-	if len(args) < 3 || args[len(args)-1] == complete {
+	if len(args) < 3 {
 		return args
 	}
 	cmd := app.Command(args[1])
