@@ -88,7 +88,9 @@ type session struct {
 	store    *registrar.Store
 	follower *registrar.Follower // of all its clients
 	log      zerolog.Logger
-	close    func()
+	// others finds the registries that the same Redis has beside this one.
+	others func(context.Context) ([]registrar.OtherRegistry, error)
+	close  func()
 }
 
 // begin makes a session from the common flags. pool is the most connections to
@@ -112,6 +114,13 @@ func begin(c *cli.Context, pool int) (*session, error) {
 		return nil, usageError{err}
 	}
 	warnPasswords(c, "redis", s.log)
+	s.others = func(ctx context.Context) ([]registrar.OtherRegistry, error) {
+		a, err := access(c, "redis")
+		if err != nil {
+			return nil, err
+		}
+		return a.OtherRegistries(ctx, c.String("redis"), c.String("namespace"))
+	}
 	s.store.Follow(s.follower)
 	ctx, cancel := context.WithCancel(context.WithoutCancel(c.Context)) // it ends after what a command does at its end
 	var following sync.WaitGroup

@@ -115,7 +115,7 @@ func doctorCommand() *cli.Command {
 					return usageError{err}
 				}
 			}
-			d := &doctor{store: s.store, backends: backends, roles: roles, any: !c.IsSet("role")}
+			d := &doctor{store: s.store, others: s.elsewhere, backends: backends, roles: roles, any: !c.IsSet("role")}
 			if d.service, err = rightsOf(c.String("service"), backends); err != nil {
 				return err
 			}
@@ -179,6 +179,7 @@ type doctor struct {
 	backends []lbsync.BackendConfig
 	roles    []string
 	places   func(socket string) []identity.Place // where ids of its lbsyncs are kept
+	others   func(context.Context) string         // other registries of this Redis, in words
 	findings []finding
 
 	any     bool              // no role was named
@@ -523,7 +524,7 @@ func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
 	k := d.store.Keys()
 	switch {
 	case inv.Complete && inv.Keys == 0:
-		d.add("registry", stateWarn, "nobody has registered and no reaper has run", "check --redis, its database number and --namespace", "no key of the namespace")
+		d.add("registry", stateWarn, "nobody has registered and no reaper has run", "check --redis, its database number and --namespace", "%s", strings.TrimSuffix("no key of the namespace; "+d.others(ctx), "; "))
 	case err != nil:
 	case !inv.Complete:
 		d.unknown("registry", fmt.Errorf("too many keys in this database; %d of the namespace seen", inv.Keys), "give rollcall a database of its own")
@@ -566,6 +567,7 @@ func (d *doctor) namespace(ctx context.Context, ttl, heartbeat time.Duration) {
 	d.overrides(ctx)
 	d.reapers(ctx, inv, reg)
 	d.balancers(ctx, inv.Services)
+	d.serving(ctx, inv.Services)
 }
 
 const (
@@ -911,7 +913,7 @@ func (d *doctor) haproxy(ctx context.Context, socket string, client *haproxy.Cli
 		f, err := client.ExamineBackend(ctx, b.Backend)
 		switch {
 		case errors.Is(err, lbsync.ErrNoBackend):
-			d.add(at, stateBad, "the service has nowhere to go", "backend "+b.Backend, "no such backend")
+			d.add(at, stateBad, "the service has nowhere to go", "correct --backend, or write into haproxy.cfg: backend "+b.Backend, "%v", err)
 			continue
 		case err != nil:
 			d.unknown(at, err, "try again")

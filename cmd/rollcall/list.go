@@ -29,6 +29,7 @@ type serviceRow struct {
 	Serving   int                         `json:"serving"`
 	Balancers int                         `json:"balancers"`
 	Backends  []registrar.BackendStanding `json:"backends"`
+	unsaid    map[string]bool             // balancers that follow it and have never said how it stands
 }
 
 func servicesCommand() *cli.Command {
@@ -54,6 +55,9 @@ func servicesCommand() *cli.Command {
 			})
 			if rows == nil {
 				return err
+			}
+			if len(rows) == 0 {
+				s.nameElsewhere(c.Context)
 			}
 			cells := make([][]string, len(rows))
 			for i, r := range rows {
@@ -102,6 +106,7 @@ func (s *session) stand(ctx context.Context, rows []serviceRow) ([]registrar.Fol
 	}
 	for i := range rows {
 		r := &rows[i]
+		r.Serving, r.Balancers, r.Backends, r.unsaid = 0, 0, []registrar.BackendStanding{}, map[string]bool{}
 		first := true
 		for _, f := range followers {
 			if len(f.Follows[r.Service]) > 0 {
@@ -111,6 +116,8 @@ func (s *session) stand(ctx context.Context, rows []serviceRow) ([]registrar.Fol
 				st := registrar.BackendStanding{Balancer: f.Balancer, Backend: backend} // it may have said nothing
 				if j := slices.IndexFunc(standings[r.Service], func(b registrar.BackendStanding) bool { return b.Balancer == f.Balancer && b.Backend == backend }); j >= 0 {
 					st = standings[r.Service][j]
+				} else {
+					r.unsaid[f.Balancer] = true
 				}
 				r.Backends = append(r.Backends, st)
 				if first || st.Serving < r.Serving {

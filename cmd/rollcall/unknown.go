@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -21,9 +22,42 @@ func didYouMean(name string, known []string) string {
 	return ""
 }
 
-// unknown says that nobody has ever registered as svc, with the nearest service there is.
+// unknown says that nobody has ever registered as svc, with the nearest service there is,
+// or with the registry that may be meant if this one has no service at all.
 func (s *session) unknown(ctx context.Context, svc registrar.Service) error {
-	return fmt.Errorf("nobody has ever registered as %s%s", svc, didYouMean(string(svc), s.names(ctx, svc)))
+	return fmt.Errorf("nobody has ever registered as %s%s", svc, s.meant(ctx, svc))
+}
+
+// meant is what may be meant in the place of svc, "; …"; empty if nothing is near.
+func (s *session) meant(ctx context.Context, svc registrar.Service) string {
+	names := s.names(ctx, svc)
+	if len(names) > 0 {
+		return didYouMean(string(svc), names)
+	}
+	return "; " + cmp.Or(s.elsewhere(ctx), "this registry is empty: run rollcall register, or name another one with --redis and --namespace")
+}
+
+// elsewhere says, of a registry that is empty, which others this Redis has; empty if there
+// are none or if that cannot be told, within Timeout.
+func (s *session) elsewhere(ctx context.Context) string {
+	ctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	all, _ := s.others(ctx) // a hint is not worth an error, and some are better than none
+	if len(all) == 0 {
+		return ""
+	}
+	var where []string
+	for _, r := range all {
+		where = append(where, fmt.Sprintf("--redis %s --namespace %s has %s", r.URL, r.Namespace, plural(r.Services, "service")))
+	}
+	return "this registry is empty, but " + few(where)
+}
+
+// nameElsewhere warns that this registry is empty, if this Redis has others.
+func (s *session) nameElsewhere(ctx context.Context) {
+	if hint := s.elsewhere(ctx); hint != "" {
+		s.log.Warn().Msg(hint)
+	}
 }
 
 // absent is err of an override of addr, which nobody has, with the nearest one that
@@ -48,6 +82,14 @@ func (s *session) absent(ctx context.Context, svc registrar.Service, addr netip.
 		return fmt.Errorf("%w%s", err, n)
 	}
 	return fmt.Errorf("%w; see rollcall instances %s, or say --absent for who is to come", err, svc)
+}
+
+// never tells whether nobody has ever registered as svc, if that can be told.
+func (s *session) never(ctx context.Context, svc registrar.Service) bool {
+	ctx, cancel := registrar.WithTimeout(ctx)
+	defer cancel()
+	v, err := s.store.Versions(ctx, []registrar.Service{svc})
+	return err == nil && v.Of[svc] == 0
 }
 
 // nameUnknown warns of services that nobody has ever registered as.
@@ -82,4 +124,12 @@ func (s *session) names(ctx context.Context, svc registrar.Service) (names []str
 		}
 	}
 	return names
+}
+
+// plural is n things, in words.
+func plural(n int64, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
 }

@@ -89,6 +89,9 @@ func waitCommand() *cli.Command {
 				s.nameUnknown(c.Context, svc)
 			}
 			v, err := waitServed(c, s, svc, w)
+			if errors.Is(err, errTimedOut) && !c.Bool("absent") && s.never(c.Context, svc) {
+				err = fmt.Errorf("%w%s", err, s.meant(c.Context, svc)) // whoever reads the last line alone
+			}
 			if err != nil {
 				return err
 			}
