@@ -126,11 +126,13 @@ func explainCommand() *cli.Command {
 			switch {
 			case len(doc.Unknown) > 0:
 				err = errors.Join(err, fmt.Errorf("could not look everywhere: %s", strings.Join(doc.Unknown, "; ")))
-			case doc.unknown() && doc.Version == 0:
-				err = errors.Join(err, s.unknown(c.Context, svc))
 			case doc.unknown():
-				err = errors.Join(err, fmt.Errorf("%s %s: %w: it is not registered, no operator has said anything of it, no note of the last 10 min and no event of the last 10,000 names it, nor does any of %d balancers",
-					svc, addr, errNobody, len(doc.Balancers)))
+				nobody := fmt.Errorf("%s %s: %w: it is not registered, no operator has said anything of it, no note of the last 10 min and no event of the last 10,000 names it, nor does any of %d balancers",
+					svc, addr, errNobody, len(doc.Balancers))
+				if doc.Version == 0 {
+					nobody = fmt.Errorf("%w; %w", nobody, s.unknown(c.Context, svc))
+				}
+				err = errors.Join(err, nobody)
 			}
 			return err
 		},
