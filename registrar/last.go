@@ -36,7 +36,7 @@ func (s *Store) lastServing(ctx context.Context, svc Service, addr netip.AddrPor
 		return snap, err
 	}
 	for _, sight := range sights {
-		if backend, alone := sight.alone(addr); alone {
+		if backend, alone := sight.alone(addr, sight.others()); alone {
 			return snap, fmt.Errorf("%w: %s sends requests to no other server of %s", ErrLast, sight.Balancer, backend)
 		}
 	}
@@ -49,31 +49,42 @@ func (s *Store) lastServing(ctx context.Context, svc Service, addr netip.AddrPor
 func going(snap Snapshot, addr netip.AddrPort) []netip.AddrPort {
 	var addrs []netip.AddrPort
 	for _, e := range snap.Entries {
-		out := e.Gone != nil && e.Gone.Reason != Expired
-		if e.Present {
-			out = e.Instance.State() != AdminNone || e.Instance.Weight() == 0
-		}
-		if out && e.Addr != addr {
+		if e.going() && e.Addr != addr {
 			addrs = append(addrs, e.Addr)
 		}
 	}
 	return addrs
 }
 
-// alone returns a backend in which addr is Serving and every other server that is up
-// is one of those in s.Servers. A backend whose servers are not counted has no other.
-func (s Sight) alone(addr netip.AddrPort) (backend string, alone bool) {
-	for _, backend := range slices.Sorted(maps.Keys(s.Servers[addr])) {
-		if !s.Servers[addr][backend].Serving() {
-			continue
-		}
-		others := s.Up[backend]
-		for _, states := range s.Servers {
-			if states[backend].Serving() {
-				others--
+// going tells whether the register wants the address without new requests.
+func (e Entry) going() bool {
+	if e.Present {
+		return e.Instance.State() != AdminNone || e.Instance.Weight() == 0
+	}
+	return e.Gone != nil && e.Gone.Reason != Expired
+}
+
+// others counts, by backend, the servers that are up and none of those in s.Servers. Of
+// a backend whose servers are not counted that is none, or less.
+func (s Sight) others() map[string]int {
+	others := maps.Clone(s.Up)
+	if others == nil {
+		others = map[string]int{}
+	}
+	for _, states := range s.Servers {
+		for backend, state := range states {
+			if state.Serving() {
+				others[backend]--
 			}
 		}
-		if others <= 0 {
+	}
+	return others
+}
+
+// alone returns a backend in which addr is Serving and there are no others.
+func (s Sight) alone(addr netip.AddrPort, others map[string]int) (backend string, alone bool) {
+	for _, backend := range slices.Sorted(maps.Keys(s.Servers[addr])) {
+		if s.Servers[addr][backend].Serving() && others[backend] <= 0 {
 			return backend, true
 		}
 	}
@@ -106,33 +117,58 @@ func (s *Store) weigh(ctx context.Context, svc Service, addr netip.AddrPort, w W
 // takesOut tells whether w, maint or a weight, is what takes addr out: not if that has
 // been asked for before, nor if the weight is not 0.
 func (w Word) takesOut(snap Snapshot, addr netip.AddrPort) bool {
-	out := w.Verb == "maint" || w.Weight != nil && *w.Weight == 0
 	for _, e := range snap.Entries {
 		if e.Addr == addr && e.Present {
-			i := e.Instance
-			return i.State() != AdminMaint && i.Weight() > 0 && (out || w.Weight == nil && i.Meta.Weight == 0)
+			return w.stops(e.Instance)
 		}
 	}
-	return out
+	return w.Verb == "maint" || w.Weight != nil && *w.Weight == 0
+}
+
+// stops tells whether w ends the requests to i, and nothing that was said before does.
+func (w Word) stops(i Instance) bool {
+	switch {
+	case i.State() == AdminMaint || i.Weight() == 0:
+		return false
+	case w.Verb == "drain":
+		return i.State() == AdminNone
+	case w.Verb == "weight" && w.Weight == nil:
+		return i.Meta.Weight == 0
+	case w.Verb == "weight":
+		return *w.Weight == 0
+	}
+	return w.Verb == "maint"
+}
+
+// WaitingDrains returns of each of addrs whose drain a live balancer says waits, why.
+func (s *Store) WaitingDrains(ctx context.Context, svc Service, addrs []netip.AddrPort) (map[netip.AddrPort]string, error) {
+	acks, err := s.Acks(ctx, svc)
+	if err != nil {
+		return nil, err
+	}
+	sights, err := s.Sights(ctx, svc, acks.Live(), addrs...)
+	if err != nil {
+		return nil, err
+	}
+	waits := map[netip.AddrPort]string{}
+	for _, sight := range sights {
+		for _, addr := range addrs {
+			for _, backend := range slices.Sorted(maps.Keys(sight.Servers[addr])) {
+				if st := sight.Servers[addr][backend]; st.Note == NoteWaits && waits[addr] == "" {
+					waits[addr] = fmt.Sprintf("%s, says %s of %s", st.Why, sight.Balancer, backend)
+				}
+			}
+		}
+	}
+	return waits, nil
 }
 
 // DrainWaits returns why the drain of addr waits: what a live balancer says of it, or,
 // before one has, that addr is the last that serves. Empty if it does not wait.
 func (s *Store) DrainWaits(ctx context.Context, svc Service, addr netip.AddrPort) (why string, err error) {
-	acks, err := s.Acks(ctx, svc)
-	if err != nil {
-		return "", err
-	}
-	sights, err := s.Sights(ctx, svc, acks.Live(), addr)
-	if err != nil {
-		return "", err
-	}
-	for _, sight := range sights {
-		for _, backend := range slices.Sorted(maps.Keys(sight.Servers[addr])) {
-			if st := sight.Servers[addr][backend]; st.Note == NoteWaits {
-				return fmt.Sprintf("%s, says %s of %s", st.Why, sight.Balancer, backend), nil
-			}
-		}
+	waits, err := s.WaitingDrains(ctx, svc, []netip.AddrPort{addr})
+	if err != nil || waits[addr] != "" {
+		return waits[addr], err
 	}
 	if _, err = s.lastServing(ctx, svc, addr); errors.Is(err, ErrLast) {
 		return err.Error(), nil

@@ -283,10 +283,10 @@ func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int,
 		here = 1
 	}
 	if of != "" && of != strconv.FormatInt(s.version, 10) {
-		return []any{"STALE", s.version, here, ""}
+		return []any{"STALE", s.version, here, "", int64(0)}
 	}
 	if scope == ScopeRegistration && here == 0 {
-		return []any{"ABSENT", s.version, int64(0), string(scope)}
+		return []any{"ABSENT", s.version, here, string(scope), int64(0)}
 	}
 	scope = cmp.Or(scope, ScopeAddress)
 	own := s.word(addr)
@@ -313,7 +313,7 @@ func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int,
 		changed = put(&bound, false) || changed
 	}
 	if !changed {
-		return []any{"SAME", s.version, here, string(scope)}
+		return []any{"SAME", s.version, here, string(scope), int64(0)}
 	}
 	v := m.bump(svc, epoch)
 	s.words[addr], s.changed[addr] = own, v
@@ -342,7 +342,7 @@ func (m *model) admin(svc Service, addr netip.AddrPort, verb string, weight int,
 		s.noted[addr] = m.now
 	}
 	m.prune(svc)
-	return []any{"OK", v, here, string(scope)}
+	return []any{"OK", v, here, string(scope), int64(0)}
 }
 
 func (m *model) pulse(id, token, epoch string) []any {

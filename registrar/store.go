@@ -227,20 +227,26 @@ func (s *Store) changeWith(ctx context.Context, sc *redis.Script, svc Service, o
 		return nil, err
 	}
 	r, unsaid := withheld(r, svc, mark)
-	if !unsaid.At.IsZero() {
-		wait := time.NewTimer(time.Until(unsaid.At))
-		defer wait.Stop()
-		select {
-		case <-ctx.Done():
-			// Nobody else speaks while this call's mark is there: better early.
-			var done context.CancelFunc
-			ctx, done = WithTimeout(context.WithoutCancel(ctx))
-			defer done()
-		case <-wait.C:
-		}
-		_ = s.Announce(ctx, unsaid) // the change is made, and who has not heard of it polls
-	}
+	s.announceLater(ctx, unsaid)
 	return r, nil
+}
+
+// announceLater waits until u may be announced, and does so; early if ctx ends.
+func (s *Store) announceLater(ctx context.Context, u Unsaid) {
+	if u.At.IsZero() {
+		return
+	}
+	wait := time.NewTimer(time.Until(u.At))
+	defer wait.Stop()
+	select {
+	case <-ctx.Done():
+		// Nobody else speaks while this call's mark is there: better early.
+		var done context.CancelFunc
+		ctx, done = WithTimeout(context.WithoutCancel(ctx))
+		defer done()
+	case <-wait.C:
+	}
+	_ = s.Announce(ctx, u) // the change is made, and who has not heard of it polls
 }
 
 // Unsaid is a change that was not announced at once, since another one had just
@@ -476,55 +482,92 @@ const (
 // MaxFor is the longest time for which an override can be said to hold.
 const MaxFor = 366 * 24 * time.Hour
 
-// SetAdmin writes an operator's word. It returns the service's version after
-// that and whether the instance is there; the word holds either way, unless it is to be
-// Known: then it returns ErrAbsent for an address that nobody has. maint and
-// weight 0 take at once, so without Force they return ErrLast, and write nothing, if
-// addr is the last that serves, as far as live balancers have said.
-func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, w Word) (version int64, present bool, err error) {
-	what := fmt.Sprintf("%s %s %s", w.Verb, svc, addr)
+// check refuses a word that is none, and returns its weight as admin.lua takes it.
+func (w Word) check() (weight string, err error) {
 	switch w.Verb {
 	case "drain", "maint", "ready", "weight":
 	default:
-		return 0, false, fmt.Errorf("%s: unknown verb", what)
+		return "", errors.New("unknown verb")
 	}
 	if len(w.Reason) > MaxText {
-		return 0, false, fmt.Errorf("%s: reason of %d bytes, at most %d", what, len(w.Reason), MaxText)
+		return "", fmt.Errorf("reason of %d bytes, at most %d", len(w.Reason), MaxText)
 	}
 	if err := checkBy(w.By); err != nil {
-		return 0, false, fmt.Errorf("%s: %w", what, err)
+		return "", err
 	}
 	if w.For != 0 && (w.For < time.Second || w.For > MaxFor) {
-		return 0, false, fmt.Errorf("%s: for %v: want %v to %v", what, w.For, time.Second, MaxFor)
+		return "", fmt.Errorf("for %v: want %v to %v", w.For, time.Second, MaxFor)
 	}
-	weight := ""
-	if w.Weight != nil {
-		if err := CheckWeight(*w.Weight); err != nil {
-			return 0, false, fmt.Errorf("%s: %w", what, err)
-		}
-		weight = strconv.Itoa(*w.Weight)
+	if w.Weight == nil {
+		return "", nil
+	}
+	return strconv.Itoa(*w.Weight), CheckWeight(*w.Weight)
+}
+
+// args are admin.lua's own, of a word about addr. weight is what check returned, and
+// version the one that the service must be of; empty = any.
+func (w Word) args(addr netip.AddrPort, weight, version string) []any {
+	return []any{addr.String(), w.Verb, weight, w.Reason, version, flag(w.Known), w.By, w.For.Milliseconds(), string(w.Scope)}
+}
+
+// Written is what became of an operator's word about one address.
+type Written struct {
+	Addr    netip.AddrPort
+	Version int64 // of the service, after it
+	Present bool  // somebody has the address; the word holds either way
+	Scope   Scope // ScopeAddress or ScopeRegistration: whom it is about
+	Until   int64 // when a reaper ends it, unix ms by Redis' clock; 0 = somebody must
+	Err     error // of a Bulk: why it is not written, or not known to be
+}
+
+// written reads an answer of admin.lua.
+func written(addr netip.AddrPort, r []any) (o Written, status string, err error) {
+	if status, err = word(r, 5); err != nil {
+		return Written{Addr: addr}, "", err
+	}
+	o = Written{Addr: addr, Version: versionOf(r[1]), Present: integer(r[2]) == 1, Scope: Scope(text(r[3])), Until: integer(r[4])}
+	return o, status, nil
+}
+
+// SetAdmin is SetOverride. It returns the service's version after that and whether the
+// instance is there.
+func (s *Store) SetAdmin(ctx context.Context, svc Service, addr netip.AddrPort, w Word) (version int64, present bool, err error) {
+	o, err := s.SetOverride(ctx, svc, addr, w)
+	return o.Version, o.Present, err
+}
+
+// SetOverride writes an operator's word. It holds whether or not the instance is there,
+// unless it is to be Known: then it returns ErrAbsent for an address that nobody has. So
+// it does for a registration where nobody is registered. maint and
+// weight 0 take at once, so without Force they return ErrLast, and write nothing, if
+// addr is the last that serves, as far as live balancers have said.
+func (s *Store) SetOverride(ctx context.Context, svc Service, addr netip.AddrPort, w Word) (Written, error) {
+	what := fmt.Sprintf("%s %s %s", w.Verb, svc, addr)
+	weight, err := w.check()
+	if err != nil {
+		return Written{}, fmt.Errorf("%s: %w", what, err)
 	}
 	for tries := lastTries; ; tries-- {
 		weighed, err := s.weigh(ctx, svc, addr, w)
 		if err != nil {
-			return 0, false, fmt.Errorf("%s: %w", what, err)
+			return Written{}, fmt.Errorf("%s: %w", what, err)
 		}
 		if tries == 1 {
 			weighed = ""
 		}
-		r, err := s.changeWith(ctx, s.admin, svc, s.keys.Of(svc).overrides(svc), addr.String(), w.Verb, weight, w.Reason, weighed, flag(w.Known), w.By, w.For.Milliseconds(), string(w.Scope))
+		r, err := s.changeWith(ctx, s.admin, svc, s.keys.Of(svc).overrides(svc), w.args(addr, weight, weighed)...)
 		if err != nil {
-			return 0, false, fmt.Errorf("%s: %w", what, err)
+			return Written{}, fmt.Errorf("%s: %w", what, err)
 		}
-		status, err := word(r, 4)
+		o, status, err := written(addr, r)
 		if err != nil {
-			return 0, false, fmt.Errorf("%s: %w", what, err)
+			return Written{}, fmt.Errorf("%s: %w", what, err)
 		}
 		if status == "ABSENT" {
-			return versionOf(r[1]), false, fmt.Errorf("%s: %w", what, ErrAbsent)
+			return o, fmt.Errorf("%s: %w", what, ErrAbsent)
 		}
 		if status != "STALE" {
-			return versionOf(r[1]), integer(r[2]) == 1, nil
+			return o, nil
 		}
 	}
 }

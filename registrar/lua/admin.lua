@@ -9,8 +9,8 @@
 --       10 '1' = only of an address that somebody has, or that an override stands for
 --       11 by whom   12 for how long, ms, 0 = until somebody ends it
 --       13 address | registration, '' = registration where the address is its own
--- Returns {status, service version, 1 if the instance is there, the scope}, and what
--- announce of lib.lua may add
+-- Returns {status, service version, 1 if the instance is there, the scope, when it ends,
+-- unix ms, 0 = when somebody ends it}, and what announce of lib.lua may add
 --   OK    it was written     SAME  it stood already; nothing written
 --   STALE the service is of another version; nothing written
 --   ABSENT nobody has the address; nothing written
@@ -24,7 +24,7 @@ if bad then return bad end
 local now = clock()
 local here = redis.call('ZSCORE', KEYS[1], addr) and 1 or 0
 local version = redis.call('GET', KEYS[7]) or '0'
-if ARGV[9] ~= '' and ARGV[9] ~= version then return {'STALE', tonumber(version), here, ''} end
+if ARGV[9] ~= '' and ARGV[9] ~= version then return {'STALE', tonumber(version), here, '', 0} end
 
 local meta = here == 1 and decoded(redis.call('HGET', KEYS[2], addr)) or {}
 local id = type(meta.id) == 'string' and meta.id or ''
@@ -57,7 +57,7 @@ local own, broken, there = stored(KEYS[3])
 local bound, torn, bounded = stored(KEYS[13])
 if bound.id ~= id or id == '' then bound, torn = {}, bounded end -- of one that was there before
 local absent = scope == 'registration' and id == '' or ARGV[10] == '1' and here == 0 and not there and not bounded
-if absent then return {'ABSENT', tonumber(version) or -1, 0, scope} end
+if absent then return {'ABSENT', tonumber(version) or -1, here, scope, 0} end
 
 -- Sets or clears the state or the weight, and tells whether that is another one now.
 local function put(o, value, lasts)
@@ -83,7 +83,7 @@ else
   changed = put(own, value, ends) or changed
   changed = put(bound, nil, nil) or changed
 end
-if not changed then return {'SAME', tonumber(version), here, scope} end
+if not changed then return {'SAME', tonumber(version), here, scope, ends or 0} end
 
 local g, v = bump()
 if not g then return v end
@@ -111,4 +111,4 @@ if verb == 'weight' then why = weight and string.format('%.0f', weight) or 'own'
 if ends then why = why .. (why ~= '' and ', ' or '') .. string.format('for %.0f s', most / 1000) end
 if scope == 'registration' and value then why = why .. (why ~= '' and ', ' or '') .. 'of this registration' end
 event(now, ARGV[2], addr, what, v, by, why)
-return announce(g, v, {'OK', v, here, scope})
+return announce(g, v, {'OK', v, here, scope, ends or 0})

@@ -39,6 +39,12 @@ func NewInstance(tb testing.TB) *Instance {
 	return newInstance(tb, freeAddr(tb))
 }
 
+// NewInstanceOn starts an Instance on addr; port 0 is a free one.
+func NewInstanceOn(tb testing.TB, addr string) *Instance {
+	tb.Helper()
+	return newInstance(tb, addr)
+}
+
 // NewInstance6 starts an Instance on a free port of ::1.
 func NewInstance6(tb testing.TB) *Instance {
 	tb.Helper()
