@@ -175,6 +175,7 @@ func TestRolesWhole(t *testing.T) {
 		{"drain", "web", a.Addr().String(), "--wait"}, {"maint", "web", a.Addr().String()}, {"ready", "web", a.Addr().String()},
 		{"weight", "web", a.Addr().String(), "20"}, {"weight", "web", a.Addr().String(), "own"},
 		{"drain", "web", "127.0.0.1:1", "--absent"}, {"ready", "web", "127.0.0.1:1"}, // nobody is there
+		{"drain", "--host", a.Addr().Addr().String(), "--for", "1h", "--wait"}, {"ready", "--host", a.Addr().Addr().String()},
 	} {
 		done(as("operator", word...), "version")
 	}

@@ -24,9 +24,13 @@ var examples = map[string][]string{
 	"events":    {"rollcall events web"},
 	"doctor":    {"rollcall doctor", "rollcall doctor --socket /run/haproxy/admin.sock --backend web=be_web"},
 	"serve":     {"rollcall serve", "rollcall serve --listen 127.0.0.1:8300 --token-file /etc/rollcall/token"},
-	"drain":     {`rollcall drain web 10.0.0.7:8080 --reason "new disk" --wait`},
-	"maint":     {`rollcall maint web 10.0.0.7:8080 --reason "broken"`},
-	"ready":     {"rollcall ready web 10.0.0.7:8080"},
-	"weight":    {"rollcall weight web 10.0.0.7:8080 50", "rollcall weight web 10.0.0.7:8080 own"},
-	"demo":      {"rollcall demo"},
+	"drain": {
+		`rollcall drain web 10.0.0.7:8080 --reason "new disk" --for 2h --wait`,
+		`rollcall drain --host 10.0.0.7 --reason "new kernel" --wait`,
+		"rollcall drain web --zone a --tag commit=4f1c --dry-run",
+	},
+	"maint":  {`rollcall maint web 10.0.0.7:8080 --reason "broken"`, "rollcall maint --host 10.0.0.7"},
+	"ready":  {"rollcall ready web 10.0.0.7:8080", "rollcall ready --host 10.0.0.7 --wait"},
+	"weight": {"rollcall weight web 10.0.0.7:8080 50", "rollcall weight web 10.0.0.7:8080 own", "rollcall weight web --tag commit=4f1c --to 20"},
+	"demo":   {"rollcall demo"},
 }

@@ -179,7 +179,7 @@ func unknownCommand(app *cli.App, name string) error {
 
 var (
 	undefinedFlag = regexp.MustCompile(`^flag provided but not defined: -+(\S+)$`)
-	invalidValue  = regexp.MustCompile(`(?s)^invalid (?:boolean )?value "(.*)" for flag -(\S+): (.*)$`)
+	invalidValue  = regexp.MustCompile(`(?s)^invalid (?:boolean )?value "(.*)" for (?:flag )?-(\S+): (.*)$`)
 	bareNumber    = regexp.MustCompile(`^[0-9.]+$`)
 )
 

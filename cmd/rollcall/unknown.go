@@ -60,9 +60,9 @@ func (s *session) nameElsewhere(ctx context.Context) {
 	}
 }
 
-// absent is err of an override of addr, which nobody has, with the nearest one that
-// somebody has.
-func (s *session) absent(ctx context.Context, svc registrar.Service, addr netip.AddrPort, err error) error {
+// absent is err of an override of addr, which nobody has, or of the registration there,
+// with the nearest one that somebody has.
+func (s *session) absent(ctx context.Context, svc registrar.Service, addr netip.AddrPort, scope registrar.Scope, err error) error {
 	ctx, cancel := registrar.WithTimeout(ctx)
 	defer cancel()
 	snap, rerr := s.store.Read(ctx, svc, nil)
@@ -80,6 +80,9 @@ func (s *session) absent(ctx context.Context, svc registrar.Service, addr netip.
 	}
 	if n := didYouMean(addr.String(), known); n != "" {
 		return fmt.Errorf("%w%s", err, n)
+	}
+	if scope == registrar.ScopeRegistration {
+		return fmt.Errorf("%w, so there is no registration; see rollcall instances %s", err, svc)
 	}
 	return fmt.Errorf("%w; see rollcall instances %s, or say --absent for who is to come", err, svc)
 }

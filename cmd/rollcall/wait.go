@@ -45,6 +45,11 @@ func waitApplied(c *cli.Context, s *session, svc registrar.Service, version int6
 func waitServed(c *cli.Context, s *session, svc registrar.Service, w registrar.Wanted) (registrar.Served, error) {
 	ctx, cancel := context.WithTimeout(c.Context, c.Duration("timeout"))
 	defer cancel()
+	return waitServedIn(ctx, c, s, svc, w)
+}
+
+// waitServedIn is waitServed in a ctx that ends when --timeout has passed.
+func waitServedIn(ctx context.Context, c *cli.Context, s *session, svc registrar.Service, w registrar.Wanted) (registrar.Served, error) {
 	w.NoBalancer, w.Absent = c.Bool("no-balancer"), c.Bool("absent")
 	v, err := s.store.WaitServed(ctx, svc, w)
 	return v, timedOut(c, ctx, err)
