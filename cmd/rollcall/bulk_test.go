@@ -512,7 +512,7 @@ func TestBulkInPart(t *testing.T) {
 	s.beat(t, "api", "10.0.0.1:80", "")
 	s.beat(t, "web", "10.0.0.1:81", "")
 	rdb := s.redis.Client(t)
-	must(t, rdb.Set(t.Context(), s.store.Keys().OverrideDue("web"), "x", 0).Err()) // of a wrong type, and none that read
+	must(t, rdb.Set(t.Context(), s.store.Keys().GoneAt("web"), "x", 0).Err()) // of a wrong type, and none that read
 	out := s.says(t, exitFailed, true, "1 of 2 instances of 2 services are not written: web 10.0.0.1:81: ", "drain", "--host", "10.0.0.1")
 	for _, want := range []string{"api: drain of 1 instance, version ", "api      10.0.0.1:80  yes      -", "web      10.0.0.1:81  no       WRONGTYPE"} {
 		if !strings.Contains(out, want) {

@@ -48,7 +48,7 @@ func (s *session) elsewhere(ctx context.Context) string {
 	}
 	var where []string
 	for _, r := range all {
-		where = append(where, fmt.Sprintf("--redis %s --namespace %s has %s", r.URL, r.Namespace, plural(r.Services, "service")))
+		where = append(where, fmt.Sprintf("--redis %s --namespace %s has %s", r.URL, r.Namespace, plural(int(r.Services), "service")))
 	}
 	return "this registry is empty, but " + few(where)
 }
@@ -127,12 +127,4 @@ func (s *session) names(ctx context.Context, svc registrar.Service) (names []str
 		}
 	}
 	return names
-}
-
-// plural is n things, in words.
-func plural(n int64, thing string) string {
-	if n == 1 {
-		return "1 " + thing
-	}
-	return fmt.Sprintf("%d %ss", n, thing)
 }
