@@ -176,10 +176,13 @@ func TestNoBackend(t *testing.T) {
 	a := haproxytest.NewInstance(t)
 	w.beat(t, a.Addr(), 100)
 	const want = "no such backend; HAProxy has one, other; correct --backend, or write the backend into haproxy.cfg"
+	w.log = zerolog.New(said).Level(zerolog.InfoLevel)
 	if err := w.once(t); err == nil || err.Error() != "backend be is not driven: "+want {
 		t.Errorf("once: %v", err)
 	}
-	w.log = zerolog.New(said).Level(zerolog.InfoLevel)
+	if text := said.String(); strings.Contains(text, "not driven") {
+		t.Errorf("once logs what it returns: %s", text)
+	}
 	w.cfg.Full = 50 * time.Millisecond
 	bal := &counting{Balancer: w.client(t)}
 	w.run(t, bal)

@@ -131,6 +131,14 @@ func TestNoRedis(t *testing.T) {
 		}
 		must(t, rdb.Close())
 	}
+	for _, form := range []string{"redis+cluster://" + gone, "redis+sentinel://" + gone + "/main"} { // others say where the server is
+		rdb, err := Access{PasswordName: "ROLLCALL_REDIS_PASSWORD"}.Open(form, 1)
+		must(t, err)
+		if err := rdb.Get(t.Context(), "x").Err(); err == nil || strings.Contains(err.Error(), "is redis-server running") {
+			t.Errorf("%s: %v", form, err)
+		}
+		must(t, rdb.Close())
+	}
 	srv := redistest.Start(t)
 	rdb, err := Open("redis://"+srv.Addr+"/16", 1)
 	must(t, err)

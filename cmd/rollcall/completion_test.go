@@ -185,12 +185,19 @@ func TestCompletion(t *testing.T) {
 	}
 	// A Redis that hangs costs a second, and nothing is shown of it.
 	s.redis.Signal(t, syscall.SIGSTOP)
-	begun := time.Now()
 	if got := c.line(t, "rollcall drain we\t"); got != "rollcall drain we" {
 		t.Errorf("without an answer: %q", got)
 	}
-	if took := time.Since(begun); took < completionTimeout || took > completionTimeout+5*time.Second {
-		t.Errorf("a Redis that hangs: %v", took)
+	least := time.Hour // of a few, as this machine is busy
+	for range 3 {
+		begun := time.Now()
+		if out, stderr, code := s.rollcall(t, "drain", "we", complete); out+stderr != "" || code != 0 {
+			t.Errorf("exit %d, %s%s", code, out, stderr)
+		}
+		least = min(least, time.Since(begun))
+	}
+	if least < completionTimeout || least > completionTimeout*3/2 {
+		t.Errorf("a Redis that hangs costs %v", least)
 	}
 	s.redis.Signal(t, syscall.SIGCONT)
 }
