@@ -287,7 +287,9 @@ func TestRolesBounds(t *testing.T) {
 		{"zremrangebyscore rollcall:{web}:instances 0 1", no},
 		{"hset rollcall:{web}:meta a b", []string{sidecar, agent}}, {"hset rollcall:{api}:meta a b", []string{agent}}, {"hset rollcall:{_canary}:meta a b", []string{agent, reap}},
 		{"hdel rollcall:{web}:meta a", []string{sidecar, agent, reap, operate}}, {"hdel rollcall:{api}:meta a", []string{agent, reap, operate}},
-		{"hset rollcall:{web}:admin a b", []string{operate}}, {"hdel rollcall:{web}:admin a", []string{operate}},
+		{"hset rollcall:{web}:admin a b", []string{operate, reap}}, {"hdel rollcall:{web}:admin a", []string{operate, reap}}, // reapers end overrides
+		{"hset rollcall:{web}:bound a b", []string{operate, reap}}, {"hdel rollcall:{web}:bound a", []string{operate, reap}},
+		{"zadd rollcall:override-due 1 a", []string{operate, reap}}, {"zrem rollcall:override-due a", []string{operate, reap}},
 		{"hset rollcall:{web}:gone a b", []string{sidecar, agent, reap, operate}}, {"hset rollcall:{api}:gone a b", []string{agent, reap, operate}},
 		{"zadd rollcall:{web}:changed 1 a", []string{sidecar, agent, reap, operate}}, {"zadd rollcall:{api}:gone-at 1 a", []string{agent, reap, operate}},
 		{"incr rollcall:{web}:version", []string{sidecar, agent, reap, operate}}, {"incr rollcall:{api}:version", []string{agent, reap, operate}},

@@ -319,7 +319,7 @@ func (c *secured) bounds(t *testing.T, node *redistest.Server) {
 		{"hdel rollcall:{web}:meta a", []string{sidecar, agent, reap, operate}}, {"hdel rollcall:{api}:meta a", []string{agent, reap, operate}},
 		{"zadd rollcall:{web}:_canary:instances 1 a", []string{canary, reap}}, {"hset rollcall:{web}:_canary:meta a b", []string{canary, reap}},
 		{"incr rollcall:{web}:_canary:version", []string{canary, reap}}, {"hset rollcall:{web}:_canary:admin a b", no},
-		{"hset rollcall:{web}:admin a b", []string{operate}}, {"hdel rollcall:{api}:admin a", []string{operate}},
+		{"hset rollcall:{web}:admin a b", []string{operate, reap}}, {"hdel rollcall:{api}:admin a", []string{operate, reap}}, {"zadd rollcall:{web}:override-due 1 a", []string{operate, reap}},
 		{"hset rollcall:{web}:gone a b", []string{sidecar, agent, reap, operate}}, {"hset rollcall:{api}:gone a b", []string{agent, reap, operate}},
 		{"zadd rollcall:{web}:changed 1 a", []string{sidecar, agent, reap, operate}}, {"zadd rollcall:{api}:gone-at 1 a", []string{agent, reap, operate}},
 		{"incr rollcall:{web}:version", []string{sidecar, agent, reap, operate}}, {"incr rollcall:{api}:version", []string{agent, reap, operate}},
