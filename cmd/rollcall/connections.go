@@ -51,7 +51,7 @@ type connections struct {
 type connection struct {
 	net.Conn
 	of    *connections
-	busy  bool      // a request is under way; guarded by of.mu
+	busy  int       // requests under way, over HTTP/2 any number; guarded by of.mu
 	since time.Time // of its beginning, its last request's end, or this one's beginning; guarded by of.mu
 }
 
@@ -78,22 +78,27 @@ func (l *connections) Close() error { return l.close() }
 // Attach has l know of srv's requests. It must be called before srv serves.
 func (l *connections) Attach(srv *http.Server) {
 	type key struct{}
-	srv.ConnContext = func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, key{}, c) }
+	srv.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+		if secure, ok := c.(interface{ NetConn() net.Conn }); ok { // a *tls.Conn around it
+			c = secure.NetConn()
+		}
+		return context.WithValue(ctx, key{}, c)
+	}
 	next := srv.Handler
 	srv.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if c, ok := r.Context().Value(key{}).(*connection); ok {
-			l.mark(c, true)
-			defer l.mark(c, false)
+			l.mark(c, 1)
+			defer l.mark(c, -1)
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// mark notes that a request of c begins or ends, which makes c the newest.
-func (l *connections) mark(c *connection, busy bool) {
+// mark notes that a request of c begins, 1, or ends, -1, which makes c the newest.
+func (l *connections) mark(c *connection, more int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	c.busy, c.since = busy, time.Now()
+	c.busy, c.since = c.busy+more, time.Now()
 	if i := slices.Index(l.open, c); i >= 0 {
 		l.open = append(slices.Delete(l.open, i, i+1), c)
 	}
@@ -150,7 +155,7 @@ func (l *connections) closeOldest(leave time.Duration) (wait time.Duration) {
 		l.mu.Unlock()
 		return 0
 	}
-	i := max(0, slices.IndexFunc(l.open, func(c *connection) bool { return !c.busy }))
+	i := max(0, slices.IndexFunc(l.open, func(c *connection) bool { return c.busy == 0 }))
 	oldest := l.open[i]
 	if wait = leave - time.Since(oldest.since); wait <= 0 {
 		l.open = slices.Delete(l.open, i, i+1)

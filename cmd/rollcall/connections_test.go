@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"crypto/tls"
 	"fmt"
 	"net"
 	"net/http"
@@ -11,6 +12,7 @@ import (
 	"github.com/rs/zerolog"
 
 	"rollcall/lbsync/haproxy/haproxytest"
+	"rollcall/registrar/redistest"
 )
 
 // TestConnections: of too many connections the oldest without a request goes first, and
@@ -109,6 +111,86 @@ func TestConnections(t *testing.T) {
 		if cut := who == "0" || who == "1" || who == "2"; cut != (err != nil) {
 			t.Errorf("%s: %v", who, err)
 		}
+	}
+}
+
+// TestConnectionsTLS: over TLS too a connection has a request while one of its requests is
+// under way, and is none that goes first.
+func TestConnectionsTLS(t *testing.T) {
+	t.Parallel()
+	for version, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2.0": true} {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			files := redistest.NewCertificates(t)
+			inner, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			l := boundConnections(inner, 4, 1, zerolog.Nop())
+			started, release := make(chan string, 9), make(chan struct{})
+			mux := http.NewServeMux()
+			mux.HandleFunc("/hold", func(w http.ResponseWriter, r *http.Request) {
+				started <- r.Proto
+				select {
+				case <-release:
+				case <-r.Context().Done():
+				}
+			})
+			mux.HandleFunc("/", func(http.ResponseWriter, *http.Request) {})
+			srv := &http.Server{Handler: mux}
+			l.Attach(srv)
+			served := make(chan error, 1)
+			go func() { served <- srv.ServeTLS(l, files.Cert, files.Key) }()
+			defer func() {
+				srv.Close()
+				if err := <-served; err != http.ErrServerClosed {
+					t.Error(err)
+				}
+			}()
+			transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: http2}
+			defer transport.CloseIdleConnections()
+			c := http.Client{Timeout: 20 * time.Second, Transport: transport}
+			get := func(path string) error {
+				r, err := c.Get("https://" + inner.Addr().String() + path)
+				if err == nil {
+					r.Body.Close()
+				}
+				return err
+			}
+			held := make(chan error, 1)
+			go func() { held <- get("/hold") }()
+			if got := hears(t, started); got != version {
+				t.Fatalf("it speaks %s", got)
+			}
+			for range 3 { // over HTTP/2 on the same connection
+				if err := get("/"); err != nil {
+					t.Error(err)
+				}
+			}
+			for range 12 { // idle, each of which takes the place of an older one
+				idle, err := net.Dial("tcp", inner.Addr().String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer idle.Close()
+			}
+			haproxytest.Poll(t, "all but three of the idle are closed", func() error {
+				l.mu.Lock()
+				defer l.mu.Unlock()
+				busy := 0
+				for _, o := range l.open {
+					busy += min(o.busy, 1)
+				}
+				if len(l.open) > 4 || len(l.open) < 4 || busy != 1 {
+					return fmt.Errorf("%d are open, %d have a request", len(l.open), busy)
+				}
+				return nil
+			})
+			close(release)
+			if err := <-held; err != nil {
+				t.Errorf("who had a request was cut off: %v", err)
+			}
+		})
 	}
 }
 

@@ -384,18 +384,8 @@ func (d *explanation) tables(p printer) error {
 	default:
 		row("registry", 0, "not there, and no note of the last 10 min says how it went")
 	}
-	if w := d.Operator; w != nil {
-		says := []string{}
-		if w.State != registrar.AdminNone {
-			says = append(says, string(w.State)+", until ready")
-		}
-		if w.Weight != nil {
-			says = append(says, "weight "+strconv.Itoa(*w.Weight))
-		}
-		if w.Reason != "" {
-			says = append(says, "because: "+w.Reason)
-		}
-		row("operator", w.At, "%s", strings.Join(says, "; "))
+	if d.Operator != nil {
+		row("operator", d.Operator.At, "%s", d.override())
 	}
 	d.removal(row)
 	for _, b := range d.Balancers {
@@ -446,6 +436,37 @@ func (d *explanation) tables(p printer) error {
 		}
 	}
 	return nil
+}
+
+// override says what an operator has said, until when, of whom, why, and who that was.
+func (d *explanation) override() string {
+	w, says := d.Operator, []string{}
+	until := func(word string, at int64) string {
+		if at > 0 {
+			word += " or " + d.in(at)
+		}
+		return ", until " + word
+	}
+	if w.State != registrar.AdminNone {
+		says = append(says, string(w.State)+until("ready", w.Until))
+	}
+	if w.Weight != nil {
+		lasts := ""
+		if w.WeightUntil > 0 {
+			lasts = until("own", w.WeightUntil)
+		}
+		says = append(says, "weight "+strconv.Itoa(*w.Weight)+lasts)
+	}
+	if w.ID != "" {
+		says = append(says, "of this registration alone")
+	}
+	if w.By != "" {
+		says = append(says, "by "+w.By)
+	}
+	if w.Reason != "" {
+		says = append(says, "because: "+w.Reason)
+	}
+	return strings.Join(says, "; ")
 }
 
 func known(version int64) string {

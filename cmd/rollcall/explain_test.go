@@ -4,10 +4,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 
@@ -124,6 +126,21 @@ func TestExplain(t *testing.T) {
 		t.Fatal(stderr)
 	}
 	explain(0, "10.0.0.2:80", "not registered", "maint, until ready", "no note of the last 10 min")
+
+	three := 3
+	for _, word := range []registrar.Word{{Verb: "drain", Reason: "disk", By: "alice@ops", For: 2 * time.Hour}, {Verb: "weight", Weight: &three, By: "ci", For: time.Hour}} {
+		store, err := registrar.NewStore(rdb, registrar.DefaultNamespace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := store.SetAdmin(ctx, "web", netip.MustParseAddrPort("10.0.0.3:80"), word); err != nil {
+			t.Fatal(err)
+		}
+	}
+	doc = explain(0, "10.0.0.3:80", "drain, until ready or in 1h59m", "; weight 3, until own or in 59m", "; by ci; because: disk", "drained alice@ops disk, for 7200 s", "weight ci 3")
+	if doc.Operator == nil || doc.Operator.By != "ci" || doc.Operator.Until == 0 || doc.Operator.WeightUntil == 0 {
+		t.Errorf("%+v", doc.Operator)
+	}
 
 	// What only HAProxy and lbsync know.
 	name := ""

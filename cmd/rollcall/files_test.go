@@ -51,6 +51,7 @@ func TestNotAFile(t *testing.T) {
 		"the API's password":    {args: []string{"lbsync", "--dataplane", "http://127.0.0.1:1", "--dataplane-user", "u", "--dataplane-password-file", "PATH", "--backend", "web=be"}},
 		"the API's certificate": {args: []string{"lbsync", "--dataplane", "https://127.0.0.1:1", "--dataplane-ca", "PATH", "--backend", "web=be"}},
 		"--token-file":          {args: []string{"serve", "--token-file", "PATH"}},
+		"--tls-cert":            {args: []string{"serve", "--tls-cert", "PATH", "--tls-key", "PATH"}},
 	} {
 		for path, want := range kinds {
 			s := &system{redis: &redistest.Server{Addr: "127.0.0.1:1"}, env: []string{strings.ReplaceAll(c.env, "PATH", path)}}

@@ -61,7 +61,7 @@ func TestLoginRefused(t *testing.T) {
 	password("another")
 	refused := &system{redis: s.redis, env: s.env}
 	once := [][]string{
-		{"status"}, {"services"}, {"instances", "web"}, {"explain", "web", addr}, {"events"}, {"lb"}, {"wait", "web", "--for", "ready=1", "--timeout", "5s"},
+		{"status"}, {"services"}, {"instances", "web"}, {"overrides"}, {"overrides", "web"}, {"explain", "web", addr}, {"events"}, {"lb"}, {"wait", "web", "--for", "ready=1", "--timeout", "5s"},
 		{"drain", "web", addr}, {"maint", "web", addr}, {"ready", "web", addr}, {"weight", "web", addr, "10"}, {"deregister", "--service", "web", "--addr", addr}, {"doctor"},
 		{"reap", "--once", "--ttl", "1500ms"}, {"lbsync", "--once", "--socket", s.ha.Socket, "--backend", "other=be_other"},
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -313,7 +314,7 @@ func TestPage(t *testing.T) {
 		p.press("a wrong token")
 		p.reach("#reason")
 		p.press("new disk" + kb.Enter)
-		p.shows("#change-result", "not the token")
+		p.shows("#change-result", "not a token of this server")
 		p.press(pageToken)
 		p.reach("#reason")
 		p.press(kb.Enter)
@@ -410,12 +411,75 @@ func TestPage(t *testing.T) {
 		}
 	})
 
+	t.Run("it says who has overridden what until when, also of nobody", func(t *testing.T) {
+		say := func(addr string, w registrar.Word) {
+			t.Helper()
+			if _, _, err := store.SetAdmin(t.Context(), "web", netip.MustParseAddrPort(addr), w); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p := openTab(t, browser, url, 1280, 900, "")
+		state := row(a.Addr().String()) + ` td[data-label="State"]`
+		seven := 7
+		say(a.Addr().String(), registrar.Word{Verb: "weight", Weight: &seven, By: "ci", For: time.Hour})
+		say(a.Addr().String(), registrar.Word{Verb: "drain", Reason: "disk", By: "alice@ops"})
+		p.shows(state, "drain")
+		p.shows(state, "diskby alice@ops")
+		p.shows("#events li:first-child", "by alice@ops")
+		if got := ask[string](p, fmt.Sprintf(`document.querySelector(%q).title`, row(a.Addr().String())+` td[data-label="Weight"]`)); !strings.HasPrefix(got, "by alice@ops, until ") {
+			t.Errorf("the weight is %q", got)
+		}
+		say(a.Addr().String(), registrar.Word{Verb: "ready", By: "alice@ops"})
+		say(a.Addr().String(), registrar.Word{Verb: "weight"})
+
+		// One of nobody: it is a row of its own, and can be ended.
+		say("10.0.0.9:80", registrar.Word{Verb: "maint", Reason: "to come", By: "bob", For: 48 * time.Hour})
+		const button = `button[aria-label="Change the override of web 10.0.0.9:80"]`
+		const nobody = "tr:has(" + button + ")"
+		p.shows(nobody, "10.0.0.9:80absentmaintto comeby bob, until ")
+		p.shows("details summary", "1 override without an instance")
+		p.shows("#tiles", "2serving")
+		p.reach("#filter")
+		p.press("bob maint")
+		p.shows("#list", "10.0.0.9:80")
+		p.gone(row(b.Addr().String()))
+		p.do(chromedp.Evaluate[chromedp.Void](`document.querySelector("#filter").value = ""; document.querySelector("#filter").dispatchEvent(new Event("input"))`))
+		p.shows(row(b.Addr().String()), "serving")
+		p.reach(button)
+		p.press(kb.Enter)
+		p.shows("#change-now", "No instance has it now. Override: maint, by bob, until ")
+		p.reach("#token")
+		p.press(pageToken + kb.Enter)
+		p.shows("#change-result", "applied by 1 balancer")
+		p.gone(nobody)
+		p.press(kb.Escape)
+
+		// Until when is asked for, and checked.
+		p = openTab(t, browser, url, 1280, 900, "400")
+		p.reach(fmt.Sprintf(`button[aria-label="Change web %s"]`, a.Addr()))
+		p.press(kb.Enter)
+		p.reach("#token")
+		p.press(pageToken)
+		p.reach("#reason")
+		p.press("new disk")
+		p.reach("#for")
+		p.press("soon" + kb.Enter)
+		p.shows("#change-result", `for "soon": want a duration such as 2h`)
+		p.do(chromedp.Evaluate[chromedp.Void](`document.querySelector("#for").value = "90m"`))
+		p.press(kb.Enter)
+		p.shows("#change-result", "applied by 1 balancer")
+		p.press(kb.Escape)
+		p.shows(state, "new diskby http 127.0.0.1, until ")
+		say(a.Addr().String(), registrar.Word{Verb: "ready"})
+		answered(t, "http://"+s.ha.Addr("be")+"/", a, b)
+	})
+
 	t.Run("hostile names are text, on a phone too", func(t *testing.T) {
 		const evil = `"><img src=x onerror=pwned=1><script>pwned=1</script>`
 		long := strings.Repeat("wide", 60)
 		addr := haproxytest.NewInstance(t).Addr()
 		s.spawn(t, "register", "--service", "evil", "--addr", addr.String(), "--interval", "1s", "--zone", evil, "--tag", "k="+evil, "--tag", "long="+long)
-		if _, _, err := store.SetAdmin(t.Context(), "evil", addr, registrar.Word{Verb: "maint", Reason: (evil + long)[:250]}); err != nil {
+		if _, _, err := store.SetAdmin(t.Context(), "evil", addr, registrar.Word{Verb: "maint", Reason: (evil + long)[:250], By: (evil + long)[:250]}); err != nil {
 			t.Fatal(err)
 		}
 		v, err := store.Versions(t.Context(), []registrar.Service{"evil"})

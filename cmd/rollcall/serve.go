@@ -11,11 +11,12 @@ import (
 
 	"rollcall/notifier/httpapi"
 	"rollcall/registrar"
+	"rollcall/registrar/regular"
 )
 
 // servePool is the connections to Redis: one for the watcher, one for who has
-// applied what, the rest for writes that wait.
-const servePool = 6
+// applied what, one for overrides, the rest for writes that wait.
+const servePool = 7
 
 // serveConnections are open at most: streams and long polls last, so there is room for
 // all of them and for some more.
@@ -26,7 +27,9 @@ func serveCommand() *cli.Command {
 		Name: "serve", Usage: "serve the page and the HTTP API; read-only without --token-file",
 		Flags: redisFlags(append(httpFlags(),
 			&cli.StringFlag{Name: "listen", Value: "127.0.0.1:8300", EnvVars: env("listen"), Usage: "`ADDR:PORT` of the page and the API"},
-			&cli.StringFlag{Name: "token-file", EnvVars: env("token-file"), Usage: fmt.Sprintf("`FILE` of the token that allows writes, %d characters or more; it is read at every write", httpapi.MinToken)},
+			&cli.StringFlag{Name: "token-file", EnvVars: env("token-file"), Usage: fmt.Sprintf("`FILE` of what allows writes: one token, %d characters or more, or lines NAME TOKEN [SERVICE-PATTERN…]; it is read at every write", httpapi.MinToken)},
+			&cli.StringFlag{Name: "tls-cert", EnvVars: env("tls-cert"), Usage: "`FILE` of the certificate, in PEM with those between it and its CA, to speak TLS with; goes with --tls-key"},
+			&cli.StringFlag{Name: "tls-key", EnvVars: env("tls-key"), Usage: "`FILE` of the certificate's key, in PEM; both are looked at again at each handshake"},
 			&cli.StringSliceFlag{Name: "host", EnvVars: env("host"), Usage: "`NAME`, without a port, by which browsers may ask, beside localhost and IP addresses: that of a proxy in front, say; * takes every name; repeatable"},
 		)...),
 		Action: func(c *cli.Context) error {
@@ -58,13 +61,19 @@ func serveCommand() *cli.Command {
 				},
 			}
 			if file := c.String("token-file"); file != "" {
-				cfg.Token = func() (string, error) { return secretFile(file) }
+				cfg.Tokens = func() (httpapi.Tokens, error) { return readTokens(file) }
 			}
-			defer s.hangups(c, func() error {
-				if cfg.Token == nil {
+			pair, err := newKeyPair(c, s.log)
+			if err != nil {
+				return err
+			}
+			cfg.TLS = pair.config()
+			defer s.hangups(c, pair.check, func() error {
+				if cfg.Tokens == nil {
 					return nil
 				}
-				return httpapi.CheckToken(cfg.Token())
+				_, err := cfg.Tokens()
+				return err
 			})()
 			srv, err := httpapi.New(cfg, s.store, s.log)
 			if err != nil {
@@ -87,8 +96,24 @@ func serveCommand() *cli.Command {
 			if err != nil {
 				return fmt.Errorf("--listen: %w", err)
 			}
-			s.log.Info().Stringer("addr", l.Addr()).Bool("writes", cfg.Token != nil).Msg("serving the page and the API")
+			scheme := "http"
+			if pair != nil {
+				scheme = "https"
+			}
+			s.log.Info().Stringer("addr", l.Addr()).Str("url", scheme+"://"+l.Addr().String()).Bool("writes", cfg.Tokens != nil).Msg("serving the page and the API")
+			if cfg.Tokens != nil && pair == nil && !addr.Addr().Unmap().IsLoopback() {
+				s.log.Warn().Stringer("addr", l.Addr()).Msg("tokens can be read on their way here: give --tls-cert and --tls-key, or listen on loopback, behind a proxy that speaks TLS")
+			}
 			return srv.Serve(c.Context, boundConnections(l, serveConnections, serveShare, s.log))
 		},
 	}
+}
+
+// readTokens reads the file of --token-file.
+func readTokens(file string) (httpapi.Tokens, error) {
+	text, err := regular.Read(file)
+	if err != nil {
+		return httpapi.Tokens{}, fmt.Errorf("--token-file: %w", err)
+	}
+	return httpapi.ParseTokens(file, text)
 }

@@ -46,6 +46,12 @@ type Service struct {
 	Instances  []Instance        `json:"instances"`
 	Gone       []Gone            `json:"gone"` // the last ones, the latest first
 	Balancers  []Balancer        `json:"balancers"`
+	// Away are overrides that are in force for no instance, the first 1,000 by address:
+	// they are not members of the service. AwayCount is of all, and AwayAt when they were
+	// read; 0 = not yet.
+	Away      []Away `json:"away"`
+	AwayCount int    `json:"away_count"`
+	AwayAt    int64  `json:"away_at"`
 }
 
 // States of an Instance, beside drain and maint.
@@ -70,7 +76,7 @@ type Instance struct {
 	ID         string            `json:"id,omitempty"`
 	Registered int64             `json:"registered,omitempty"` // by its own clock
 	Reason     string            `json:"reason,omitempty"`     // of the state
-	Word       *registrar.Admin  `json:"word,omitempty"`       // an operator's
+	Word       *Word             `json:"word,omitempty"`       // an operator's
 	// Serving is how many of Balancers, the live ones that are to serve it, send it requests.
 	Serving   int         `json:"serving"`
 	Balancers int         `json:"balancers"`
@@ -126,6 +132,7 @@ type service struct {
 	now    int64     // of it, by Redis' clock
 	acks   []registrar.Balancer
 	sights []registrar.Sight
+	away   away
 	lag    map[string]time.Time // since when each live balancer is behind
 	empty  time.Time            // since when it has no instance; zero = it has
 
@@ -159,8 +166,10 @@ type document struct {
 	ages func() []byte // its heartbeats
 }
 
-// fold takes a change in.
-func (s *service) fold(c notifier.Change, now time.Time) {
+// fold takes a change in, and tells whether it may have left an override without its
+// instance.
+func (s *service) fold(c notifier.Change, now time.Time) (frees bool) {
+	frees = c.Full
 	old := map[string]Instance{}
 	if s.doc != nil {
 		for _, i := range s.doc.Instances {
@@ -175,6 +184,7 @@ func (s *service) fold(c notifier.Change, now time.Time) {
 		e := s.view.Lookup(addr)
 		s.read[addr] = c.Now
 		last, shown := old[addr.String()]
+		frees = frees || !e.Present || shown && last.ID != e.Instance.Meta.ID
 		switch _, kept := s.absent[addr]; {
 		case e.Present || e.Gone != nil || e.Garbage != "":
 			delete(s.absent, addr)
@@ -182,6 +192,7 @@ func (s *service) fold(c notifier.Change, now time.Time) {
 			s.absent[addr] = absence{last, now.Add(c.TTL + 2*c.Interval)}
 		}
 	}
+	return frees
 }
 
 // build makes the document of what is known now.
@@ -229,6 +240,8 @@ func (s *service) build(now time.Time) *document {
 		}
 		d.Balancers = append(d.Balancers, row)
 	}
+	d.Away, d.AwayCount = s.missing()
+	d.AwayAt = s.away.at
 	d.summary = d.sum()
 	d.json = sync.OnceValue(func() []byte { return encode(d.Service) })
 	d.ages = sync.OnceValue(func() []byte {
@@ -298,16 +311,13 @@ func (s *service) inHAProxy(addr netip.AddrPort) []InHAProxy {
 func instance(i registrar.Instance, read, suspect int64) Instance {
 	out := Instance{
 		Addr: i.Addr.String(), State: stateReady, Weight: i.Weight(), Beat: i.Beat, AgeMS: max(0, read-i.Beat),
-		Zone: i.Meta.Zone, Tags: i.Meta.Tags, ID: i.Meta.ID, Registered: i.Meta.Registered, Reason: i.Admin.Reason,
+		Zone: i.Meta.Zone, Tags: i.Meta.Tags, ID: i.Meta.ID, Registered: i.Meta.Registered, Reason: i.Admin.Reason, Word: newWord(i.Admin),
 	}
 	switch {
 	case i.Admin.State != registrar.AdminNone:
 		out.State = string(i.Admin.State)
 	case i.Meta.Draining:
 		out.State = stateDraining
-	}
-	if i.Admin != (registrar.Admin{}) {
-		out.Word = &i.Admin
 	}
 	out.Silent = out.AgeMS > suspect
 	return out
@@ -349,7 +359,8 @@ func (d *document) sum() Summary {
 func (d *document) same(o *document) bool {
 	return d.token == o.token && d.TTLMS == o.TTLMS && d.IntervalMS == o.IntervalMS &&
 		slices.EqualFunc(d.Instances, o.Instances, Instance.same) && slices.Equal(d.Gone, o.Gone) &&
-		slices.EqualFunc(d.Balancers, o.Balancers, Balancer.same)
+		slices.EqualFunc(d.Balancers, o.Balancers, Balancer.same) &&
+		d.AwayCount == o.AwayCount && slices.EqualFunc(d.Away, o.Away, Away.same)
 }
 
 func (i Instance) same(o Instance) bool {

@@ -10,7 +10,7 @@ import (
 // TestPast recalls the membership before the first look from the log.
 func TestPast(t *testing.T) {
 	t.Parallel()
-	maint := &registrar.Admin{State: registrar.AdminMaint}
+	maint := &Word{Admin: registrar.Admin{State: registrar.AdminMaint}}
 	for _, c := range []struct {
 		name   string
 		now    []Instance

@@ -96,10 +96,11 @@ func (p *picture) fold(c notifier.Change, now time.Time) {
 		delete(p.removed, c.Service)
 	}
 	before := s.view.Token
-	s.fold(c, now)
+	frees := s.fold(c, now)
 	if before != s.view.Token {
 		s.due, s.pause, s.since = now, 0, time.Time{} // who has applied it?
 		s.lagging(now)
+		s.away.unread = s.away.unread || s.away.count > 0 || frees
 	}
 	p.renew(s, c.Now, now)
 }

@@ -2,6 +2,7 @@ package httpapi
 
 import (
 	"context"
+	"crypto/tls"
 	"embed"
 	"errors"
 	"fmt"
@@ -32,8 +33,6 @@ const (
 	// maxReads is how many requests have Redis read for them at the same time:
 	// the survey, the log and the writes need connections too.
 	maxReads = 2
-	// MinToken is the fewest characters of a token.
-	MinToken = 16
 
 	maxBody       = 64 << 10
 	maxHeader     = 16 << 10
@@ -58,9 +57,11 @@ var files embed.FS
 type Config struct {
 	Namespace string
 	Version   string // of the program
-	// Token returns the token that allows writes, at least MinToken characters;
-	// nil = nobody may write. It is called for every write.
-	Token func() (string, error)
+	// Tokens returns what allows writes; nil = nobody may write. It is called for every
+	// write, and for each that it returns an error nobody may write.
+	Tokens func() (Tokens, error)
+	// TLS, if not nil, is what the server speaks TLS with; it has the certificate.
+	TLS *tls.Config
 	// Hosts are names, without a port, by which browsers may ask, beside
 	// localhost and IP addresses; AnyHost = every name.
 	Hosts []string
@@ -79,6 +80,9 @@ type Server struct {
 	watcher *notifier.Watcher
 	picture *picture
 	hot     chan struct{} // of capacity 1: a balancer is to be asked
+	changed chan struct{} // of capacity 1: overrides are to be read, perhaps
+	// rest is the least time between two reads of a service's overrides.
+	rest time.Duration
 	// patience is how long a reader of the stream may take nothing.
 	patience time.Duration
 	// bodies is how long a request's body may take.
@@ -90,7 +94,7 @@ type Server struct {
 	refused               refused
 }
 
-// New checks cfg and returns a Server. It does no I/O but to read the token. Of
+// New checks cfg and returns a Server. It does no I/O but to read the tokens. Of
 // a Cluster it cannot show anything.
 func New(cfg Config, store *registrar.Store, log zerolog.Logger) (*Server, error) {
 	if store.Cluster() {
@@ -101,14 +105,14 @@ func New(cfg Config, store *registrar.Store, log zerolog.Logger) (*Server, error
 			return nil, fmt.Errorf("host %q: want a name without a port or a scheme, such as ops.example, or %s for every name", clip(h), AnyHost)
 		}
 	}
-	if cfg.Token != nil {
-		if err := CheckToken(cfg.Token()); err != nil {
+	if cfg.Tokens != nil {
+		if _, err := cfg.Tokens(); err != nil {
 			return nil, err
 		}
 	}
 	s := &Server{
 		cfg: cfg, store: store, log: log.With().Str("component", "serve").Logger(),
-		picture: newPicture(time.Now()), hot: make(chan struct{}, 1), patience: writeTimeout, bodies: bodyTimeout,
+		picture: newPicture(time.Now()), hot: make(chan struct{}, 1), changed: make(chan struct{}, 1), rest: awayEvery, patience: writeTimeout, bodies: bodyTimeout,
 		streams: slots{max: MaxStreams}, waits: slots{max: MaxWaits}, reads: slots{max: maxReads}, refused: refused{by: map[netip.Addr]*bucket{}},
 	}
 	var err error
@@ -161,6 +165,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	working.Go(func() { _ = s.watcher.Run(ctx, s.fold) }) // it returns nil
 	working.Go(func() { s.survey(ctx) })
 	working.Go(func() { s.follow(ctx) })
+	working.Go(func() { s.readAway(ctx) })
 	working.Go(func() {
 		<-ctx.Done()
 		tctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
@@ -169,7 +174,13 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			_ = srv.Close() // who still reads has had its time
 		}
 	})
-	err := srv.Serve(l)
+	var err error
+	if s.cfg.TLS != nil {
+		srv.TLSConfig = s.cfg.TLS.Clone()
+		err = srv.ServeTLS(l, "", "") // the certificate is TLSConfig's
+	} else {
+		err = srv.Serve(l)
+	}
 	stop()
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
@@ -179,9 +190,11 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 
 func (s *Server) fold(c notifier.Change) {
 	s.picture.fold(c, time.Now())
-	select {
-	case s.hot <- struct{}{}:
-	default: // it has been told
+	for _, wake := range []chan struct{}{s.hot, s.changed} {
+		select {
+		case wake <- struct{}{}:
+		default: // it has been told
+		}
 	}
 }
 

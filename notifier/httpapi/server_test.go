@@ -45,6 +45,9 @@ type world struct {
 	patience time.Duration
 	bodies   time.Duration // if not 0, is how long a body may take
 	listen   string        // "" = on loopback
+	rest     time.Duration // if not 0, is the least time between two reads of a service's overrides
+	// secure, if not nil, has the server speak TLS, and clients speak it.
+	secure *secure
 }
 
 type lockedBuffer struct {
@@ -89,7 +92,7 @@ func (w *world) serve(t *testing.T, change func(*httpapi.Config)) {
 	t.Helper()
 	cfg := httpapi.Config{
 		Namespace: registrar.DefaultNamespace, Version: "test",
-		Token: func() (string, error) { return secret, nil },
+		Tokens: tokens(secret),
 		Status: func(o registrar.Overview, n httpapi.Counts) httpapi.Status {
 			healthy := false
 			for _, r := range o.Reapers {
@@ -98,12 +101,19 @@ func (w *world) serve(t *testing.T, change func(*httpapi.Config)) {
 			return httpapi.Status{Healthy: healthy, Document: map[string]any{"healthy": healthy, "counts": n}}
 		},
 	}
+	scheme := "http://"
+	if w.secure != nil {
+		cfg.TLS, scheme = w.secure.server, "https://"
+	}
 	if change != nil {
 		change(&cfg)
 	}
 	var err error
 	if w.server, err = httpapi.New(cfg, w.store, zerolog.New(w.log)); err != nil {
 		t.Fatal(err)
+	}
+	if w.rest > 0 {
+		httpapi.SetRest(w.server, w.rest)
 	}
 	if w.bodies > 0 {
 		httpapi.SetBodies(w.server, w.bodies)
@@ -119,7 +129,7 @@ func (w *world) serve(t *testing.T, change func(*httpapi.Config)) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.url = "http://" + l.Addr().String()
+	w.url = scheme + l.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- w.server.Serve(ctx, l) }()
@@ -140,6 +150,11 @@ func (w *world) serve(t *testing.T, change func(*httpapi.Config)) {
 			t.Log(w.log)
 		}
 	})
+}
+
+// tokens is a configuration's, of the text of a file.
+func tokens(text string) func() (httpapi.Tokens, error) {
+	return func() (httpapi.Tokens, error) { return httpapi.ParseTokens("tokens", []byte(text)) }
 }
 
 func address(n int) netip.AddrPort {
@@ -184,7 +199,11 @@ func (w *world) fetch(method, path, body string, headers ...string) (reply, erro
 		}
 		req.Header.Set(headers[i], headers[i+1])
 	}
-	r, err := client.Do(req)
+	c := client
+	if w.secure != nil {
+		c = w.secure.client
+	}
+	r, err := c.Do(req)
 	if err != nil {
 		return reply{}, err
 	}
@@ -789,7 +808,12 @@ func TestConfig(t *testing.T) {
 		{"", errors.New("no such file"), "no such file"},
 		{strings.Repeat("x", httpapi.MinToken), nil, ""},
 	} {
-		_, err := httpapi.New(httpapi.Config{Token: func() (string, error) { return c.token, c.err }}, store, zerolog.Nop())
+		_, err := httpapi.New(httpapi.Config{Tokens: func() (httpapi.Tokens, error) {
+			if c.err != nil {
+				return httpapi.Tokens{}, c.err
+			}
+			return tokens(c.token)()
+		}}, store, zerolog.Nop())
 		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
 			t.Errorf("%q, %v: %v, want %q", c.token, c.err, err, c.want)
 		}

@@ -46,14 +46,16 @@ func (s *Server) getStream(w http.ResponseWriter, r *http.Request) {
 	about := s.about()
 	rc := http.NewResponseController(w)
 	send := func(text []byte) bool {
-		err := rc.SetWriteDeadline(time.Now().Add(s.patience))
+		end := time.Now().Add(s.patience)
+		err := rc.SetWriteDeadline(end)
 		if err == nil {
 			_, err = w.Write(text)
 		}
 		if err == nil {
 			err = rc.Flush()
 		}
-		if errors.Is(err, os.ErrDeadlineExceeded) {
+		// Over HTTP/2 the deadline closes the stream, which is all that a write says.
+		if errors.Is(err, os.ErrDeadlineExceeded) || err != nil && !time.Now().Before(end) {
 			s.dropped.Add(1)
 		}
 		return err == nil
@@ -113,5 +115,5 @@ func (p *picture) spell(msgs []message, seq int64) []byte {
 }
 
 func (s *Server) about() meta {
-	return meta{Namespace: s.cfg.Namespace, Version: s.cfg.Version, Writes: s.cfg.Token != nil}
+	return meta{Namespace: s.cfg.Namespace, Version: s.cfg.Version, Writes: s.cfg.Tokens != nil}
 }

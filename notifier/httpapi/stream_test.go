@@ -43,7 +43,11 @@ func (w *world) follow(t *testing.T, query, last string) *reader {
 	if last != "" {
 		req.Header.Set("Last-Event-ID", last)
 	}
-	resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
+	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	if w.secure != nil {
+		c.Transport = w.secure.client.Transport
+	}
+	resp, err := c.Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}

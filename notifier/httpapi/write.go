@@ -1,9 +1,8 @@
 package httpapi
 
 import (
+	"cmp"
 	"context"
-	"crypto/sha256"
-	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -23,22 +22,10 @@ import (
 
 var (
 	errReadOnly = errors.New("this server is read-only; start it with --token-file to allow writes")
-	errToken    = errors.New("want the header Authorization: Bearer TOKEN, with the token of --token-file")
+	errToken    = errors.New("want the header Authorization: Bearer TOKEN, with a token of --token-file")
 	errGuesses  = errors.New("too many wrong tokens from this address; come again later")
 	errJSON     = errors.New("want the header Content-Type: application/json")
 )
-
-// CheckToken takes what a Config's Token returned, and tells what is wrong with
-// it.
-func CheckToken(token string, err error) error {
-	switch {
-	case err != nil:
-		return fmt.Errorf("token: %w", err)
-	case len(token) < MinToken:
-		return fmt.Errorf("token: want at least %d characters", MinToken)
-	}
-	return nil
-}
 
 // done is the answer to a write.
 type done struct {
@@ -62,7 +49,7 @@ func (s *Server) postWord(w http.ResponseWriter, r *http.Request) {
 
 func (s *Server) deleteInstance(w http.ResponseWriter, r *http.Request) {
 	s.write(w, r, "deregister", func(ctx context.Context, svc registrar.Service, addr netip.AddrPort, o order) (done, error) {
-		version, err := s.store.Deregister(ctx, svc, addr, o.force, "")
+		version, err := s.store.Deregister(ctx, svc, addr, o.force, o.word.By)
 		return done{Version: version}, err
 	})
 }
@@ -70,7 +57,8 @@ func (s *Server) deleteInstance(w http.ResponseWriter, r *http.Request) {
 // write does one operator's word, after every check, and waits for the balancers
 // if that is asked for.
 func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do func(context.Context, registrar.Service, netip.AddrPort, order) (done, error)) {
-	if code, err := s.authorize(r); err != nil {
+	as, by, code, err := s.authorize(r)
+	if err != nil {
 		if code == http.StatusUnauthorized {
 			w.Header().Set("WWW-Authenticate", "Bearer")
 		}
@@ -80,6 +68,10 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do f
 	svc, err := registrar.ParseService(r.PathValue("service"))
 	if err != nil {
 		fail(w, http.StatusBadRequest, err)
+		return
+	}
+	if err := as.allows(svc); err != nil {
+		fail(w, http.StatusForbidden, err)
 		return
 	}
 	addr, err := registrar.ParseAddr(r.PathValue("addr"))
@@ -102,6 +94,7 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do f
 		fail(w, code, err)
 		return
 	}
+	o.word.By = by
 	// The body has been read to its end; what follows may take longer.
 	if err := rc.SetReadDeadline(time.Time{}); err != nil {
 		fail(w, http.StatusInternalServerError, err)
@@ -114,10 +107,13 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, verb string, do f
 	if err != nil {
 		log = s.log.Warn().Err(err)
 	}
-	log.Str("service", string(svc)).Stringer("addr", addr).Str("verb", verb).Str("reason", o.word.Reason).Str("who", "http "+r.RemoteAddr).Bool("force", o.force).Msg("an operator's word")
+	log.Str("service", string(svc)).Stringer("addr", addr).Str("verb", verb).Str("reason", o.word.Reason).Str("who", "http "+r.RemoteAddr).Str("by", by).Bool("force", o.force).Msg("an operator's word")
 	switch {
 	case errors.Is(err, registrar.ErrAbsent) && verb == "deregister":
 		fail(w, http.StatusNotFound, err)
+		return
+	case errors.Is(err, registrar.ErrAbsent) && o.word.Scope == registrar.ScopeRegistration:
+		fail(w, http.StatusNotFound, fmt.Errorf("%w; scope registration is of the one that is there now, scope address of whoever comes", err))
 		return
 	case errors.Is(err, registrar.ErrAbsent):
 		fail(w, http.StatusNotFound, fmt.Errorf("%w; ?absent=true says it for who is to come", err))
@@ -175,35 +171,35 @@ func (s *Server) await(ctx context.Context, out *done, patience time.Duration) (
 	return code
 }
 
-// authorize tells who may not write, and with what code.
-func (s *Server) authorize(r *http.Request) (code int, err error) {
-	if s.cfg.Token == nil {
-		return http.StatusForbidden, errReadOnly
+// authorize returns the token that a write comes with, and by whom it is; or why it may
+// not be done, and with what code.
+func (s *Server) authorize(r *http.Request) (as token, by string, code int, err error) {
+	if s.cfg.Tokens == nil {
+		return as, "", http.StatusForbidden, errReadOnly
 	}
 	// A browser sends no Authorization by itself, so nobody can be tricked into
 	// a write; that another site's page asks is refused all the same.
 	if err := http.NewCrossOriginProtection().Check(r); err != nil {
-		return http.StatusForbidden, err
+		return as, "", http.StatusForbidden, err
 	}
 	from, err := netip.ParseAddrPort(r.RemoteAddr)
 	if err != nil {
-		return http.StatusForbidden, fmt.Errorf("remote address: %w", err)
+		return as, "", http.StatusForbidden, fmt.Errorf("remote address: %w", err)
 	}
-	token, err := s.cfg.Token()
-	if err := CheckToken(token, err); err != nil {
+	tokens, err := s.cfg.Tokens()
+	if err != nil {
 		s.log.Error().Err(err).Msg("nobody can write")
-		return http.StatusServiceUnavailable, errors.New("the server cannot read its token")
+		return as, "", http.StatusServiceUnavailable, errors.New("the server cannot read its tokens; its log says why")
 	}
-	given, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	want, got := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(given))
-	if ok && subtle.ConstantTimeCompare(want[:], got[:]) == 1 {
-		return 0, nil // whoever else is behind its address
+	given, bearer := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if as, ok := tokens.find(given); ok && bearer {
+		return as, as.by(from.Addr()), 0, nil // whoever else is behind its address
 	}
 	if !s.refused.allows(from.Addr(), time.Now()) {
-		return http.StatusTooManyRequests, errGuesses
+		return as, "", http.StatusTooManyRequests, errGuesses
 	}
 	s.refused.note(from.Addr(), time.Now())
-	return http.StatusUnauthorized, errToken
+	return as, "", http.StatusUnauthorized, errToken
 }
 
 // order is what a write says beside service and address.
@@ -212,10 +208,22 @@ type order struct {
 	force bool
 }
 
+// body is what a write's body may have.
+type body struct {
+	Reason string          `json:"reason"`
+	Weight json.RawMessage `json:"weight"` // a number, or null for the instance's own
+	For    string          `json:"for"`    // a duration
+	Scope  string          `json:"scope"`
+}
+
 // order reads the body and the query.
 func (s *Server) order(w http.ResponseWriter, r *http.Request, verb string) (o order, code int, err error) {
-	o.force = r.URL.Query().Get("force") == "true"
+	q := r.URL.Query()
+	o.force = q.Get("force") == "true"
 	if verb == "deregister" {
+		if q.Has("for") || q.Has("scope") {
+			return o, http.StatusBadRequest, errors.New("deregister: takes no for and no scope")
+		}
 		if _, err := io.Copy(io.Discard, http.MaxBytesReader(w, r.Body, maxBody)); err != nil {
 			return o, http.StatusBadRequest, fmt.Errorf("body: %w", err)
 		}
@@ -224,13 +232,10 @@ func (s *Server) order(w http.ResponseWriter, r *http.Request, verb string) (o o
 	if t, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || t != "application/json" {
 		return o, http.StatusUnsupportedMediaType, errJSON
 	}
-	var body struct {
-		Reason string          `json:"reason"`
-		Weight json.RawMessage `json:"weight"` // a number, or null for the instance's own
-	}
+	var b body
 	dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
 	dec.DisallowUnknownFields()
-	err = dec.Decode(&body)
+	err = dec.Decode(&b)
 	var large *http.MaxBytesError
 	switch {
 	case errors.As(err, &large):
@@ -241,12 +246,18 @@ func (s *Server) order(w http.ResponseWriter, r *http.Request, verb string) (o o
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return o, http.StatusBadRequest, errors.New("body: want one JSON object and nothing after it")
 	}
-	o.word = registrar.Word{Verb: verb, Reason: body.Reason, Force: o.force, Known: r.URL.Query().Get("absent") != "true"}
-	return o, http.StatusBadRequest, o.check(body.Weight)
+	for name, field := range map[string]*string{"for": &b.For, "scope": &b.Scope} {
+		if said := q.Get(name); said != "" && *field != "" && said != *field {
+			return o, http.StatusBadRequest, fmt.Errorf("%s: the query says %q and the body %q; say it in one of them", name, clip(said), clip(*field))
+		}
+		*field = cmp.Or(*field, q.Get(name))
+	}
+	o.word = registrar.Word{Verb: verb, Reason: b.Reason, Force: o.force, Known: q.Get("absent") != "true", Scope: registrar.Scope(b.Scope)}
+	return o, http.StatusBadRequest, o.check(b)
 }
 
-// check holds what each verb needs and may have.
-func (o *order) check(weight json.RawMessage) error {
+// check holds what each verb needs and may have, and sets what it parses.
+func (o *order) check(b body) error {
 	w := &o.word
 	switch w.Verb {
 	case "drain", "maint":
@@ -266,18 +277,36 @@ func (o *order) check(weight json.RawMessage) error {
 	if len(w.Reason) > registrar.MaxText || !utf8.ValidString(w.Reason) || strings.ContainsFunc(w.Reason, unicode.IsControl) {
 		return fmt.Errorf("reason: want at most %d bytes, on one line", registrar.MaxText)
 	}
-	if (w.Verb == "weight") != (weight != nil) {
+	if (w.Verb == "weight") != (b.Weight != nil) {
 		return errors.New("weight: goes with the verb weight, a number or null for the instance's own")
 	}
-	if weight == nil || string(weight) == "null" {
+	if b.Weight != nil && string(b.Weight) != "null" {
+		n := 0
+		if err := json.Unmarshal(b.Weight, &n); err != nil {
+			return fmt.Errorf("weight: %w", err)
+		}
+		if err := registrar.CheckWeight(n); err != nil {
+			return err
+		}
+		w.Weight = &n
+	}
+	switch w.Scope {
+	case registrar.ScopeDefault, registrar.ScopeAddress, registrar.ScopeRegistration:
+	default:
+		return fmt.Errorf("scope %q: want %s or %s", clip(string(w.Scope)), registrar.ScopeAddress, registrar.ScopeRegistration)
+	}
+	if b.For == "" {
 		return nil
 	}
-	n := 0
-	if err := json.Unmarshal(weight, &n); err != nil {
-		return fmt.Errorf("weight: %w", err)
+	d, err := time.ParseDuration(b.For)
+	switch {
+	case w.Verb == "ready" || w.Verb == "weight" && w.Weight == nil:
+		return fmt.Errorf("for: %s ends an override, and lasts no time", w.Verb)
+	case err != nil || d < time.Second || d > registrar.MaxFor:
+		return fmt.Errorf("for %q: want a duration such as 2h, from %v to %v", clip(b.For), time.Second, registrar.MaxFor)
 	}
-	w.Weight = &n
-	return registrar.CheckWeight(n)
+	w.For = d
+	return nil
 }
 
 // Of wrong tokens an address may send guesses at once, and one more each

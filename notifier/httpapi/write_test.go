@@ -2,11 +2,14 @@ package httpapi_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"rollcall/notifier/httpapi"
 	"rollcall/registrar"
@@ -59,6 +62,17 @@ func TestWrites(t *testing.T) {
 
 		{"drain by force", "POST", at + "/drain?force=true", `{"reason":"x"}`, auth, 400, "force"},
 		{"ready by force", "POST", at + "/ready?force=true", `{}`, auth, 400, "force"},
+		{"for no duration", "POST", at + "/drain", `{"reason":"x","for":"2 hours"}`, auth, 400, `for \"2 hours\": want a duration such as 2h, from 1s to 8784h0m0s`},
+		{"for too short", "POST", at + "/drain?for=999ms", `{"reason":"x"}`, auth, 400, "from 1s to 8784h0m0s"},
+		{"for too long", "POST", at + "/weight", `{"weight":1,"for":"8784h1ns"}`, auth, 400, "from 1s to 8784h0m0s"},
+		{"for two times", "POST", at + "/drain?for=2h", `{"reason":"x","for":"1h"}`, auth, 400, "say it in one of them"},
+		{"for what ends one", "POST", at + "/ready", `{"for":"2h"}`, auth, 400, "ready ends an override"},
+		{"for the own weight", "POST", at + "/weight?for=2h", `{"weight":null}`, auth, 400, "weight ends an override"},
+		{"a scope that is none", "POST", at + "/drain", `{"reason":"x","scope":"instance"}`, auth, 400, `scope \"instance\": want address or registration`},
+		{"another scope that is none", "POST", at + "/ready?scope=all", `{}`, auth, 400, "want address or registration"},
+		{"deregister for a time", "DELETE", at + "?for=2h", "", auth, 400, "takes no for"},
+		{"deregister a scope", "DELETE", at + "?scope=address", "", auth, 400, "no scope"},
+		{"a registration that is not there", "POST", "/v1/services/web/instances/10.0.0.7:8080/drain?scope=registration&absent=true", `{"reason":"x"}`, auth, 404, "of the one that is there now"},
 
 		{"drain", "POST", at + "/drain", `{"reason":"<b>new</b> disk"}`, auth, 200, `"done":"drain","version":2,"present":true}`},
 		{"the same page's own", "POST", at + "/drain", `{"reason":"other"}`, with("Sec-Fetch-Site", "same-origin"), 200, `"version":3`},
@@ -134,10 +148,128 @@ func TestWriteOfTheLast(t *testing.T) {
 	}
 }
 
+// TestWriteForAndScope says in the body and in the query how long an override lasts, and
+// of whom it is.
+func TestWriteForAndScope(t *testing.T) {
+	t.Parallel()
+	w := start(t, nil, func(w *world) { w.beat(t, "web", 1, registrar.Meta{}) })
+	for _, c := range []struct {
+		verb, body   string
+		state, lasts time.Duration // until then from the override's time; 0 = for ever
+		scope        registrar.Scope
+	}{
+		{"drain", `{"reason":"x","for":"2h"}`, 2 * time.Hour, 0, registrar.ScopeAddress},
+		{"drain?for=90m&scope=registration", `{"reason":"x"}`, 90 * time.Minute, 0, registrar.ScopeRegistration},
+		{"weight?for=1s", `{"weight":7,"for":"1s","scope":"registration"}`, 90 * time.Minute, time.Second, registrar.ScopeRegistration},
+		{"ready", `{}`, 0, time.Second, registrar.ScopeRegistration},
+		{"weight", `{"weight":null}`, 0, 0, ""},
+		{"maint?scope=address", `{"reason":"x"}`, 0, 0, registrar.ScopeAddress},
+	} {
+		r, err := w.fetch("POST", "/v1/services/web/instances/10.0.0.1:8080/"+c.verb, c.body, "Authorization", "Bearer "+secret, "Content-Type", jsonType)
+		if err != nil || r.code != 200 {
+			t.Fatalf("%s %s: %v %+v", c.verb, c.body, err, r)
+		}
+		entry, err := w.store.Entry(t.Context(), "web", address(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := entry.Admin
+		left := func(until int64) time.Duration { // of what was said before this one
+			if until == 0 {
+				return 0
+			}
+			return time.Duration(until-entry.Now) * time.Millisecond
+		}
+		within := func(got, want time.Duration) bool {
+			return got <= want && got > want-10*time.Second && (got == 0) == (want == 0)
+		}
+		scope := registrar.Scope("")
+		switch {
+		case a.ID != "":
+			scope = registrar.ScopeRegistration
+		case a.State != "" || a.Weight != nil:
+			scope = registrar.ScopeAddress
+		}
+		if !within(left(a.Until), c.state) || !within(left(a.WeightUntil), c.lasts) || scope != c.scope {
+			t.Errorf("%s %s: %+v", c.verb, c.body, a)
+		}
+	}
+}
+
+// TestNamedTokens writes as one or another: each only to its services, and each change
+// says by whom. The file may change, and be broken for a while.
+func TestNamedTokens(t *testing.T) {
+	t.Parallel()
+	const ci, ops = "the-token-of-ci-1", "the-token-of-ops-2"
+	var file atomic.Value
+	file.Store("# two\nci " + ci + " web-*\nops " + ops + "\n")
+	w := start(t, func(c *httpapi.Config) {
+		c.Tokens = func() (httpapi.Tokens, error) { return tokens(file.Load().(string))() }
+	}, func(w *world) {
+		w.beat(t, "web-1", 1, registrar.Meta{})
+		w.beat(t, "api", 1, registrar.Meta{})
+	})
+	write := func(token, svc, verb string, code int, says string) {
+		t.Helper()
+		method, path, body := "POST", "/v1/services/"+svc+"/instances/10.0.0.1:8080", `{"reason":"x"}`
+		switch verb {
+		case "deregister":
+			method = "DELETE"
+		case "ready":
+			body = "{}"
+			fallthrough
+		default:
+			path += "/" + verb
+		}
+		r, err := w.fetch(method, path+"?force="+fmt.Sprint(verb == "deregister"), body, "Authorization", "Bearer "+token, "Content-Type", jsonType)
+		if err != nil || r.code != code || !strings.Contains(r.body, says) {
+			t.Errorf("%s %s as %s: %v %d %s, want %d %s", verb, svc, token, err, r.code, r.body, code, says)
+		}
+	}
+	write(ci, "web-1", "drain", 200, "")
+	for _, verb := range []string{"drain", "deregister"} {
+		write(ci, "api", verb, 403, "the token ci may not change the service api, only web-*")
+	}
+	write(ops, "api", "maint", 200, "")
+	write(ops+"x", "api", "maint", 401, "a token of --token-file")
+	write("ci", "web-1", "drain", 401, "")
+	if d := w.shows(t, "api", "is out", func(d httpapi.Service) bool { return d.Instances[0].Word != nil }); d.Instances[0].Word.By != "ops" {
+		t.Errorf("%+v", d.Instances[0].Word)
+	}
+	write(ops, "web-1", "deregister", 200, "")
+	eventually(t, "events say who", func() error {
+		r := w.get(t, "/v1/events")
+		for _, want := range []string{`"service":"web-1","addr":"10.0.0.1:8080","what":"drained","version":2,"by":"ci"`, `"what":"maint","version":2,"by":"ops"`, `"what":"deregistered","version":3,"by":"ops"`} {
+			if !strings.Contains(r.body, want) {
+				return fmt.Errorf("no %s in %s", want, r.body)
+			}
+		}
+		return nil
+	})
+
+	file.Store("ci " + ci + "\nops short\n")
+	write(ci, "web-1", "ready", 503, "cannot read its tokens")
+	if log := w.log.String(); !strings.Contains(log, "token file tokens:2: the second word, the token, is too short") || strings.Contains(log, ci) {
+		t.Errorf("the log: %s", log)
+	}
+	file.Store(secret)
+	write(ci, "api", "ready", 401, "")
+	write(secret, "api", "ready", 200, "")
+	eventually(t, "a token without a name is an address", func() error {
+		if r := w.get(t, "/v1/events"); !strings.Contains(r.body, `"what":"ready","version":3,"by":"http 127.0.0.1"`) {
+			return errors.New(r.body)
+		}
+		return nil
+	})
+	if log := w.log.String(); !strings.Contains(log, `"by":"ci"`) || strings.Contains(log, "the-token") || strings.Contains(log, secret) {
+		t.Errorf("the log: %s", log)
+	}
+}
+
 // TestReadOnly writes nothing without a token of the server's own.
 func TestReadOnly(t *testing.T) {
 	t.Parallel()
-	w := start(t, func(c *httpapi.Config) { c.Token = nil }, func(w *world) { w.beat(t, "web", 1, registrar.Meta{}) })
+	w := start(t, func(c *httpapi.Config) { c.Tokens = nil }, func(w *world) { w.beat(t, "web", 1, registrar.Meta{}) })
 	for _, method := range []string{"POST", "DELETE"} {
 		path := "/v1/services/web/instances/10.0.0.1:8080"
 		if method == "POST" {
@@ -158,7 +290,7 @@ func TestReadOnly(t *testing.T) {
 func TestGuesses(t *testing.T) {
 	t.Parallel()
 	token := secret
-	w := start(t, func(c *httpapi.Config) { c.Token = func() (string, error) { return token, nil } })
+	w := start(t, func(c *httpapi.Config) { c.Tokens = func() (httpapi.Tokens, error) { return tokens(token)() } })
 	try := func(guess string) int {
 		t.Helper()
 		r, err := w.fetch("POST", "/v1/services/web/instances/10.0.0.1:8080/ready?absent=true", "{}", "Authorization", "Bearer "+guess, "Content-Type", jsonType)

@@ -102,10 +102,17 @@ function now() {
   return m && m.now ? m.now + m.redis.age_ms + (performance.now() - m.got) : Date.now();
 }
 
+const moment = (ms) => Math.abs(now() - ms) > 20 * 3600e3 ? new Date(ms).toLocaleString() : clock(ms);
+
 function when(ms) {
-  const far = Math.abs(now() - ms) > 20 * 3600e3;
   const d = new Date(ms);
-  return el("time", { datetime: d.toISOString(), title: d.toLocaleString() }, far ? d.toLocaleString() : clock(ms));
+  return el("time", { datetime: d.toISOString(), title: d.toLocaleString() }, moment(ms));
+}
+
+// said is by whom an override is, until when it holds at most, and of whom.
+function said(w, until) {
+  if (!w) return "";
+  return [w.by ? "by " + plain(w.by, 80) : "", until ? "until " + moment(until) : "", w.scope === "registration" ? "of this registration alone" : ""].filter(Boolean).join(", ");
 }
 
 // announce speaks to screen readers, at most once a second.
@@ -241,7 +248,7 @@ function drawHead() {
   if (m) {
     text($("namespace"), m.namespace === "rollcall" ? "" : plain(m.namespace));
     text($("about"), `rollcall ${m.version.slice(0, 12)}.`);
-    text($("rights"), m.writes ? "Changes need the token." : "Read-only: started without --token-file.");
+    text($("rights"), m.writes ? "Changes need a token." : "Read-only: started without --token-file.");
   }
   const l = $("link");
   const old = !link.live || (m && !m.redis.answers);
@@ -252,7 +259,7 @@ function drawHead() {
 
 // stateOf is the state that a person wants to see first.
 function stateOf(service, i) {
-  if (i.state === "absent" || i.state === "garbage" || i.state === "gone") return i.state;
+  if (i.state === "absent" || i.state === "garbage" || i.state === "gone" || i.state === "away") return i.state;
   if (i.silent) return isHeld(service) ? "held" : "silent";
   // Serving is said only of what every live balancer that is to serve it does serve.
   if (i.state === "ready" && (!i.balancers || i.serving < i.balancers)) return "unserved";
@@ -260,7 +267,7 @@ function stateOf(service, i) {
 }
 
 // WORDS are what a state is called where that is not its name.
-const WORDS = { ready: "serving", unserved: "not served" };
+const WORDS = { ready: "serving", unserved: "not served", away: "absent" };
 const word = (state) => WORDS[state] || state;
 
 function isHeld(service) {
@@ -458,12 +465,21 @@ function drawServices(docs) {
 
 function matching(d) {
   const words = view.filter.toLowerCase().split(/\s+/).filter(Boolean);
-  if (!words.length) return d.instances;
-  return d.instances.filter((i) => {
-    const hay = [d.service, i.addr, i.state, word(stateOf(d.service, i)), i.zone || "", i.reason || "", ...Object.entries(i.tags || {}).map(([k, v]) => k + "=" + v)].join(" ").toLowerCase();
+  if (!words.length) return rowsOf(d);
+  return rowsOf(d).filter((i) => {
+    const w = i.word || {};
+    const hay = [d.service, i.addr, i.state, word(stateOf(d.service, i)), i.zone || "", i.reason || "", w.state || "", w.by || "", ...Object.entries(i.tags || {}).map(([k, v]) => k + "=" + v)].join(" ").toLowerCase();
     return words.every((w) => hay.includes(w));
   });
 }
+
+// rowsOf is what the table of a service shows: its instances, and then overrides that are
+// in force for none.
+function rowsOf(d) {
+  return d.instances.concat(d.away.map((a) => ({ addr: a.addr, state: "away", reason: a.reason || a.word.reason, word: a.word })));
+}
+
+const rowKey = (i) => i.state === "away" ? `${i.addr} ${i.word.scope}` : i.addr;
 
 const COLUMNS = ["Address", "State", "In HAProxy", "Weight", "Last heartbeat", "Zone", "Tags"];
 const COLUMN_CLASS = { "Address": "col-address", "State": "col-state", "In HAProxy": "col-haproxy", "Weight": "col-weight number", "Last heartbeat": "col-beat", "Zone": "col-zone", "Tags": "col-tags", "": "col-act" };
@@ -474,7 +490,7 @@ function makeService({ d }) {
     el("thead", { role: "rowgroup" }, el("tr", { role: "row" })), el("tbody", { role: "rowgroup" }));
   const e = el("details", { class: "service" },
     el("summary", {}, el("h3", {}, plain(d.service)), el("span", { class: "sum" }), el("span", { class: "lag chips" }), el("span", { class: "line" }), el("span", { class: "version" })),
-    table, el("button", { class: "more", type: "button", on: { click: () => { view.all.add(d.service); draw(); } } }));
+    table, el("button", { class: "more", type: "button", on: { click: () => { view.all.add(d.service); draw(); } } }), el("p", { class: "none" }));
   e.addEventListener("toggle", () => {
     if (e.expected !== e.open) view.folded.set(d.service, !e.open);
     e.expected = e.open;
@@ -491,7 +507,9 @@ function updateService(e, { d, rows }, services, writes) {
   const counts = new Map();
   for (const i of d.instances) counts.set(stateOf(d.service, i), (counts.get(stateOf(d.service, i)) || 0) + 1);
   const words = ["ready", "unserved", "draining", "drain", "maint", "silent", "held", "absent", "garbage", "gone"].filter((s) => counts.has(s)).map((s) => `${counts.get(s)} ${word(s)}`);
-  text(sum, words.length ? words.join(", ") : lastGone(d));
+  if (!words.length) words.push(lastGone(d));
+  if (d.away_count) words.push(plural(d.away_count, "override") + " without an instance");
+  text(sum, words.join(", "));
   const behind = d.balancers.filter((b) => b.live && b.behind > 0);
   const live = d.balancers.filter((b) => b.live).length;
   fill(lag, [behind.length, live], () => behind.length ? el("span", { class: "chip drain" }, live === 1 ? "balancer behind" : `${behind.length} of ${live} balancers behind`) : []);
@@ -504,10 +522,13 @@ function updateService(e, { d, rows }, services, writes) {
   table.hidden = rows.length === 0;
   fill(table.tHead.rows[0], columns, () => columns.map((c) => el("th", { scope: "col", role: "columnheader", class: COLUMN_CLASS[c] }, c || el("span", { class: "hidden" }, "Change"))));
   const some = view.all.has(d.service) ? rows : rows.slice(0, SHOWN);
-  keyed(table.tBodies[0], some, (i) => i.addr, (i) => makeRow(d.service, i), (tr, i) => updateRow(tr, d, i, columns));
+  keyed(table.tBodies[0], some, rowKey, (i) => makeRow(d.service, i), (tr, i) => updateRow(tr, d, i, columns));
   const more = e.children[2];
   more.hidden = some.length === rows.length;
   text(more, `Show all ${rows.length}`);
+  const cut = e.children[3];
+  cut.hidden = d.away_count <= d.away.length;
+  text(cut, `Of ${d.away_count} overrides without an instance the first ${d.away.length} are here.`);
 }
 
 function lastGone(d) {
@@ -539,24 +560,31 @@ function updateRow(tr, d, i, columns) {
   if (!fresh) view.fresh.delete(key);
   tr.classList.toggle("fresh", fresh);
   const unreal = state === "absent" || state === "garbage" || state === "gone"; // nothing to change
-  tr.classList.toggle("old", unreal);
+  tr.classList.toggle("old", unreal || state === "away");
+  const w = i.word || {};
   while (tr.cells.length > columns.length) tr.lastElementChild.remove();
   for (const [k, name] of columns.entries()) {
     if (k === 0) continue;
     const td = cell(tr, k, name);
     switch (name) {
       case "State":
-        td.classList.toggle("wide", !!i.reason);
+        td.classList.toggle("wide", !!(i.reason || w.state && said(w, w.until)));
         // What an operator said stays visible under what is worse.
-        fill(td, [state, i.state, i.reason], () => el("div", {}, el("span", { class: "chips" }, el("span", { class: "chip " + state }, word(state)), state !== i.state && i.state !== "ready" ? el("span", { class: "chip " + i.state }, i.state) : null), i.reason ? el("bdi", { class: "why" }, plain(i.reason)) : null));
+        fill(td, [state, i.state, i.reason, w], () => {
+          const under = state === "away" ? w.state : state !== i.state && i.state !== "ready" ? i.state : "";
+          const who = w.state ? said(w, w.until) : state === "away" ? said(w, w.weight_until) : "";
+          return el("div", {}, el("span", { class: "chips" }, el("span", { class: "chip " + state }, word(state)), under ? el("span", { class: "chip " + under }, under) : null),
+            i.reason ? el("bdi", { class: "why" }, plain(i.reason)) : null, who ? el("bdi", { class: "said" }, who) : null);
+        });
         break;
       case "In HAProxy":
+        td.classList.toggle("empty", !(i.haproxy || []).length);
         fill(td, i.haproxy || [], () => el("span", { class: "chips" }, ...(i.haproxy || []).map(inHAProxy)));
         break;
       case "Weight":
-        td.classList.toggle("empty", !i.beat);
-        text(td, i.beat ? String(i.weight) : "–");
-        if (i.word && typeof i.word.weight === "number") td.title = "by an operator";
+        td.classList.toggle("empty", !i.beat && typeof w.weight !== "number");
+        text(td, i.beat ? String(i.weight) : typeof w.weight === "number" ? String(w.weight) : "–");
+        if (typeof w.weight === "number") td.title = said(w, w.weight_until) || "by an operator";
         else td.removeAttribute("title");
         break;
       case "Last heartbeat":
@@ -574,7 +602,7 @@ function updateRow(tr, d, i, columns) {
       default:
         td.className = "act";
         if (unreal) td.replaceChildren();
-        else if (!td.firstChild) td.append(el("button", { type: "button", "aria-label": `Change ${plain(d.service)} ${plain(i.addr)}`, on: { click: () => openChange(d.service, i.addr) } }, "Change"));
+        else if (!td.firstChild) td.append(el("button", { type: "button", "aria-label": `Change ${state === "away" ? "the override of " : ""}${plain(d.service)} ${plain(i.addr)}`, on: { click: () => openChange(d.service, rowKey(i)) } }, "Change"));
     }
   }
 }
@@ -636,27 +664,33 @@ function drawEvents() {
 
 const KINDS = { joined: "ready", ready: "ready", released: "ready", expired: "bad", unhealthy: "bad", protected: "held", drained: "drain", draining: "draining", maint: "maint" };
 
-// wording is what an event says beside its time and kind. An operator's words
-// have no id; a hold's is a reaper.
+const OPERATORS = new Set(["drained", "maint", "ready", "weight", "deregistered"]);
+
+// wording is what an event says beside its time and kind. Of an instance's own "by" is its
+// id, which tells nobody anything.
 function wording(e) {
   const out = [el("b", {}, plain(e.service || "every service")), e.addr ? " " : null, e.addr ? el("span", { class: "addr" }, plain(e.addr)) : null];
   if (e.why) out.push(" ", el("bdi", { class: "note" }, plain(e.why)));
   if (e.what === "protected" || e.what === "released") out.push(" ", el("bdi", { class: "note" }, "by reaper " + plain(e.by)));
+  else if (OPERATORS.has(e.what) && e.by) out.push(" ", el("bdi", { class: "note" }, "by " + plain(e.by, 80)));
   return out.filter((c) => c !== null);
 }
 
 // ---- Changing ----
 
 // last is the verb that was refused for an instance that is the last that serves.
-const change = { service: "", addr: "", busy: false, last: "", back: null };
+const change = { service: "", addr: "", away: false, busy: false, last: "", back: null };
 
-function openChange(service, addr) {
-  const i = (picture.services.get(service) || { instances: [] }).instances.find((x) => x.addr === addr);
-  Object.assign(change, { service, addr, busy: false, last: "", back: document.activeElement });
+function openChange(service, key) {
+  const d = picture.services.get(service);
+  const i = d && rowsOf(d).find((x) => rowKey(x) === key);
+  const addr = key.split(" ")[0], w = i && i.word || {}, away = !!i && i.state === "away";
+  Object.assign(change, { service, addr, away, busy: false, last: "", back: document.activeElement });
   text($("change-title"), `${plain(service)} ${plain(addr)}`);
-  text($("change-now"), i ? `Now ${word(stateOf(service, i))}, weight ${i.weight}.` : "It is gone.");
+  const override = [w.state, typeof w.weight === "number" ? "weight " + w.weight : ""].filter(Boolean).join(", ");
+  text($("change-now"), (!i ? "It is gone." : away ? "No instance has it now." : `Now ${word(stateOf(service, i))}, weight ${i.weight}.`) + (override ? ` Override: ${[override, said(w, w.until || w.weight_until)].filter(Boolean).join(", ")}.` : ""));
   $("change-form").reset();
-  const first = i && (i.state === "drain" || i.state === "maint") ? "ready" : "drain";
+  const first = w.state ? "ready" : away ? "weight" : "drain";
   for (const r of document.getElementsByName("verb")) r.checked = r.value === first;
   result("", "");
   fields();
@@ -671,6 +705,7 @@ function fields() {
   $("token-field").hidden = token !== "";
   $("reason-field").hidden = v !== "drain" && v !== "maint";
   $("weight-field").hidden = v !== "weight";
+  $("for-field").hidden = v === "ready" || v === "deregister";
   $("force-field").hidden = v !== "deregister" && v !== change.last;
   text($("force-text"), v === "deregister" ? "Also if it beats; its next beat brings it back" : "Take out the last one: no other is left to answer");
   $("change-do").disabled = change.busy;
@@ -685,7 +720,7 @@ async function doChange() {
   if (change.busy) return;
   const v = verb(), typed = $("token").value.trim();
   const secret = token || typed;
-  if (!secret) { result("bad", "Type the token that the server was started with."); $("token").focus(); return; }
+  if (!secret) { result("bad", "Type a token of the server's --token-file."); $("token").focus(); return; }
   const body = {};
   if (v === "drain" || v === "maint") {
     body.reason = $("reason").value.trim();
@@ -696,18 +731,19 @@ async function doChange() {
     body.weight = w === "" ? null : Number(w);
     if (!$("weight").checkValidity() || body.weight !== null && !Number.isInteger(body.weight)) { result("bad", "The weight is a whole number from 0 to 256."); $("weight").focus(); return; }
   }
+  if (!$("for-field").hidden && $("for").value.trim()) body.for = $("for").value.trim();
   change.busy = true;
   fields();
   result("", "Waiting until every live balancer has applied it…");
   const path = `v1/services/${encodeURIComponent(change.service)}/instances/${encodeURIComponent(change.addr)}`;
   try {
-    const r = await fetch(`${v === "deregister" ? path : `${path}/${v}`}?wait=10s${$("force").checked ? "&force=true" : ""}`, {
+    const r = await fetch(`${v === "deregister" ? path : `${path}/${v}`}?wait=10s${$("force").checked ? "&force=true" : ""}${change.away ? "&absent=true" : ""}`, {
       method: v === "deregister" ? "DELETE" : "POST", cache: "no-store", credentials: "omit",
       headers: { "Authorization": "Bearer " + secret, "Content-Type": "application/json" },
       body: v === "deregister" ? undefined : JSON.stringify(body),
     });
     const answer = await r.json();
-    if (r.status === 401) { token = $("token").value = ""; result("bad", "That is not the token."); return; }
+    if (r.status === 401) { token = $("token").value = ""; result("bad", "That is not a token of this server."); return; }
     // These are answers to who may write; others, a 429 say, tell nothing of it.
     if (r.ok || [400, 404, 409].includes(r.status)) { token = secret; $("token").value = ""; }
     if (r.status === 409 && v !== "deregister") {
