@@ -427,7 +427,7 @@ function drawChart(docs) {
   const ticks = wide < 500 ? [0, .5, 1] : [0, .25, .5, .75, 1];
   for (const t of ticks) parts.push(label(x(from + t * length), high - 5, t === 0 ? "start" : t === 1 ? "end" : "middle", t === 1 ? "now" : "−" + span((1 - t) * length)));
   const end = steps.length ? steps[steps.length - 1] : [0, 0, 0, 0];
-  box.replaceChildren(svg("svg", { role: "img", viewBox: `0 0 ${wide} ${high}`, "aria-label": `Instances over the last ${span(length)}: now ${end[1]} ready, ${end[2] - end[1]} drained or leaving, ${end[3] - end[2]} silent; at most ${Math.max(0, ...steps.map((p) => p[3]))} and at least ${steps.length ? Math.min(...steps.map((p) => p[1])) : 0} ready.` }, ...parts));
+  box.replaceChildren(svg("svg", { role: "img", viewBox: `0 0 ${wide} ${high}`, "aria-label": `Instances over the last ${span(length)}: now ${end[1]} to serve, ${end[2] - end[1]} drained or leaving, ${end[3] - end[2]} silent; at most ${Math.max(0, ...steps.map((p) => p[3]))} and at least ${steps.length ? Math.min(...steps.map((p) => p[1])) : 0} to serve.` }, ...parts));
 }
 
 function niceTop(v) {
