@@ -147,6 +147,12 @@ func TestFor(t *testing.T) {
 	if a = inForceOf(t, s, 1); a.Until != 0 || a.WeightUntil != t0+60_000 {
 		t.Errorf("got %s", text1(a))
 	}
+	for d, want := range map[time.Duration]string{90 * time.Second: "for 90s", 90 * time.Minute: "for 90m", 48 * time.Hour: "for 48h"} {
+		say(t, s, host(1), Word{Verb: "maint", For: d})
+		if events := allEvents(t, s); events[len(events)-1].Why != want {
+			t.Errorf("of %v the event says %q, want %q", d, events[len(events)-1].Why, want)
+		}
+	}
 	for _, d := range []time.Duration{-time.Second, time.Millisecond, MaxFor + 1} {
 		if _, _, err := s.SetAdmin(t.Context(), web, host(1), Word{Verb: "drain", For: d}); err == nil {
 			t.Errorf("for %v was accepted", d)

@@ -137,7 +137,7 @@ func TestExplain(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	doc = explain(0, "10.0.0.3:80", "drain, until ready or in 1h59m", "; weight 3, until own or in 59m", "; by ci; because: disk", "drained alice@ops disk, for 7200 s", "weight ci 3")
+	doc = explain(0, "10.0.0.3:80", "drain, until ready or in 1h59m", "; weight 3, until own or in 59m", "; by ci; because: disk", "drained alice@ops disk, for 2h", "weight ci 3")
 	if doc.Operator == nil || doc.Operator.By != "ci" || doc.Operator.Until == 0 || doc.Operator.WeightUntil == 0 {
 		t.Errorf("%+v", doc.Operator)
 	}

@@ -108,7 +108,13 @@ if here == 0 then redis.call('ZADD', KEYS[5], 'NX', now, addr) end
 prune(now)
 local what, why = verb == 'drain' and 'drained' or verb, value and verb ~= 'weight' and reason or ''
 if verb == 'weight' then why = weight and string.format('%.0f', weight) or 'own' end
-if ends then why = why .. (why ~= '' and ', ' or '') .. string.format('for %.0f s', most / 1000) end
+if ends then
+  local n, unit = most / 1000, 's'
+  for _, larger in ipairs({{60, 'm'}, {60, 'h'}}) do
+    if n % larger[1] == 0 then n, unit = n / larger[1], larger[2] else break end
+  end
+  why = why .. (why ~= '' and ', ' or '') .. string.format('for %.0f%s', n, unit)
+end
 if scope == 'registration' and value then why = why .. (why ~= '' and ', ' or '') .. 'of this registration' end
 event(now, ARGV[2], addr, what, v, by, why)
 return announce(g, v, {'OK', v, here, scope, ends or 0})
