@@ -21,6 +21,23 @@ type row struct {
 	hasScore, hasGone               bool
 }
 
+// set enters what the i-th of a service's keys has of the address: instances, meta,
+// admin, gone, bound.
+func (x *row) set(i int, value string) {
+	switch i {
+	case 0:
+		x.score, x.hasScore = value, true
+	case 1:
+		x.meta = value
+	case 2:
+		x.admin = value
+	case 3:
+		x.gone, x.hasGone = value, true
+	case 4:
+		x.bound = value
+	}
+}
+
 // headParts is how many parts of an answer of read.lua come before the services.
 const headParts = 6
 
@@ -120,18 +137,7 @@ func (s *Snapshot) fillFull(lists [][]any) error {
 				rows[addr] = x
 				order = append(order, addr)
 			}
-			switch i {
-			case 0:
-				x.score, x.hasScore = value, true
-			case 1:
-				x.meta = value
-			case 2:
-				x.admin = value
-			case 3:
-				x.gone, x.hasGone = value, true
-			case 4:
-				x.bound = value
-			}
+			x.set(i, value)
 		}
 	}
 	s.Entries = make([]Entry, 0, len(order))

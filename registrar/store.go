@@ -1066,20 +1066,7 @@ func (s *Store) scanService(ctx context.Context, svc Service) (map[string]*row, 
 	k := s.keys.Of(svc)
 	rows := map[string]*row{}
 	for i, key := range []string{k.Instances(svc), k.Meta(svc), k.Admin(svc), k.Gone(svc), k.Bound(svc)} {
-		set := func(x *row, value string) {
-			switch i {
-			case 0:
-				x.score, x.hasScore = value, true
-			case 1:
-				x.meta = value
-			case 2:
-				x.admin = value
-			case 3:
-				x.gone, x.hasGone = value, true
-			case 4:
-				x.bound = value
-			}
-		}
+		set := func(x *row, value string) { x.set(i, value) }
 		if i == 2 || i == 4 { // overrides, also of those who are not there, in any number
 			if ok, err := s.ofMembers(ctx, key, rows, set); err != nil {
 				return nil, fmt.Errorf("%s: %w", key, err)
