@@ -269,7 +269,7 @@ func TestPage(t *testing.T) {
 		p.shows("#reapers tbody", "armed")
 		p.shows("#events", "joined")
 		p.shows("#tiles", "3serving")
-		if got := ask[string](p, `document.querySelector("#chart svg").getAttribute("aria-label")`); !strings.Contains(got, "now 3 ready, 0 drained") {
+		if got := ask[string](p, `document.querySelector("#chart svg").getAttribute("aria-label")`); !strings.Contains(got, "now 3 to serve, 0 drained") {
 			t.Errorf("the chart says %q", got)
 		}
 		if n := ask[int](p, `document.querySelectorAll("table:not(:has(caption)), thead th:not([scope=col]), tbody th:not([scope=row]), button:not([type]), input:not(label input)").length`); n != 0 {
