@@ -287,6 +287,9 @@ func TestEngineFleetInternal(t *testing.T) {
 		return at
 	}
 	before := where()
+	if m := f.meta(t, before[cs[0]].String()); !strings.Contains(m, `"own":true`) {
+		t.Errorf("an override of it would be of who comes to its address next: %s", m)
+	}
 	agent.signal(t, syscall.SIGKILL)
 	for _, c := range cs {
 		c.Do(t, "KILL")
