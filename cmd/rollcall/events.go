@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -124,6 +125,20 @@ func (s *session) follow(ctx context.Context, r *registrar.EventReader) error {
 	}
 }
 
+// whyOf says why, and of an operator's words by whom.
+func whyOf(e registrar.Event) string {
+	switch e.What {
+	case registrar.EventDrained, registrar.EventMaint, registrar.EventReady, registrar.EventWeight, registrar.EventDeregistered:
+	default:
+		return e.Why // a registration or a reaper has done it
+	}
+	parts := []string{e.Why}
+	if e.By != "" {
+		parts = append(parts, "by "+e.By)
+	}
+	return strings.Trim(strings.Join(parts, ", "), ", ")
+}
+
 const eventLine = "%-23s  %-12s  %7s  %-21s  %-12s  %s\n"
 
 // events prints one line each.
@@ -139,7 +154,7 @@ func (s *session) events(events []registrar.Event) error {
 		if e.Version > 0 {
 			version = strconv.FormatInt(e.Version, 10)
 		}
-		if _, err := fmt.Fprintf(s.w, eventLine, at, plain(service), version, plain(dash(e.Addr)), plain(e.What), plain(dash(e.Why))); err != nil {
+		if _, err := fmt.Fprintf(s.w, eventLine, at, plain(service), version, plain(dash(e.Addr)), plain(e.What), plain(dash(whyOf(e)))); err != nil {
 			return err
 		}
 	}

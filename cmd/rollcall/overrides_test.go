@@ -102,6 +102,9 @@ func TestOverridesCommand(t *testing.T) {
 		}
 		return nil
 	})
+	if out, _, _ := s.rollcall(t, "events", "web"); !strings.Contains(out, "disk, for 90m, by alice@host") {
+		t.Errorf("the events do not say by whom:\n%s", out)
+	}
 	haproxytest.Poll(t, "the events say so", func() error {
 		if out, _, _ := s.rollcall(t, "events", "web"); !strings.Contains(out, "override-ended") || !strings.Contains(out, "drain by alice@host, its time is over") {
 			return errors.New(out)
