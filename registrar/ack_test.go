@@ -260,6 +260,21 @@ func TestDrainsAnew(t *testing.T) {
 				return err
 			}
 			eventually(t, draining)
+			// It has looked who has applied that: of another history before it did it
+			// could not know.
+			looks := func() (n int) {
+				_, stats, _ := strings.Cut(s.rdb.Info(t.Context(), "commandstats").Val(), "cmdstat_evalsha_ro:calls=")
+				_, err := fmt.Sscan(stats, &n)
+				must(t, err)
+				return n
+			}
+			before := looks()
+			eventually(t, func() error {
+				if looks() < before+2 { // one may have begun before it drained
+					return errors.New("it has not looked")
+				}
+				return nil
+			})
 			if lost {
 				do(t, s, "FLUSHALL")
 			} else {

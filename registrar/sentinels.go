@@ -224,13 +224,12 @@ func (s *sentinels) ask(ctx context.Context) error {
 		s.all[addr] = true
 	}
 	// A Sentinel that is cut off may name an old primary, of an older epoch.
-	if epoch, err := strconv.ParseInt(master["config-epoch"], 10, 64); err == nil && len(now) == 2 && epoch > s.epoch {
-		if s.epoch > 0 || s.named != "" {
+	epoch, err := strconv.ParseInt(master["config-epoch"], 10, 64)
+	if err == nil && len(now) == 2 && (epoch > s.epoch || s.named == "") {
+		if s.named != "" {
 			s.until = time.Now().Add(switchFor)
 		}
 		s.epoch, s.named = epoch, net.JoinHostPort(now[0], now[1])
-	} else if err == nil && len(now) == 2 && s.named == "" {
-		s.named = net.JoinHostPort(now[0], now[1])
 	}
 	return nil
 }

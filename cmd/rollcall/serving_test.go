@@ -102,7 +102,7 @@ func TestServing(t *testing.T) {
 	becomes(exitWait, "unplaced (no slot is left)", "wait", "web", "--for", "ready=3", "--timeout", "200ms")
 	waits(exitWait, "not served: ", "--for", "converged")
 	becomes(exitFailed, "1 of 3 instances do not serve, unplaced: ", "status") // when it has lasted
-	if _, stderr, code := s.rollcall(t, "weight", "web", addrA, "90", "--wait", "--timeout", "500ms"); code != exitWait || !strings.Contains(stderr, "unplaced") {
+	if _, stderr, code := s.rollcall(t, "weight", "web", addrA, "90", "--wait", "--timeout", "5s"); code != exitWait || !strings.Contains(stderr, "unplaced") {
 		t.Errorf("weight --wait: exit %d, %s", code, stderr)
 	}
 	third.signal(t, syscall.SIGTERM)
